@@ -1,0 +1,1 @@
+"""ecodiff: make diffusion models smaller by learning which heads and neurons matter."""

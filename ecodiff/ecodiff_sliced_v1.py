@@ -1,0 +1,99 @@
+"""Opens diffusion models that ecodiff pruned, where ecodiff itself is not installed.
+
+This file travels inside every pruned pipeline folder, next to the weights, so that plain
+`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` works. It needs torch and
+diffusers only. `Sliced<Any diffusers model>` is made on demand: an ordinary diffusers model whose
+config has one more entry, "ecodiff", which says by which shapes and attributes the pruned model
+differs from a fresh one. Nothing else is done: no network, no files but this one.
+"""
+
+import inspect
+import os
+import shutil
+from functools import cache
+
+import diffusers
+import torch
+from diffusers import ModelMixin
+from torch import nn
+
+NAME = "ecodiff_sliced_v1"
+FORMAT = 1
+
+
+class EmptiedAttnProcessor:
+    """Attention without heads: nothing is attended to, the output projection's bias remains."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+        bias = attn.to_out[0](hidden_states.new_zeros(1, 0))
+        if hidden_states.ndim == 4:
+            output = bias.view(1, -1, 1, 1).expand(len(hidden_states), -1, *hidden_states.shape[2:])
+        else:
+            output = bias.expand(*hidden_states.shape[:-1], -1)
+        if attn.residual_connection:
+            output = output + hidden_states
+        return output / attn.rescale_output_factor
+
+
+def apply(model: nn.Module, description: dict) -> None:
+    """Give a fresh `model` the shapes and attributes of the pruned one. Weights are left empty.
+
+    The description comes from a file, so it is checked: it can only make what exists smaller.
+    """
+    if description.get("format") != FORMAT:
+        raise ValueError(
+            f"This model was pruned with format {description.get('format')!r} of ecodiff's files; "
+            f"this is format {FORMAT}. Use the newer ecodiff."
+        )
+    modules = dict(model.named_modules())
+    for path, shapes in description["shapes"].items():
+        module = modules[path]
+        for name, shape in shapes.items():
+            old = module._parameters[name]
+            smaller = all(isinstance(n, int) and 0 <= n <= o for n, o in zip(shape, old.shape))
+            if len(shape) != old.ndim or not smaller:
+                raise ValueError(f"{path}.{name} cannot shrink from {tuple(old.shape)} to {shape}.")
+            empty = torch.empty(shape, dtype=old.dtype, device=old.device)
+            setattr(module, name, nn.Parameter(empty, requires_grad=old.requires_grad))
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+    for path, attributes in description["attributes"].items():
+        for name, value in attributes.items():
+            old = modules[path].__dict__[name]
+            if type(value) is not int or type(old) is not int or not 0 <= value <= old:
+                raise ValueError(f"{path}.{name} cannot change from {old!r} to {value!r}.")
+            setattr(modules[path], name, value)
+    for path in description["emptied"]:
+        modules[path].set_processor(EmptiedAttnProcessor())
+
+
+@cache
+def sliced_class(base: type[ModelMixin]) -> type[ModelMixin]:
+    """The class of a pruned `base`: the same model with "ecodiff" as one more config entry."""
+
+    def __init__(self, *args, ecodiff: dict | None = None, **kwargs):
+        base.__init__(self, *args, **kwargs)
+        self.register_to_config(ecodiff=ecodiff)
+        if ecodiff:
+            apply(self, ecodiff)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        base.save_pretrained(self, save_directory, *args, **kwargs)
+        target = os.path.join(save_directory, f"{NAME}.py")
+        if not os.path.exists(target) or not os.path.samefile(__file__, target):
+            shutil.copyfile(__file__, target)
+
+    # from_config reads the names of the config's entries off this signature.
+    signature = inspect.signature(base.__init__)
+    extra = inspect.Parameter("ecodiff", inspect.Parameter.KEYWORD_ONLY, default=None)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    __init__.__signature__ = signature.replace(parameters=[*parameters, extra])
+    members = {"__init__": __init__, "save_pretrained": save_pretrained, "__module__": NAME}
+    return type(f"Sliced{base.__name__}", (base,), members)
+
+
+def __getattr__(name: str):
+    base = getattr(diffusers, name.removeprefix("Sliced"), None)
+    if name.startswith("Sliced") and isinstance(base, type) and issubclass(base, ModelMixin):
+        return sliced_class(base)
+    raise AttributeError(f"module {NAME!r} has no attribute {name!r}")

@@ -1,0 +1,103 @@
+"""Hard-concrete gates (Louizos et al. 2018, arXiv 1712.01312), and masks applied to a denoiser."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from math import log
+
+import torch
+from torch import Tensor, nn
+
+from .errors import PlanError
+from .groups import PruneGroup, find_groups
+
+TEMPERATURE = 2 / 3  # beta
+STRETCH = (-0.1, 1.1)  # gamma, zeta
+
+
+def sample(log_alpha: Tensor, noise: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    """Draw gates in [0, 1] (their eqs. 10 and 11).
+
+    s = sigmoid((log u - log(1 - u) + log_alpha) / beta), stretched to (gamma, zeta), clipped.
+
+    Args:
+        log_alpha: float32, (units,). The larger, the more surely the unit is kept.
+        noise: u, uniform in (0, 1), the same shape. 0.5 everywhere gives the median gate.
+    """
+    logistic = torch.logit(noise, eps=1e-6)
+    return _stretch(torch.sigmoid((logistic + log_alpha) / temperature))
+
+
+def hard(log_alpha: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    """The gate without noise, used to rank and to report (their eq. 13)."""
+    return _stretch(torch.sigmoid(log_alpha / temperature))
+
+
+def open_probability(log_alpha: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    """P(gate > 0), the closed form of the expected L0 norm (their eq. 12)."""
+    gamma, zeta = STRETCH
+    return torch.sigmoid(log_alpha - temperature * log(-gamma / zeta))
+
+
+def _stretch(s: Tensor) -> Tensor:
+    gamma, zeta = STRETCH
+    return (s * (zeta - gamma) + gamma).clamp(0, 1)
+
+
+def _factors(denoiser: nn.Module, groups: list[PruneGroup], masks: Mapping[str, Tensor]):
+    """One factor per input feature for every consumer, assembled from all its groups."""
+    factors: dict[str, Tensor] = {}
+    for group in groups:
+        mask = masks.get(group.name)
+        if mask is None:
+            continue
+        if tuple(mask.shape) != (group.size,):
+            raise PlanError(
+                f"The mask of {group.name} has shape {tuple(mask.shape)}; it has {group.size} units."
+            )
+        for slot in group.consumers:
+            weight = denoiser.get_submodule(slot.module).weight
+            mask = mask.to(weight.device, torch.promote_types(torch.float32, mask.dtype))
+            factor = factors.get(slot.module)
+            if factor is None:
+                factor = torch.ones(weight.shape[1], device=weight.device, dtype=mask.dtype)
+            index = slot.index.to(weight.device)
+            spread = mask.repeat_interleave(index.shape[1])
+            factors[slot.module] = factor.index_copy(0, index.flatten(), spread)
+    return factors
+
+
+@contextmanager
+def masked(denoiser: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
+    """Multiply every unit by its mask while the context is open.
+
+    Gradients flow to masks that require them. The masks are read once, on entry: every time step,
+    and every recomputation of one by gradient checkpointing, sees the same values.
+
+    Args:
+        masks: a `PrunePlan`, or {group name: (units,) in [0, 1]}; a group not named is left alone.
+
+    Raises:
+        PlanError: a name or a shape does not fit the denoiser.
+    """
+    groups = find_groups(denoiser)
+    unknown = set(masks) - {group.name for group in groups}
+    if unknown:
+        raise PlanError(
+            f"{type(denoiser).__name__} has no group named {sorted(unknown)[0]!r}"
+            f"{f' (and {len(unknown) - 1} more)' if len(unknown) > 1 else ''}. "
+            "Was the plan made for another model?"
+        )
+    handles = [
+        denoiser.get_submodule(name).register_forward_pre_hook(partial(_multiply, factor))
+        for name, factor in _factors(denoiser, groups, masks).items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _multiply(factor: Tensor, module: nn.Module, inputs: tuple) -> tuple:
+    return (inputs[0] * factor.to(inputs[0].dtype), *inputs[1:])

@@ -1,0 +1,207 @@
+"""What can be pruned: groups of units, found by the structure of the denoiser.
+
+A unit is one attention head or one FFN neuron. Its group says through which Linears it runs: the
+*producers* whose output rows belong to the units, and the *consumers* whose input columns do.
+Multiplying a unit's consumer input by zero is the same as deleting those rows and columns; gates,
+slicing and the cost of a unit all follow from that one description, and nothing else in ecodiff
+knows an architecture.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import LongTensor, nn
+
+from .errors import UnsupportedModelError
+
+Kind = Literal["heads", "ffn"]
+KINDS: tuple[Kind, ...] = ("heads", "ffn")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One axis of one Linear, indexed by unit.
+
+    `index` has shape (units, width): the rows (axis "out") or columns (axis "in") of each unit.
+    """
+
+    module: str
+    axis: Literal["in", "out"]
+    index: LongTensor
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An integer attribute of `module` that must be `per_unit` times the number of kept units."""
+
+    module: str
+    name: str
+    per_unit: int
+
+
+@dataclass(frozen=True)
+class PruneGroup:
+    """The units of one layer and the Linears they run through. Pure description, no weights."""
+
+    name: str
+    kind: Kind
+    size: int
+    consumers: tuple[Slot, ...]
+    producers: tuple[Slot, ...]
+    attributes: tuple[Attribute, ...] = ()
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return self.consumers + self.producers
+
+
+def units(count: int, width: int = 1, copies: int = 1) -> LongTensor:
+    """Index of `count` units of `width` adjacent features, in `copies` stacked blocks.
+
+    Two copies are the value and gate halves of GEGLU. Shape (count, copies * width).
+    """
+    block = torch.arange(count * width).view(count, width)
+    return torch.cat([block + copy * count * width for copy in range(copies)], dim=1)
+
+
+def attention(path: str, module: nn.Module) -> PruneGroup | None:
+    """Heads of diffusers' attention layers: to_q, to_k, to_v in, to_out[0] (and to_add_out) out."""
+    if not all(isinstance(getattr(module, n, None), nn.Linear) for n in ("to_q", "to_k", "to_v")):
+        return None
+    out = getattr(module, "to_out", None)
+    heads = getattr(module, "heads", 0)
+    inner = module.to_q.out_features
+    consumes = isinstance(out, nn.ModuleList) and len(out) > 0 and isinstance(out[0], nn.Linear)
+    if not consumes or not heads or inner % heads or out[0].in_features != inner:
+        return None
+    normed_across_heads = any(
+        getattr(getattr(module, name, None), "normalized_shape", (0,))[-1] == inner != inner // heads
+        for name in ("norm_q", "norm_k")
+    )
+    if module.to_k.out_features != inner or normed_across_heads:
+        return None  # grouped-query attention and norms across heads need an adapter of their own
+    names = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+    linears = [n for n in names if isinstance(getattr(module, n, None), nn.Linear)]
+    consumers = ["to_out.0"]
+    if isinstance(getattr(module, "to_add_out", None), nn.Linear):
+        consumers.append("to_add_out")
+    index = units(heads, inner // heads)
+    per_unit = {"heads": 1, "sliceable_head_dim": 1}
+    per_unit |= {"inner_dim": inner // heads, "inner_kv_dim": inner // heads}
+    return PruneGroup(
+        name=path,
+        kind="heads",
+        size=heads,
+        consumers=tuple(Slot(f"{path}.{name}", "in", index) for name in consumers),
+        producers=tuple(Slot(f"{path}.{name}", "out", index) for name in linears),
+        attributes=tuple(
+            Attribute(path, name, value) for name, value in per_unit.items() if hasattr(module, name)
+        ),
+    )
+
+
+def feed_forward(path: str, module: nn.Module) -> PruneGroup | None:
+    """Neurons of diffusers' FeedForward: net[0].proj in (twice as wide if gated), net[2] out."""
+    net = getattr(module, "net", None)
+    if not isinstance(net, nn.ModuleList) or len(net) < 3:
+        return None
+    proj, out = getattr(net[0], "proj", None), net[2]
+    if not isinstance(proj, nn.Linear) or not isinstance(out, nn.Linear):
+        return None
+    hidden = out.in_features
+    if proj.out_features not in (hidden, 2 * hidden):
+        return None
+    return PruneGroup(
+        name=path,
+        kind="ffn",
+        size=hidden,
+        consumers=(Slot(f"{path}.net.2", "in", units(hidden)),),
+        producers=(
+            Slot(f"{path}.net.0.proj", "out", units(hidden, copies=proj.out_features // hidden)),
+        ),
+    )
+
+
+ADAPTERS: tuple[Callable[[str, nn.Module], PruneGroup | None], ...] = (attention, feed_forward)
+
+
+def _repeated(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules inside the repeated blocks (ModuleLists): embeddings and projectors are left alone."""
+    lists: list[str] = []
+    for path, module in denoiser.named_modules():
+        if any(path.startswith(prefix) for prefix in lists):
+            yield path, module
+        if isinstance(module, nn.ModuleList):
+            lists.append(path + ".")
+
+
+def find_groups(denoiser: nn.Module, kinds: Iterable[Kind] = KINDS) -> list[PruneGroup]:
+    """Every group of units that can be pruned from `denoiser`, in network order.
+
+    Args:
+        denoiser: `pipe.unet` or `pipe.transformer`, on any device (also "meta").
+        kinds: which units to look for: "heads", "ffn".
+
+    Raises:
+        UnsupportedModelError: nothing was recognised.
+
+    Example:
+        >>> groups = find_groups(pipe.unet)
+        >>> sum(group.size for group in groups if group.kind == "heads")
+        256
+    """
+    wanted = set(kinds)
+    found = [adapter(path, m) for path, m in _repeated(denoiser) for adapter in ADAPTERS]
+    groups = [group for group in found if group is not None and group.kind in wanted]
+    if not groups:
+        raise UnsupportedModelError(
+            f"{type(denoiser).__name__} has no {' or '.join(sorted(wanted))} that ecodiff "
+            "recognises. Supported: denoisers built of diffusers' Attention and FeedForward layers, "
+            "such as the UNets of Stable Diffusion 1.5, 2 and XL."
+        )
+    return groups
+
+
+def unrecognised(denoiser: nn.Module, groups: list[PruneGroup]) -> dict[str, int]:
+    """Parameters that no group touches, by class of the layer that holds them, largest first."""
+    touched = {slot.module for group in groups for slot in group.slots}
+    counts: dict[str, int] = {}
+    for path, module in denoiser.named_modules():
+        own = sum(p.numel() for p in module.parameters(recurse=False))
+        if own and path not in touched:
+            counts[type(module).__name__] = counts.get(type(module).__name__, 0) + own
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def unit_parameters(denoiser: nn.Module, group: PruneGroup) -> int:
+    """Parameters that go with one unit: its producer rows (and biases) and consumer columns."""
+    total = 0
+    for slot in group.slots:
+        linear = denoiser.get_submodule(slot.module)
+        width = slot.index.shape[1]
+        if slot.axis == "in":
+            total += width * linear.out_features
+        else:
+            total += width * (linear.in_features + (linear.bias is not None))
+    return total
+
+
+def denoiser_name(pipe) -> str:
+    """The name of the pipeline's denoiser component: "unet" or "transformer".
+
+    Raises:
+        UnsupportedModelError: the pipeline has neither.
+    """
+    for name in ("unet", "transformer"):
+        if isinstance(getattr(pipe, name, None), nn.Module):
+            return name
+    raise UnsupportedModelError(
+        f"{type(pipe).__name__} has no `unet` and no `transformer`; ecodiff prunes those."
+    )
+
+
+def denoiser_of(pipe) -> nn.Module:
+    """`pipe.unet` or `pipe.transformer`."""
+    return getattr(pipe, denoiser_name(pipe))

@@ -1,0 +1,124 @@
+"""Physical pruning: index selection on the Linears that a plan's units run through."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+
+from .ecodiff_sliced_v1 import FORMAT, EmptiedAttnProcessor, sliced_class
+from .groups import PruneGroup, denoiser_name, find_groups
+from .plan import PrunePlan
+
+
+def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Module:
+    """Remove from `denoiser`, in place, every unit that `plan` does not keep. Returns it.
+
+    Exactly the model with those units masked to zero, down to none left in a layer (its output is
+    then its bias). New, smaller parameters are made; old ones are left as they are, so a model
+    that shares them is not touched. Works on any device, "meta" included.
+
+    A diffusers model also becomes its `Sliced...` class, whose config describes the cut: from then
+    on its own `save_pretrained` and `from_pretrained` work.
+
+    Raises:
+        PlanError: the plan names a group that the denoiser does not have, or of another size.
+
+    Example:
+        >>> ecodiff.slice_(pipe.unet, scores.plan(ratio=0.2))
+    """
+    plan = plan if isinstance(plan, PrunePlan) else PrunePlan(plan)
+    plan.check(denoiser)
+    groups = [group for group in find_groups(denoiser) if group.name in plan]
+    kept: dict[tuple[str, str], Tensor] = {}
+    for group in groups:
+        for slot in group.slots:
+            linear = denoiser.get_submodule(slot.module)
+            features = linear.weight.shape[1 if slot.axis == "in" else 0]
+            rows = kept.setdefault((slot.module, slot.axis), torch.ones(features, dtype=torch.bool))
+            rows[slot.index[~plan[group.name]].flatten()] = False
+    for (module, axis), rows in kept.items():
+        if not rows.all():
+            _cut(denoiser.get_submodule(module), axis, rows)
+    for group in groups:
+        _set_attributes(denoiser, group, int(plan[group.name].sum()))
+    if isinstance(denoiser, ModelMixin):
+        _describe(denoiser, plan, groups, {module for (module, _), r in kept.items() if not r.all()})
+    return denoiser
+
+
+def _cut(linear: nn.Linear, axis: str, rows: Tensor) -> None:
+    rows = rows.to(linear.weight.device)
+    weight = linear.weight.detach()
+    cut = weight[:, rows] if axis == "in" else weight[rows]
+    linear.weight = nn.Parameter(cut.contiguous(), requires_grad=linear.weight.requires_grad)
+    if axis == "out" and linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.detach()[rows], linear.bias.requires_grad)
+    linear.out_features, linear.in_features = linear.weight.shape
+
+
+def _set_attributes(denoiser: nn.Module, group: PruneGroup, count: int) -> None:
+    for attribute in group.attributes:
+        module = denoiser.get_submodule(attribute.module)
+        setattr(module, attribute.name, count * attribute.per_unit)
+    if group.kind == "heads" and count == 0:
+        denoiser.get_submodule(group.name).set_processor(EmptiedAttnProcessor())
+
+
+def _describe(denoiser: ModelMixin, plan: PrunePlan, groups: list[PruneGroup], cut: set[str]) -> None:
+    """Register in the config how this model now differs from a fresh one of its class."""
+    before = denoiser.config.get("ecodiff")
+    description = copy.deepcopy(before) if before else {"format": FORMAT, "plan": {"units": {}}}
+    shapes = description.setdefault("shapes", {})
+    for path in sorted(cut):
+        parameters = denoiser.get_submodule(path).named_parameters(recurse=False)
+        shapes[path] = {name: list(p.shape) for name, p in parameters}
+    attributes = description.setdefault("attributes", {})
+    for group in groups:
+        for attribute in group.attributes:
+            module = denoiser.get_submodule(attribute.module)
+            attributes.setdefault(attribute.module, {})[attribute.name] = getattr(module, attribute.name)
+    emptied = {g.name for g in groups if g.kind == "heads" and not plan[g.name].any()}
+    description["emptied"] = sorted(emptied.union(description.get("emptied", [])))
+    whole = _composed(PrunePlan.unpacked(description["plan"]["units"]), plan)
+    description["plan"] = {"units": whole.packed(), "metadata": plan.metadata}
+    if before is None:
+        denoiser.__class__ = sliced_class(type(denoiser))
+    denoiser.register_to_config(ecodiff=description)
+
+
+def _composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
+    """The one plan, in units of the dense model, that equals `first` and then `second`."""
+    keep = dict(first)
+    for name, chosen in second.items():
+        keep[name] = keep[name].clone() if name in keep else torch.ones(len(chosen), dtype=torch.bool)
+        keep[name][keep[name].clone()] = chosen
+    return PrunePlan(keep)
+
+
+def plan_of(denoiser: nn.Module) -> PrunePlan | None:
+    """The plan that a sliced denoiser was cut by, in units of the dense model; None if dense."""
+    description = getattr(denoiser, "config", {}).get("ecodiff")
+    if not description:
+        return None
+    return PrunePlan.unpacked(description["plan"]["units"], description["plan"]["metadata"])
+
+
+def variant(pipe, plan: PrunePlan | Mapping[str, Tensor]):
+    """A pruned pipeline beside the dense one. Everything that is not cut is shared with `pipe`.
+
+    The scheduler, which has state, is a new one. Takes milliseconds and the memory of the cut
+    layers.
+
+    Raises:
+        PlanError: the plan does not fit the pipeline's denoiser.
+    """
+    name = denoiser_name(pipe)
+    dense = getattr(pipe, name)
+    shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
+    pruned = slice_(copy.deepcopy(dense, shared), plan)
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    small = copy.copy(pipe)
+    small.register_modules(**{name: pruned, "scheduler": scheduler})
+    return small

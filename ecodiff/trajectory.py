@@ -1,0 +1,88 @@
+"""A whole denoising run, z_T to z_0, that gradients flow through.
+
+The pipeline's own `__call__` is the model: nothing of it is copied. Each call of the denoiser is
+one time step, so checkpointing those calls is EcoDiff's time step gradient checkpointing: the
+backward pass recomputes one step at a time and what is kept does not grow with their number,
+beyond the latents themselves.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint as checkpointed
+
+from .errors import UnsupportedModelError
+from .groups import denoiser_of
+
+
+@contextmanager
+def trajectory(
+    pipe, checkpoint: bool = True, on_step: Callable[[], None] | None = None
+) -> Iterator[Callable[..., Tensor]]:
+    """Open a pipeline for differentiable runs.
+
+    Yields a function that takes the pipeline's own arguments and returns the final latents z_0.
+    Run the backward pass while this context (and the one that applies masks) is open: the
+    recomputation needs them.
+
+    Args:
+        pipe: a pipeline with `output_type="latent"`. Its weights get no gradient in here.
+        checkpoint: keep only the latents and recompute each step in the backward pass. Without,
+            memory grows with the number of steps.
+        on_step: called before every denoiser call, recomputations included; what it raises ends
+            the run. This is where a stop flag or a deadline is looked at.
+
+    Example:
+        >>> with masked(pipe.unet, gates), trajectory(pipe) as run:
+        ...     z0 = run("a red apple", num_inference_steps=8, generator=generator)
+        ...     z0.square().mean().backward()
+    """
+    denoiser = denoiser_of(pipe)
+    forward, own_forward = denoiser.forward, denoiser.__dict__.get("forward")
+    call = inspect.unwrap(type(pipe).__call__)
+    if "output_type" not in inspect.signature(call).parameters:
+        raise UnsupportedModelError(
+            f"{type(pipe).__name__} cannot return latents (it has no output_type argument)."
+        )
+
+    def step(*args, **kwargs):
+        if on_step is not None:
+            on_step()
+        return forward(*args, **kwargs)
+
+    def checkpointed_step(*args, **kwargs):
+        # Nothing in here is random (dropout is off, gates are drawn outside): no RNG to restore.
+        return checkpointed(step, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    def run(*args, **kwargs) -> Tensor:
+        return call(pipe, *args, output_type="latent", return_dict=False, **kwargs)[0]
+
+    trained = [p for p in denoiser.parameters() if p.requires_grad]
+    was_training = denoiser.training
+    progress_bar = getattr(pipe, "_progress_bar_config", {})
+    denoiser.requires_grad_(False).eval()
+    denoiser.forward = checkpointed_step if checkpoint else step
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        with _attention_with_fast_backward(denoiser), torch.enable_grad():
+            yield run
+    finally:
+        if own_forward is None:
+            del denoiser.forward
+        else:
+            denoiser.forward = own_forward
+        pipe.set_progress_bar_config(**progress_bar)
+        denoiser.train(was_training)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _attention_with_fast_backward(denoiser):
+    """On a CPU the fused attention's backward pass takes longer than the rest of the network."""
+    if next(denoiser.parameters()).device.type == "cpu":
+        return sdpa_kernel(SDPBackend.MATH)
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
