@@ -1,1 +1,36 @@
-"""ecodiff: make diffusion models smaller by learning which heads and neurons matter."""
+"""ecodiff: make diffusion models smaller by learning which heads and neurons matter.
+
+>>> import ecodiff
+>>> pipe = ecodiff.load("emoji-sdxl")
+>>> scores = ecodiff.learn_masks(pipe, ["a red apple", "a cat"], ecodiff.LearnConfig())
+>>> small = ecodiff.variant(pipe, scores.plan(ratio=0.2))
+>>> ecodiff.save(small, "emoji-sdxl-eco20")
+"""
+
+from .checkpoint import load, save
+from .errors import EcodiffError
+from .fidelity import compare
+from .gates import masked
+from .groups import PruneGroup, find_groups
+from .learn import LearnConfig, LearnState, learn_masks
+from .plan import PrunePlan, Scores
+from .slicing import slice_, variant
+from .trajectory import trajectory
+
+__all__ = [
+    "EcodiffError",
+    "LearnConfig",
+    "LearnState",
+    "PruneGroup",
+    "PrunePlan",
+    "Scores",
+    "compare",
+    "find_groups",
+    "learn_masks",
+    "load",
+    "masked",
+    "save",
+    "slice_",
+    "trajectory",
+    "variant",
+]

@@ -234,11 +234,7 @@ class _Learner:
         # Dual ascent: the price rises while the expected size is above the budget.
         over = float(size.detach()) - budget
         state.multiplier *= max(0.5, min(2.0, 1 + 20 * over))
-        return {"loss": float(loss.detach()), "expected": 1 - self._fixed - float(size.detach())}
-
-    @property
-    def _fixed(self) -> float:
-        return 1 - float(self.shares.sum())
+        return {"loss": float(loss.detach()), "expected": float(self.shares.sum() - size.detach())}
 
     def _target(self, batch: int) -> Tensor:
         """z_0 of the dense model for a batch, computed once."""

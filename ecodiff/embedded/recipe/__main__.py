@@ -43,7 +43,12 @@ def main() -> None:
     trained = sdxl.train(pipe, scaled, emojis, options.work, options.steps, options.device)
     pipe = sdxl.finished(pipe, trained)
     pipe.save_pretrained(options.out, max_shard_size="9MB")
-    evaluate.report(pipe, emojis, images, options.out)
+    trained = {
+        "UNet parameters": f"{sum(p.numel() for p in pipe.unet.parameters()):,}",
+        "autoencoder": f"{options.vae_steps:,} steps of {vae.BATCH} images",
+        "UNet and text encoders": f"{options.steps:,} steps of {sdxl.BATCH} images",
+    }
+    evaluate.report(pipe, emojis, images, options.out, trained)
 
 
 if __name__ == "__main__":

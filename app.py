@@ -1,0 +1,13 @@
+"""The Space's entry, and `make app`."""
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+from ecodiff.ui import build_demo, launch  # noqa: E402
+
+demo = build_demo()
+
+if __name__ == "__main__":
+    launch(demo)

@@ -1,0 +1,93 @@
+"""The models that are offered by name, and how each is used by default."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and its defaults.
+
+    Attributes:
+        name: what a person picks or types.
+        source: a folder or a Hub repository id.
+        steps, guidance_scale, size: of a generated image (pixels a side).
+        learn_steps: time steps of a trajectory while learning.
+        dtype: in which its files hold the weights.
+        licence: of the weights; a pruned checkpoint inherits it.
+    """
+
+    name: str
+    source: str
+    title: str
+    steps: int
+    guidance_scale: float
+    size: int
+    learn_steps: int
+    dtype: str
+    licence: str
+    gated: bool = False
+
+    @property
+    def embedded(self) -> bool:
+        return Path(self.source).is_absolute()
+
+    def prompts(self, which: str) -> list[str]:
+        """Prompts to learn on ("calibration") or to judge by ("heldout"): never the same ones."""
+        folder = Path(self.source) if self.embedded else EMBEDDED
+        text = (folder / "prompts" / f"{which}.txt").read_text(encoding="utf-8")
+        return [line for line in text.splitlines() if line.strip()]
+
+
+MODELS: dict[str, Model] = {
+    model.name: model
+    for model in (
+        Model(
+            "emoji-sdxl",
+            str(EMBEDDED / "emoji-sdxl"),
+            "emoji-sdxl · 8 M, ships with ecodiff",
+            steps=20,
+            guidance_scale=3.0,
+            size=64,
+            learn_steps=12,
+            dtype="float16",
+            licence="mit",
+        ),
+        Model(
+            "sdxl",
+            "stabilityai/stable-diffusion-xl-base-1.0",
+            "Stable Diffusion XL · 2.6 B, from the Hub",
+            steps=30,
+            guidance_scale=5.0,
+            size=1024,
+            learn_steps=12,
+            dtype="float16",
+            licence="openrail++",
+        ),
+        Model(
+            "sd-1.5",
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            "Stable Diffusion 1.5 · 0.9 B, from the Hub",
+            steps=30,
+            guidance_scale=7.5,
+            size=512,
+            learn_steps=12,
+            dtype="float16",
+            licence="creativeml-openrail-m",
+        ),
+    )
+}
+
+
+def find(name: str) -> Model:
+    """The catalogue's entry of `name`, or one with cautious defaults for any folder or Hub id."""
+    if name in MODELS:
+        return MODELS[name]
+    by_source = {model.source: model for model in MODELS.values()}
+    if name in by_source:
+        return by_source[name]
+    return Model(
+        name, name, name, 30, 5.0, 0, learn_steps=12, dtype="float16", licence="other"
+    )

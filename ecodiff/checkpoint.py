@@ -1,0 +1,258 @@
+"""Opening pipelines and writing pruned ones: diffusers folders, safetensors and JSON only."""
+
+import copy
+import json
+import os
+import shutil
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from . import catalog, ecodiff_sliced_v1
+from .errors import CheckpointError, EcodiffError, ModelNotFoundError, UnsupportedModelError
+from .groups import denoiser_name, denoiser_of
+from .slicing import plan_of
+
+# diffusers reads components of a pruned folder from the module that its index names, if imported.
+sys.modules.setdefault(ecodiff_sliced_v1.NAME, ecodiff_sliced_v1)
+
+PLAN_FILE = "ecodiff_plan.safetensors"
+_WORDS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None = None):
+    """Open a pipeline: an embedded model's name, a diffusers folder (dense or pruned), a Hub id.
+
+    Args:
+        dtype: None: float32 on a CPU, else what the model's files hold.
+        device: None: "cuda" if there is one, else "cpu".
+
+    Raises:
+        ModelNotFoundError: no such name or folder, no network, or no access.
+        CheckpointError: the folder is incomplete or damaged.
+        UnsupportedModelError: it is not a diffusion pipeline.
+    """
+    known = catalog.find(str(model))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is None:
+        dtype = torch.float32 if device == "cpu" else _WORDS[known.dtype]
+    source = known.source
+    try:
+        index = model_index(source)
+        components = {}
+        for name, entry in index.items():
+            if isinstance(entry, list) and entry[0] == ecodiff_sliced_v1.NAME:
+                cls = getattr(ecodiff_sliced_v1, str(entry[1]))
+                components[name] = cls.from_pretrained(source, subfolder=name, dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, **components
+        )
+    except EcodiffError:
+        raise
+    except SafetensorError as error:
+        raise _damaged(source, error) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        raise _unreachable(source, error) from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise _damaged(source, error) from None
+    denoiser_of(pipe)
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.eval()
+    return pipe.to(device)
+
+
+def model_index(source: str) -> dict:
+    """`model_index.json` of a folder or Hub repository. Downloads no weights.
+
+    Raises:
+        ModelNotFoundError, CheckpointError
+    """
+    if os.path.isdir(source):
+        if not os.path.isfile(os.path.join(source, "model_index.json")):
+            raise CheckpointError(
+                f"{source} has no model_index.json, so it is not a diffusers pipeline folder."
+            )
+    elif os.path.isabs(source) or source.startswith((".", "~")) or source.count("/") != 1:
+        names = ", ".join(catalog.MODELS)
+        raise ModelNotFoundError(
+            f"There is no model {source!r}. Give one of {names}; a diffusers folder; or a Hub id "
+            "such as stabilityai/stable-diffusion-xl-base-1.0."
+        )
+    try:
+        return DiffusionPipeline.load_config(source)
+    except HFValidationError as error:
+        raise ModelNotFoundError(f"{source!r} is not a Hub id: {error}") from None
+    except (OSError, ValueError) as error:
+        if os.path.isdir(source):
+            raise _damaged(source, error) from None
+        raise _unreachable(source, error) from None
+
+
+def empty_denoiser(source: str) -> nn.Module:
+    """The denoiser of a model on the meta device: its shapes, without its weights.
+
+    Raises:
+        ModelNotFoundError, CheckpointError, UnsupportedModelError
+    """
+    source = catalog.find(source).source
+    index = model_index(source)
+    name = next((n for n in ("unet", "transformer") if index.get(n, [None])[0]), None)
+    if name is None:
+        raise UnsupportedModelError(f"{source} has no `unet` and no `transformer` to prune.")
+    library, cls_name = index[name]
+    module = ecodiff_sliced_v1 if library == ecodiff_sliced_v1.NAME else diffusers
+    cls = getattr(module, str(cls_name), None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise UnsupportedModelError(f"The {name} of {source} is a {cls_name}, not diffusers' own.")
+    try:
+        with init_empty_weights():
+            return cls.from_config(cls.load_config(source, subfolder=name))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if os.path.isdir(source):
+            raise _damaged(source, error) from None
+        raise _unreachable(source, error) from None
+
+
+def disk_dtype(source: str) -> torch.dtype | None:
+    """In which type a model's files hold the denoiser's weights; None if it cannot be told."""
+    folder = Path(catalog.find(source).source)
+    for name in ("unet", "transformer"):
+        for file in (folder / name).glob("*.safetensors"):
+            with safe_open(file, framework="pt") as weights:
+                return weights.get_tensor(next(iter(weights.keys()))).dtype
+    return _WORDS.get(catalog.find(source).dtype)
+
+
+def _unreachable(source: str, error: Exception) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"Could not get {source} from the Hugging Face Hub: no network, no such repository, or no "
+        "access (a gated model needs its licence accepted and a token). Check the id and the "
+        "connection, or give a folder on this machine."
+    )
+
+
+def _damaged(source: str, error: Exception) -> CheckpointError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return CheckpointError(f"{source} could not be opened as a diffusers pipeline: {reason}")
+
+
+def folder_bytes(folder: str | Path) -> int:
+    """Size of all files in a folder, in bytes."""
+    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+
+
+def save(pipe, folder: str | Path, dtype: torch.dtype | None = None, card: str = "") -> Path:
+    """Write a pruned pipeline as a diffusers folder that opens without ecodiff.
+
+    Written beside its place and moved there when complete: a full disk leaves nothing half done,
+    and an existing folder is only replaced if ecodiff wrote it.
+
+    Args:
+        dtype: of the weights in the files; None: as they are in memory.
+        card: text of the folder's README.md; empty: what `model_card` writes.
+
+    Raises:
+        UnsupportedModelError: the pipeline's denoiser has not been pruned.
+        CheckpointError: the folder holds something else, or could not be written.
+    """
+    folder = Path(folder)
+    plan = plan_of(denoiser_of(pipe))
+    if plan is None:
+        raise UnsupportedModelError(
+            f"This {type(pipe).__name__} has not been pruned; save it with its own "
+            "save_pretrained, or prune it first (ecodiff.variant)."
+        )
+    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+        if not (folder / PLAN_FILE).is_file():
+            raise CheckpointError(
+                f"{folder} exists and holds something else. Name a new or an empty folder."
+            )
+    if dtype is not None and dtype != denoiser_of(pipe).dtype:
+        pipe = _cast(pipe, dtype)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise CheckpointError(f"Could not write {folder}: {error}.") from None
+    try:
+        pipe.save_pretrained(partial)
+        plan.save(partial / PLAN_FILE)
+        (partial / "README.md").write_text(card or model_card(pipe), encoding="utf-8")
+        partial.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Could not write {folder}: {error}. Is the disk full? Nothing was left there."
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _cast(pipe, dtype: torch.dtype):
+    """A copy of `pipe` with weights in `dtype`; the modules it may share are not touched."""
+    cast = {
+        name: copy.deepcopy(component).to(dtype)
+        for name, component in pipe.components.items()
+        if isinstance(component, nn.Module)
+    }
+    small = copy.copy(pipe)
+    small.register_modules(**cast)
+    return small
+
+
+def model_card(pipe, facts: dict | None = None) -> str:
+    """README.md of a pruned folder: what was removed, how to load it, the base model's licence."""
+    name = denoiser_name(pipe)
+    plan = plan_of(getattr(pipe, name))
+    about = plan.metadata | (facts or {})
+    base = about.get("model", "unknown")
+    known = catalog.find(base)
+    head = {"library_name": "diffusers", "license": known.licence, "tags": ["ecodiff", "pruned"]}
+    if "/" in known.source and not known.embedded:
+        head["base_model"] = known.source
+    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
+    dense, pruned = about.get("params_dense"), about.get("params_pruned")
+    size = f"{dense:,} → {pruned:,} ({1 - pruned / dense:.1%} removed)" if dense else "see config"
+    measured = "".join(f"| {key} | {value} |\n" for key, value in (facts or {}).items())
+    return f"""---
+{front}
+---
+
+# {base}, pruned with ecodiff
+
+| | |
+|---|---|
+| parameters of the {name} | {size} |
+| method | {about.get("method", "unknown")} |
+| plan | `{plan.digest}` |
+{measured}
+```python
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("THIS FOLDER", trust_remote_code=True)
+image = pipe("a prompt").images[0]
+```
+
+`trust_remote_code` runs `{name}/{ecodiff_sliced_v1.NAME}.py`, which only gives the layers their
+smaller shapes. With ecodiff {version("ecodiff") if _installed() else ""} installed,
+`ecodiff.load("THIS FOLDER")` needs no remote code. The licence is the base model's.
+"""
+
+
+def _installed() -> bool:
+    try:
+        return bool(version("ecodiff"))
+    except ModuleNotFoundError:
+        return False

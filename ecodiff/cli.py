@@ -1,0 +1,338 @@
+"""The command line: prune, generate, compare, info."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from . import catalog, checkpoint
+from .errors import EcodiffError, UnsupportedModelError
+from .fidelity import compare, fidelity, generate
+from .groups import denoiser_of, find_groups, unit_parameters, unrecognised
+from .learn import PRESETS, LearnConfig
+from .measure import parameters
+from .plan import Scores
+from .runs import Run, RunStore
+from .slicing import plan_of, variant
+
+EXAMPLES = """examples:
+  python -m ecodiff prune emoji-sdxl --ratio 0.2 --preset fast --out small
+  python -m ecodiff prune RUN --ratio 0.3 --out smaller      another size, without learning again
+  python -m ecodiff generate small "a red apple" --seed 7
+  python -m ecodiff compare small "a red apple" --seed 7
+  python -m ecodiff info stabilityai/stable-diffusion-xl-base-1.0
+
+MODEL is an embedded model's name (emoji-sdxl), a diffusers folder, or a Hub id.
+exit codes: 0 done, 1 failed (the reason is on stderr), 2 wrong usage, 130 stopped by Ctrl-C.
+"""
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Two aligned columns."""
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"  {label:<{width}}  {value}" for label, value in rows)
+
+
+def megabytes(count: float) -> str:
+    """Bytes for people: "16.2 MB", "5.14 GB"."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def learn_config(model: catalog.Model, preset: str, ratio: float, **changes) -> LearnConfig:
+    """The configuration of a preset with the catalogue's defaults of a model."""
+    return LearnConfig.preset(
+        preset,
+        ratio=ratio,
+        inference_steps=model.learn_steps,
+        guidance_scale=model.guidance_scale,
+        size=model.size or None,
+        **changes,
+    )
+
+
+def prune(options: argparse.Namespace) -> int:
+    """Learn (or resume, or take a finished run), cut, save."""
+    started = time.monotonic()
+    source = Path(options.model)
+    if (source / "run.json").is_file():
+        run = Run.open(source)
+        if not (run.folder / "scores.safetensors").exists():
+            raise EcodiffError(f"The run in {source} has no scores yet. Resume it first.")
+        pipe = checkpoint.load(run.model)
+    else:
+        pipe = checkpoint.load(options.model)
+        run = _open_or_create(options, pipe)
+        if not _learn(run, pipe, options):
+            return 130
+    plan = run.scores().plan(ratio=options.ratio)
+    plan.metadata["model"] = run.model
+    small = variant(pipe, plan)
+    dtype = checkpoint.disk_dtype(run.model)
+    out = checkpoint.save(small, options.out, dtype)
+    dense, pruned = parameters(denoiser_of(pipe)), parameters(denoiser_of(small))
+    result = {
+        "run": str(run.folder),
+        "out": str(out),
+        "plan": str(out / checkpoint.PLAN_FILE),
+        "digest": plan.digest,
+        "params_dense": dense,
+        "params_pruned": pruned,
+        "bytes": checkpoint.folder_bytes(out),
+        "seconds": round(time.monotonic() - started, 2),
+    }
+    units = sum(int((~keep).sum()) for keep in plan.values()), sum(len(k) for k in plan.values())
+    rows = [
+        ("parameters", f"{dense:,} -> {pruned:,} ({1 - pruned / dense:.1%} of the denoiser removed)"),
+        ("units", f"{units[0]:,} of {units[1]:,} removed ({units[0] / units[1]:.1%})"),
+        ("size on disk", megabytes(result["bytes"])),
+        ("saved in", result["out"]),
+        ("run", f"{result['run']}  (prune it again for another size)"),
+        ("time", f"{result['seconds']:.0f} s"),
+    ]
+    print(table(rows))
+    if options.json:
+        print(json.dumps(result))
+    return 0
+
+
+def _open_or_create(options: argparse.Namespace, pipe) -> Run:
+    model = catalog.find(options.model)
+    changes = {} if options.seed is None else {"seed": options.seed}
+    config = learn_config(model, options.preset, options.ratio, **changes)
+    ceiling = Scores.of(
+        denoiser_of(pipe), {g.name: torch.zeros(g.size) for g in find_groups(denoiser_of(pipe))}
+    )
+    ceiling.plan(ratio=options.ratio)  # refuse an impossible size before learning, not after
+    folder = Path(options.run) if options.run else RunStore().new_folder()
+    if (folder / "run.json").is_file():
+        run = Run.open(folder)
+        if run.config != config or run.model != options.model:
+            raise EcodiffError(
+                f"The run in {folder} was started for {run.model} at ratio {run.config.ratio:g}, "
+                f"preset {run.preset}. Give the same options to resume it, `prune {folder} "
+                "--ratio ...` to cut another size from it, or another --run."
+            )
+        return run
+    return Run.create(folder, options.model, config, model.prompts("calibration"), options.preset)
+
+
+def _learn(run: Run, pipe, options: argparse.Namespace) -> bool:
+    from tqdm import tqdm
+
+    state = run.state()
+    done = state.step if state else 0
+    print(f"run: {run.folder}" + (f" (resumed at step {done})" if done else ""), file=sys.stderr)
+    with tqdm(total=run.config.total_steps, initial=done, unit="step", disable=options.quiet) as bar:
+
+        def show(state, seconds):
+            row = state.history[-1]
+            bar.set_description("learning" if "loss" in row else "warm start")
+            if "loss" in row:
+                bar.set_postfix(loss=f"{row['loss']:.4f}", removed=f"{row['expected']:.1%}")
+            bar.update()
+
+        try:
+            finished = run.advance(pipe, show)
+        except KeyboardInterrupt:
+            finished = False
+    if not finished:
+        print(f"Stopped. The same command with --run {run.folder} resumes.", file=sys.stderr)
+    return finished
+
+
+def generate_command(options: argparse.Namespace) -> int:
+    """One image from a dense or a pruned model."""
+    pipe = checkpoint.load(options.model)
+    sample = generate(pipe, options.prompt, options.seed, **_defaults(options.model, options))
+    out = Path(options.out or f"ecodiff-{options.seed}.png")
+    _save_image(sample.image, out)
+    print(table([("saved in", str(out)), ("time", f"{sample.milliseconds:.0f} ms")]))
+    return 0
+
+
+def compare_command(options: argparse.Namespace) -> int:
+    """Dense beside pruned: one prompt, or the held-out prompts of the model."""
+    small = checkpoint.load(options.model)
+    plan = plan_of(denoiser_of(small))
+    if plan is None:
+        raise UnsupportedModelError(f"{options.model} is not pruned; compare takes a pruned folder.")
+    base = options.dense or plan.metadata.get("model")
+    if not base:
+        raise EcodiffError("The plan does not name its dense model. Give it with --dense.")
+    pipe = checkpoint.load(base)
+    defaults = _defaults(base, options)
+    if options.prompt:
+        dense, pruned = (generate(p, options.prompt, options.seed, **defaults) for p in (pipe, small))
+        out = Path(options.out or f"ecodiff-compare-{options.seed}.png")
+        pair = dense.image.copy().resize((2 * dense.image.width, dense.image.height))
+        pair.paste(dense.image, (0, 0))
+        pair.paste(pruned.image, (dense.image.width, 0))
+        _save_image(pair, out)
+        values, extra = vars(fidelity(dense, pruned)), [("dense | pruned", str(out))]
+        report = {"mean": values, "prompt": options.prompt, "seed": options.seed}
+    else:
+        prompts = catalog.find(base).prompts("heldout")[: options.count]
+        report = compare(pipe, small, prompts, [options.seed], **defaults)
+        values, extra = report["mean"], [("prompts", str(len(prompts)))]
+    rows = [
+        *extra,
+        ("latent error", f"{values['latent_error']:.4f}"),
+        ("PSNR", f"{values['psnr']:.1f} dB"),
+        ("SSIM", f"{values['ssim']:.3f}"),
+    ]
+    print(table(rows))
+    if options.json:
+        print(json.dumps(report))
+    return 0
+
+
+def _defaults(model: str, options: argparse.Namespace) -> dict:
+    """Steps, guidance and size: as asked, else as the catalogue says (of the dense model)."""
+    folder = Path(model)
+    if (folder / checkpoint.PLAN_FILE).is_file():
+        from .plan import PrunePlan
+
+        model = PrunePlan.load(folder / checkpoint.PLAN_FILE).metadata.get("model", model)
+    known = catalog.find(model)
+    return {
+        "steps": options.steps or known.steps,
+        "guidance_scale": known.guidance_scale if options.guidance is None else options.guidance,
+        "size": known.size or None,
+    }
+
+
+def _save_image(image, out: Path) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        image.save(out)
+    except (OSError, ValueError) as error:
+        raise EcodiffError(f"Could not write the image to {out}: {error}.") from None
+
+
+def info(options: argparse.Namespace) -> int:
+    """What a model is made of and what of it can be pruned, from its configuration alone."""
+    denoiser = checkpoint.empty_denoiser(options.model)
+    groups = find_groups(denoiser)
+    total = parameters(denoiser)
+    plan = plan_of(denoiser)
+    share = {
+        kind: sum(g.size * unit_parameters(denoiser, g) for g in groups if g.kind == kind)
+        for kind in ("heads", "ffn")
+    }
+    scores = Scores.of(denoiser, {g.name: torch.zeros(g.size) for g in groups})
+    facts = {
+        "model": options.model,
+        "denoiser": type(denoiser).__name__,
+        "params": total,
+        "heads": sum(g.size for g in groups if g.kind == "heads"),
+        "neurons": sum(g.size for g in groups if g.kind == "ffn"),
+        "share_heads": share["heads"] / total,
+        "share_ffn": share["ffn"] / total,
+        "ceiling": scores.ceiling,
+        "left_alone": unrecognised(denoiser, groups),
+        "pruned": plan is not None,
+    }
+    rows = [
+        ("denoiser", facts["denoiser"]),
+        ("parameters", f"{total:,}"),
+        ("heads", f"{facts['heads']:,} ({facts['share_heads']:.1%} of the parameters)"),
+        ("FFN neurons", f"{facts['neurons']:,} ({facts['share_ffn']:.1%})"),
+        ("can be removed", f"at most {scores.ceiling:.1%}"),
+        ("left alone", ", ".join(f"{k} {v / total:.1%}" for k, v in facts["left_alone"].items())),
+    ]
+    if plan is not None:
+        rows.append(("pruned by plan", plan.digest))
+    if scores.ceiling >= 0.2:
+        facts["params_at_20"] = total - scores.removed(scores.plan(ratio=0.2))
+        rows.append(("after a 20 % plan", f"{facts['params_at_20']:,} parameters"))
+    print(table(rows))
+    if options.json:
+        print(json.dumps(facts))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of every command."""
+    root = argparse.ArgumentParser(
+        prog="python -m ecodiff",
+        description="Make diffusion models smaller by learning which heads and neurons matter.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = root.add_subparsers(dest="command", required=True)
+
+    def command(name, function, text):
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(function=function)
+        sub.add_argument("--json", action="store_true", help="print one JSON object as last line")
+        return sub
+
+    def drawing(sub):
+        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--steps", type=int, help="time steps (default: the model's)")
+        sub.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
+        sub.add_argument("--out", metavar="PNG", help="where to save the image")
+
+    sub = command("prune", prune, "learn which units matter, remove the rest, save the model")
+    sub.add_argument("model", help="MODEL, or the folder of a finished run")
+    sub.add_argument(
+        "--ratio", type=float, default=0.2, help="fraction of the denoiser's parameters to remove"
+    )
+    sub.add_argument("--preset", choices=list(PRESETS), default="balanced")
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder of the pruned pipeline")
+    sub.add_argument("--run", metavar="DIR", help="the run's folder; an unfinished one is resumed")
+    sub.add_argument("--seed", type=int, help="of prompts, noise and gates")
+    sub.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    sub = command("generate", generate_command, "generate an image")
+    sub.add_argument("model", help="MODEL or a pruned folder")
+    sub.add_argument("prompt")
+    drawing(sub)
+
+    sub = command("compare", compare_command, "measure a pruned model against its dense one")
+    sub.add_argument("model", help="a pruned folder")
+    sub.add_argument("prompt", nargs="?", help="one prompt (default: held-out prompts)")
+    sub.add_argument("--dense", help="the dense model (default: the one that the plan names)")
+    sub.add_argument("--count", type=int, default=16, help="how many held-out prompts")
+    drawing(sub)
+
+    sub = command("info", info, "show what can be pruned, without downloading weights")
+    sub.add_argument("model", help="MODEL or a pruned folder")
+    return root
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    options = parser().parse_args(arguments)
+    _be_quiet()
+    try:
+        return options.function(options)
+    except EcodiffError as error:
+        print(f"ecodiff: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _be_quiet() -> None:
+    """Only ecodiff's own messages on the terminal."""
+    import warnings
+
+    import diffusers
+    import huggingface_hub
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity(100)  # its retries; what failed is told once, at the end
+    warnings.simplefilter("ignore")

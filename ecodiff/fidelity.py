@@ -1,0 +1,136 @@
+"""How close a pruned model is to its dense one: same prompt, same noise."""
+
+import inspect
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
+
+from .groups import denoiser_of
+from .measure import parameters
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated image, its final latents (float32, on the CPU) and the time it took."""
+
+    image: Image.Image
+    latents: Tensor
+    milliseconds: float
+
+
+def generate(
+    pipe,
+    prompt: str,
+    seed: int,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    size: int | None = None,
+    on_step=None,
+) -> Sample:
+    """Generate one image. The noise depends on the seed only, so variants can be compared.
+
+    Args:
+        on_step: called with the number of finished time steps; raise in it to stop.
+    """
+    latents = {}
+
+    def keep(pipe, index, timestep, kwargs):
+        latents["z"] = kwargs["latents"]
+        if on_step is not None:
+            on_step(index + 1)
+        return kwargs
+
+    wanted = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": size or None,
+        "width": size or None,
+    }
+    known = inspect.signature(type(pipe).__call__).parameters
+    extra = {k: v for k, v in wanted.items() if v is not None and k in known}
+    generator = torch.Generator().manual_seed(seed)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        image = pipe(prompt, generator=generator, callback_on_step_end=keep, **extra).images[0]
+    elapsed = 1000 * (time.perf_counter() - start)
+    return Sample(image, latents["z"].float().cpu().clone(), elapsed)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Of one pair of images.
+
+    Attributes:
+        latent_error: ||z_0 - z_0'||^2 over the dense latent's variance, a mean over elements.
+        psnr: of the RGB images, in dB.
+        ssim: of the RGB images, 1 if equal (Wang et al. 2004).
+    """
+
+    latent_error: float
+    psnr: float
+    ssim: float
+
+
+def latent_error(dense: Tensor, pruned: Tensor) -> float:
+    """Mean squared difference of two final latents, relative to the dense one's variance."""
+    return float((dense - pruned).square().mean() / dense.var())
+
+
+def fidelity(dense: Sample, pruned: Sample) -> Fidelity:
+    """Compare two samples of the same prompt and seed."""
+    a, b = (
+        torch.from_numpy(np.asarray(s.image.convert("RGB"), dtype=np.float32) / 255)
+        .permute(2, 0, 1)[None]
+        for s in (dense, pruned)
+    )
+    return Fidelity(
+        latent_error(dense.latents, pruned.latents),
+        min(99.0, float(peak_signal_noise_ratio(b, a, data_range=1.0))),
+        float(structural_similarity_index_measure(b, a, data_range=1.0)),
+    )
+
+
+def compare(
+    pipe,
+    small,
+    prompts: Sequence[str],
+    seeds: Sequence[int] = (0,),
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    size: int | None = None,
+) -> dict:
+    """Fidelity and speed of a pruned pipeline against the dense one, as plain data.
+
+    Returns:
+        {"mean": {latent_error, psnr, ssim}, "rows": one dict a prompt and seed, "params_dense",
+        "params_pruned", "ms_dense", "ms_pruned": median milliseconds an image}
+    """
+    options = {"steps": steps, "guidance_scale": guidance_scale, "size": size}
+    for warm in (pipe, small):
+        generate(warm, prompts[0], 0, **options)
+    rows, times = [], []
+    for prompt in prompts:
+        for seed in seeds:
+            dense = generate(pipe, prompt, seed, **options)
+            pruned = generate(small, prompt, seed, **options)
+            rows.append({"prompt": prompt, "seed": seed, **asdict(fidelity(dense, pruned))})
+            times.append((dense.milliseconds, pruned.milliseconds))
+    measures = ("latent_error", "psnr", "ssim")
+    median = np.median(np.array(times), axis=0)
+    return {
+        "mean": {name: float(np.mean([row[name] for row in rows])) for name in measures},
+        "params_dense": parameters(denoiser_of(pipe)),
+        "params_pruned": parameters(denoiser_of(small)),
+        "ms_dense": float(median[0]),
+        "ms_pruned": float(median[1]),
+        "rows": rows,
+    }

@@ -1,0 +1,106 @@
+"""The worker: one thread that learns one run after another, whoever watches."""
+
+import queue
+import threading
+import traceback
+from collections import deque
+from dataclasses import dataclass, field
+
+from .errors import EcodiffError, RunError
+from .gpu import DEVICE, PIPELINES
+from .learn import LearnState
+from .runs import Run
+
+MAX_WAITING = 16
+
+
+@dataclass
+class Job:
+    """A run that was handed to the worker in this process."""
+
+    run: Run
+    stage: str = "queued"  # queued, loading, learning, finished, stopped, failed
+    seconds: deque = field(default_factory=lambda: deque(maxlen=8))  # of the last steps
+    state: LearnState | None = None
+
+    @property
+    def active(self) -> bool:
+        return self.stage in ("queued", "loading", "learning")
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Measured time of the last steps times the steps that are left; None before the first."""
+        if not self.seconds or self.state is None:
+            return None
+        left = self.run.config.total_steps - self.state.step
+        return left * sum(self.seconds) / len(self.seconds)
+
+
+class Worker:
+    """Runs in the order in which they were handed in, in a daemon thread."""
+
+    def __init__(self):
+        self._jobs: dict[str, Job] = {}
+        self._waiting: queue.Queue[Job] = queue.Queue()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def submit(self, run: Run) -> Job:
+        """Queue a run (or do nothing if it is queued or running).
+
+        Raises:
+            RunError: too many runs are waiting.
+        """
+        with self._lock:
+            job = self._jobs.get(run.id)
+            if job is not None and job.active:
+                return job
+            if self._waiting.qsize() >= MAX_WAITING:
+                raise RunError(f"{MAX_WAITING} runs are waiting already. Try again later.")
+            (run.folder / "STOP").unlink(missing_ok=True)
+            job = self._jobs[run.id] = Job(run, state=run.state())
+            self._waiting.put(job)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, daemon=True, name="ecodiff-worker")
+                self._thread.start()
+            return job
+
+    def job(self, run_id: str) -> Job | None:
+        """The job of a run, if this process has or had one."""
+        return self._jobs.get(run_id)
+
+    def ahead(self, job: Job) -> int:
+        """How many runs come before a queued one."""
+        others = [other for other in self._jobs.values() if other.active and other is not job]
+        return len(others) if job.stage == "queued" else 0
+
+    def _work(self) -> None:
+        while True:
+            job = self._waiting.get()
+            try:
+                self._learn(job)
+            except EcodiffError as error:
+                job.run.record(str(error))
+                job.stage = "failed"
+            except Exception:  # the thread must outlive a bug; the run keeps its last saved state
+                traceback.print_exc()
+                job.run.record("ecodiff failed unexpectedly; the server's log says where. Resume?")
+                job.stage = "failed"
+
+    def _learn(self, job: Job) -> None:
+        if job.run.stop_requested:
+            job.stage = "stopped"
+            return
+        job.stage = "loading"
+        pipe = PIPELINES.dense(job.run.model)
+        job.stage = "learning"
+
+        def progress(state: LearnState, seconds: float) -> None:
+            job.state = state
+            job.seconds.append(seconds)
+
+        finished = job.run.advance(pipe, progress, DEVICE)
+        job.stage = "finished" if finished else "stopped"
+
+
+WORKER = Worker()

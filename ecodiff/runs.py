@@ -1,0 +1,234 @@
+"""A run is a folder: what was asked, the state of learning, the scores. It survives a kill.
+
+    run.json              model, configuration, prompts; written once
+    state.safetensors     where learning is, replaced atomically
+    scores.safetensors    the ranking so far; final once all steps are done
+    plans/, models/       what was cut from it
+    STOP, ERROR           a request to stop; why it last failed
+"""
+
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .errors import CheckpointError, EcodiffError, LearningError, RunError
+from .learn import LearnConfig, LearnState, learn
+from .plan import Scores
+
+RUN_FORMAT = "ecodiff.run.1"
+SAVE_SECONDS = 2.0  # a state is saved after the first step that ends this long after the last save
+
+
+def store_root() -> Path:
+    """Where runs live: $ECODIFF_HOME/runs, /data/ecodiff/runs on a Space with storage, or ~."""
+    home = os.environ.get("ECODIFF_HOME")
+    if home:
+        return Path(home).expanduser() / "runs"
+    if os.environ.get("SPACE_ID") and os.access("/data", os.W_OK):
+        return Path("/data/ecodiff/runs")
+    return Path.home() / ".cache" / "ecodiff" / "runs"
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
+    """Raised inside a step when a stop was requested."""
+
+
+@dataclass
+class Run:
+    """One mask learning job on disk."""
+
+    folder: Path
+    model: str
+    config: LearnConfig
+    prompts: list[str]
+    preset: str = ""
+    created: float = 0.0
+    name: str = ""
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
+
+    @classmethod
+    def create(cls, folder: Path, model: str, config: LearnConfig, prompts, preset="") -> "Run":
+        """Start a new run in `folder`.
+
+        Raises:
+            RunError: there is a run already, or the folder holds something else.
+            CheckpointError: it cannot be written.
+        """
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"{folder} exists and is not empty. Name a new folder for the run.")
+        run = cls(folder, model, config, list(prompts), preset, time.time())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            run.save()
+        except OSError as error:
+            raise CheckpointError(f"Could not create the run in {folder}: {error}.") from None
+        return run
+
+    @classmethod
+    def open(cls, folder: Path) -> "Run":
+        """Open what `create` made. Raises RunError if it is not a run."""
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            if about.pop("format") != RUN_FORMAT:
+                raise ValueError("another format")
+            config = LearnConfig(**about.pop("config"))
+            return cls(folder=folder, config=config, **about)
+        except FileNotFoundError:
+            raise RunError(f"{folder} is not a run: it has no run.json.") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"The run in {folder} cannot be read: {error}.") from None
+
+    def save(self) -> None:
+        """Write run.json atomically."""
+        about = asdict(self) | {"format": RUN_FORMAT}
+        del about["folder"]
+        partial = self.folder / "run.json.partial"
+        partial.write_text(json.dumps(about, indent=1), encoding="utf-8")
+        partial.replace(self.folder / "run.json")
+
+    def state(self) -> LearnState | None:
+        path = self.folder / "state.safetensors"
+        return LearnState.load(path) if path.exists() else None
+
+    def scores(self) -> Scores:
+        """The ranking as far as it is learned. Raises CheckpointError if there is none yet."""
+        return Scores.load(self.folder / "scores.safetensors")
+
+    @property
+    def finished(self) -> bool:
+        state = self.state()
+        return state is not None and state.step >= self.config.total_steps
+
+    def request_stop(self) -> None:
+        (self.folder / "STOP").touch()
+
+    @property
+    def stop_requested(self) -> bool:
+        return (self.folder / "STOP").exists()
+
+    @property
+    def error(self) -> str:
+        path = self.folder / "ERROR"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def advance(
+        self,
+        pipe,
+        on_progress: Callable[[LearnState, float], None] | None = None,
+        device_lock: AbstractContextManager | None = None,
+    ) -> bool:
+        """Learn from where the run is to its end, saving as it goes.
+
+        Args:
+            on_progress: called after each step with the state and the seconds that it took.
+
+        Returns:
+            True if the run is finished, False if it was stopped.
+
+        Raises:
+            RunError: another process is working on it.
+            LearningError, CheckpointError: it failed; the last saved state is kept.
+        """
+        for flag in ("STOP", "ERROR"):
+            (self.folder / flag).unlink(missing_ok=True)
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                return self._advance(pipe, on_progress, device_lock)
+        except Timeout:
+            raise RunError(f"Another process is working on the run in {self.folder}.") from None
+        except EcodiffError as error:
+            self.record(str(error))
+            raise
+        except (MemoryError, RuntimeError) as error:
+            if "out of memory" not in str(error).lower() and not isinstance(error, MemoryError):
+                raise
+            message = (
+                "The device ran out of memory. The run is kept: free memory, or start a new one "
+                "with a smaller batch or image size, and resume."
+            )
+            self.record(message)
+            raise LearningError(message) from None
+
+    def _advance(self, pipe, on_progress, device_lock) -> bool:
+        saved, started, state, scores = time.monotonic(), time.monotonic(), None, None
+        try:
+            steps = learn(
+                pipe,
+                self.prompts,
+                self.config,
+                self.state(),
+                on_step=self._raise_if_stopped,
+                device_lock=device_lock,
+            )
+            for state, scores in steps:
+                now = time.monotonic()
+                if now - saved >= SAVE_SECONDS:
+                    self._save(state, scores)
+                    saved = now
+                if on_progress is not None:
+                    on_progress(state, now - started)
+                started = time.monotonic()
+                self._raise_if_stopped()
+        except Stopped:
+            return False
+        finally:
+            if scores is not None:
+                self._save(state, scores)
+        return True
+
+    def _save(self, state: LearnState, scores: Scores) -> None:
+        scores.save(self.folder / "scores.safetensors")
+        state.save(self.folder / "state.safetensors")
+
+    def _raise_if_stopped(self) -> None:
+        if self.stop_requested:
+            raise Stopped
+
+    def record(self, message: str) -> None:
+        """Keep why the run failed, to be shown with it."""
+        try:
+            (self.folder / "ERROR").write_text(message, encoding="utf-8")
+        except OSError:
+            pass  # the disk may be what failed; the error itself is raised
+
+
+class RunStore:
+    """All runs under one folder. An id is a secret: who has it may use the run."""
+
+    def __init__(self, root: Path | None = None):
+        self.root = Path(root or store_root())
+
+    def new_folder(self) -> Path:
+        """A folder for a new run, named by 128 random bits."""
+        return self.root / secrets.token_hex(16)
+
+    def open(self, run_id: str) -> Run:
+        """The run of that id. Raises RunError if there is none (or the id is not one)."""
+        if not (len(run_id) == 32 and set(run_id) <= set("0123456789abcdef")):
+            raise RunError("This is not the id of a run.")
+        if not (self.root / run_id / "run.json").is_file():
+            raise RunError("There is no such run any more. It may have expired.")
+        return Run.open(self.root / run_id)
+
+    def sweep(self, max_age: float) -> int:
+        """Delete runs that nothing was written to for `max_age` seconds. Returns how many."""
+        removed = 0
+        for folder in self.root.glob("*"):
+            newest = max((f.stat().st_mtime for f in folder.glob("*")), default=time.time())
+            if (folder / "run.json").is_file() and time.time() - newest > max_age:
+                shutil.rmtree(folder, ignore_errors=True)
+                removed += 1
+        return removed

@@ -1,0 +1,85 @@
+"""Named endpoints: everything on the page, for gradio_client and HTTP."""
+
+import gradio as gr
+
+from .. import service
+from .common import told
+
+
+def build() -> None:
+    """Register the endpoints. Call inside Blocks."""
+
+    def predict(model: str, ratio: float) -> dict:
+        return service.predict(model, ratio)
+
+    def prune_start(
+        model: str = "emoji-sdxl", ratio: float = 0.2, preset: str = "fast", seed: int = 0
+    ) -> dict:
+        return service.start(model, ratio, preset, seed)
+
+    def prune_status(run: str) -> dict:
+        return service.status(run)
+
+    def prune_stop(run: str) -> dict:
+        return service.stop(run)
+
+    def prune_resume(run: str) -> dict:
+        return service.resume(run)
+
+    def cut(run: str, ratio: float) -> dict:
+        return service.cut(run, ratio)
+
+    def rename(run: str, name: str) -> dict:
+        return service.rename(run, name)
+
+    for function, source in (
+        (predict, service.predict),
+        (prune_start, service.start),
+        (prune_status, service.status),
+        (prune_stop, service.stop),
+        (prune_resume, service.resume),
+        (cut, service.cut),
+        (rename, service.rename),
+    ):
+        function.__doc__ = source.__doc__
+        gr.api(told(function), api_name=function.__name__, api_description=source.__doc__)
+
+    # Files and images need components: gr.api passes plain data only.
+    run = gr.Textbox(visible=False)
+    ratio = gr.Number(visible=False)
+    prompt = gr.Textbox(visible=False)
+    seed, steps = gr.Number(0, precision=0, visible=False), gr.Number(None, precision=0, visible=False)
+    guidance = gr.Number(None, visible=False)
+    dense = gr.Image(visible=False, format="png")
+    pruned = gr.Image(visible=False, format="png")
+    facts, file, trigger = gr.JSON(visible=False), gr.File(visible=False), gr.Button(visible=False)
+
+    @told
+    def compare(run, ratio, prompt, seed, steps, guidance_scale):
+        a, b, found = service.compare(run, ratio, prompt, seed or 0, steps or None, guidance_scale)
+        return a.image, b.image, found
+
+    trigger.click(
+        compare,
+        [run, ratio, prompt, seed, steps, guidance],
+        [dense, pruned, facts],
+        api_name="compare",
+        api_description=service.compare.__doc__,
+    )
+
+    @told
+    def download(run, ratio):
+        made = service.export(run, ratio)
+        return made["path"], {key: made[key] for key in ("name", "folder", "bytes", "sha256")}
+
+    trigger.click(
+        download, [run, ratio], [file, facts], api_name="download", api_description=service.export.__doc__
+    )
+
+    @told
+    def plan_file(run, ratio):
+        return service.plan_file(run, ratio)
+
+    trigger.click(
+        plan_file, [run, ratio], file, api_name="plan_file", api_description=service.plan_file.__doc__
+    )

@@ -1,0 +1,61 @@
+"""What all tabs share: errors for people, and the list of runs that this browser knows."""
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import gradio as gr
+
+from .. import catalog, service
+from ..errors import EcodiffError
+
+MODELS = [(model.title, model.name) for model in catalog.MODELS.values()]
+PRESETS = [
+    ("Fast: a minute or two on the small model", "fast"),
+    ("Balanced", "balanced"),
+    ("Paper: as many steps as the paper", "paper"),
+]
+
+
+def told(function: Callable) -> Callable:
+    """Turn ecodiff's errors into Gradio's, so that the person reads their text."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except EcodiffError as error:
+            raise gr.Error(str(error), duration=15, print_exception=False) from None
+
+    @functools.wraps(function)
+    def generator(*args, **kwargs):
+        try:
+            yield from function(*args, **kwargs)
+        except EcodiffError as error:
+            raise gr.Error(str(error), duration=15, print_exception=False) from None
+
+    return generator if inspect.isgeneratorfunction(function) else wrapper
+
+
+def label(status: dict) -> str:
+    """A run's name in a list: its own, or what it is and when it was started."""
+    import time
+
+    when = time.strftime("%d %b %H:%M", time.localtime(status["created"]))
+    return status["name"] or f"{status['model']} · {status['preset']} · {when}"
+
+
+def mine(runs: list[str]) -> list[dict]:
+    """Status of the runs that this browser started and that still exist, newest first."""
+    found = []
+    for run in runs or []:
+        try:
+            found.append(service.status(run))
+        except EcodiffError:
+            continue
+    return sorted(found, key=lambda status: -status["created"])
+
+
+def choices(runs: list[str], scored: bool = False) -> list[tuple[str, str]]:
+    """(label, id) of those runs; `scored`: only those that something can be cut from."""
+    return [(label(s), s["run"]) for s in mine(runs) if s["step"] or not scored]

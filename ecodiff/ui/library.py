@@ -1,0 +1,83 @@
+"""The Library tab: the runs that this browser started."""
+
+import gradio as gr
+
+from .. import service
+from . import show
+from .common import choices, label, mine, told
+
+COLUMNS = ["Name", "Model", "Preset", "Learned for", "Step", "State"]
+
+
+def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.components.Component]:
+    """Lay out the tab."""
+    gr.Markdown(
+        "Your runs. They are known to this browser only; whoever has a run's id can open it, "
+        "so keep ids to yourself."
+    )
+    table = gr.Dataframe(headers=COLUMNS, interactive=False, wrap=True, show_label=False)
+    with gr.Row():
+        run = gr.Dropdown([], label="Run", scale=2)
+        name = gr.Textbox(label="New name", max_length=60, scale=2)
+        rename = gr.Button("Rename", scale=1)
+    with gr.Row():
+        size = gr.Slider(1, 66, value=20, step=1, label="Remove", info="% of the denoiser's parameters")
+        make = gr.Button("Make the files", variant="primary")
+    with gr.Row():
+        plan = gr.DownloadButton("Plan file", interactive=False)
+        model = gr.DownloadButton("Pruned pipeline", interactive=False)
+    about = gr.Markdown()
+    code = gr.Code(language="python", label="Load it", visible=False, interactive=False)
+    with gr.Accordion("Open a run by its id", open=False), gr.Row():
+        known = gr.Textbox(label="Id", max_length=32)
+        add = gr.Button("Open")
+
+    def rows(runs):
+        return [
+            [
+                label(s),
+                s["model"],
+                s["preset"],
+                f"−{s['ratio']:.0%}",
+                f"{s['step']}/{s['steps']}",
+                show.STAGES[s["stage"]],
+            ]
+            for s in mine(runs)
+        ]
+
+    def refresh(runs, chosen):
+        found = choices(runs)
+        ids = [value for _, value in found]
+        value = chosen if chosen in ids else (ids or [None])[0]
+        return rows(runs), gr.Dropdown(found, value=value)
+
+    @told
+    def call(run, name, runs):
+        if not run:
+            raise gr.Error("Choose a run first.", duration=8)
+        service.rename(run, name)
+        return refresh(runs, run)
+
+    @told
+    def files(run, percent):
+        if not run:
+            raise gr.Error("Choose a run first.", duration=8)
+        made = service.export(run, percent / 100)
+        return (
+            gr.DownloadButton(value=service.plan_file(run, percent / 100), interactive=True),
+            gr.DownloadButton(f"{made['name']}", value=made["path"], interactive=True),
+            f"{show.megabytes(made['bytes'])} · SHA-256 `{made['sha256']}` · run id `{run}`",
+            gr.Code(show.snippet(made["folder"]), visible=True),
+        )
+
+    @told
+    def open_run(run, runs):
+        service.status(run.strip())
+        return list(dict.fromkeys([*(runs or []), run.strip()]))
+
+    private = {"api_visibility": "private"}
+    rename.click(call, [run, name, runs], [table, run], **private)
+    make.click(files, [run, size], [plan, model, about, code], **private)
+    opened = add.click(open_run, [known, runs], runs, **private)
+    opened.success(refresh, [runs, run], [table, run], **private)
+    return {"refresh": refresh, "inputs": [runs, run], "outputs": [table, run]}

@@ -1,0 +1,165 @@
+"""Results as HTML: figures, progress, the picture of what each layer keeps."""
+
+from collections.abc import Iterable
+from html import escape
+from math import ceil
+
+STAGES = {
+    "queued": "Waiting",
+    "loading": "Loading the model",
+    "learning": "Learning",
+    "finished": "Finished",
+    "stopped": "Stopped",
+    "failed": "Failed",
+    "interrupted": "Interrupted",
+}
+
+
+def megabytes(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def millions(count: float) -> str:
+    """Parameters for people."""
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
+
+
+def duration(seconds: float) -> str:
+    """Time left, rounded up: "45 s", "3 min", "2.5 h"."""
+    if seconds < 60:
+        return f"{ceil(seconds)} s"
+    return f"{ceil(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def figures(rows: Iterable[tuple[str, str, str]]) -> str:
+    """Cards of (label, value, small print)."""
+    cards = "".join(
+        f"<div><dt>{escape(label)}</dt><dd>{escape(value)} <small>{escape(note)}</small></dd></div>"
+        for label, value, note in rows
+    )
+    return f'<dl class="eco-figures">{cards}</dl>'
+
+
+def prediction(facts: dict) -> str:
+    """What a size will leave, before anything is started."""
+    removed = 1 - facts["params_pruned"] / facts["params_dense"]
+    return figures(
+        [
+            (
+                "Parameters of the denoiser",
+                millions(facts["params_pruned"]),
+                f"of {millions(facts['params_dense'])}, −{removed:.0%}",
+            ),
+            (
+                "Download",
+                megabytes(facts["bytes_pruned"]),
+                f"predicted; dense {megabytes(facts['bytes_dense'])}",
+            ),
+            ("Can be removed at most", f"{facts['ceiling']:.0%}", "what heads and neurons hold"),
+        ]
+    )
+
+
+def progress(status: dict) -> str:
+    """Stage, step, loss, size, time left and a bar."""
+    stage, step, steps = status["stage"], status["step"], status["steps"]
+    words = [f"<b>{STAGES[stage]}</b>"]
+    if stage == "queued":
+        words.append(f"{status['ahead']} run(s) before this one")
+    if stage == "learning" and step < status["warm_steps"]:
+        words.append("finding a start")
+    words.append(f"step {step} of {steps}")
+    learned = [row for row in status["history"] if "loss" in row]
+    if learned:
+        words.append(f"loss {learned[-1]['loss']:.4f}")
+        words.append(f"{learned[-1]['expected']:.1%} removed")
+    if status["seconds_left"] is not None:
+        words.append(f"{duration(status['seconds_left'])} left")
+    share = 100 * step / max(1, steps)
+    failed = f'<p class="eco-error" role="alert">{escape(status["error"])}</p>' if status["error"] else ""
+    note = ""
+    if stage in ("stopped", "failed", "interrupted"):
+        note = "<p>Nothing is lost: <b>Resume</b> goes on from the last step.</p>"
+    return (
+        f'<div class="eco-status" role="status">{" · ".join(words)}'
+        f'<div class="eco-progress" role="progressbar" aria-label="Learning" aria-valuemin="0" '
+        f'aria-valuemax="100" aria-valuenow="{share:.0f}"><div style="width:{share:.1f}%"></div></div>'
+        f"{failed}{note}</div>"
+    )
+
+
+def size(facts: dict) -> str:
+    """What a cut leaves, counted."""
+    return figures(
+        [
+            (
+                "Parameters of the denoiser",
+                millions(facts["params_pruned"]),
+                f"of {millions(facts['params_dense'])}, −{facts['ratio']:.1%}",
+            ),
+            (
+                "Weights on disk",
+                megabytes(facts["bytes_pruned"]),
+                f"dense {megabytes(facts['bytes_dense'])}",
+            ),
+            (
+                "Heads and neurons removed",
+                f"{facts['units_removed']:,}",
+                f"of {facts['units']:,}",
+            ),
+        ]
+    )
+
+
+def comparison(facts: dict) -> str:
+    """Speed, size and fidelity of one pair of images."""
+    faster = facts["ms_dense"] / facts["ms_pruned"]
+    return figures(
+        [
+            ("Parameters", millions(facts["params_pruned"]), f"dense {millions(facts['params_dense'])}"),
+            ("Weights", megabytes(facts["bytes_pruned"]), f"dense {megabytes(facts['bytes_dense'])}"),
+            (
+                "Time for this image",
+                f"{facts['ms_pruned']:.0f} ms",
+                f"dense {facts['ms_dense']:.0f} ms ({faster:.2f}×)",
+            ),
+            ("Latent error", f"{facts['latent_error']:.4f}", "0 is identical"),
+            ("PSNR", f"{facts['psnr']:.1f} dB", "higher is closer"),
+            ("SSIM", f"{facts['ssim']:.3f}", "1 is identical"),
+        ]
+    )
+
+
+def layers(kept: dict[str, float]) -> str:
+    """One cell a layer, filled as far as it is kept; a row for each kind of layer."""
+    rows = {"Self-attention": {}, "Cross-attention": {}, "Feed-forward": {}}
+    for name, share in kept.items():
+        tail = name.rpartition(".")[2]
+        label = {"attn1": "Self-attention", "attn2": "Cross-attention"}.get(tail, "Feed-forward")
+        rows[label][name] = share
+    lines = ""
+    for label, cells in rows.items():
+        if not cells:
+            continue
+        mean = sum(cells.values()) / len(cells)
+        inner = "".join(
+            f'<div class="cell" title="{escape(name)}: {share:.0%} kept">'
+            f'<div style="height:{100 * share:.0f}%"></div></div>'
+            for name, share in cells.items()
+        )
+        lines += (
+            f'<div class="row"><span>{label}<br>{mean:.0%} kept</span>'
+            f'<div class="cells" role="img" aria-label="{label}: {mean:.0%} kept on average over '
+            f'{len(cells)} layers">{inner}</div></div>'
+        )
+    return f'<div class="eco-layers">{lines}</div>'
+
+
+def snippet(name: str) -> str:
+    """The three lines that load a downloaded checkpoint."""
+    return (
+        "from diffusers import DiffusionPipeline\n"
+        f'pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)\n'
+        'image = pipe("a red apple").images[0]'
+    )
