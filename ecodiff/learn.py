@@ -136,6 +136,7 @@ class _Learner:
         self.shares = shares.repeat_interleave(torch.tensor(self.sizes))  # of the denoiser, a unit
         self.targets: dict[int, Tensor] = {}
         ceiling = float(self.shares.sum())
+        self.budget = ceiling - config.ratio  # share of the denoiser that units may keep
         if not 0 < config.ratio < ceiling:
             raise BudgetError(
                 f"This model can give up between 0 and {ceiling:.1%} of its parameters (the rest "
@@ -202,14 +203,25 @@ class _Learner:
         """Log-alphas and the multiplier from the saliency.
 
         A unit is worth keeping if removing it costs more, per parameter, than the budget's price.
-        The price is that of the first unit that stays; log-alpha is the log of the ratio.
+        The price is that of the first unit that stays; log-alpha is the log of the ratio, shifted
+        so that the expected size is the budget.
         """
         worth = state.vectors["saliency"] / self.config.warm_steps / self.shares
         ranked, order = worth.sort(stable=True)
         gone = self.shares[order].cumsum(0) < self.config.ratio
         price = float(ranked[int(gone.sum())].clamp_min(1e-20))
         state.multiplier = price
-        state.vectors["log_alpha"] = (worth.clamp_min(1e-20).log() - log(price)).clamp(-6, 6)
+        start = (worth.clamp_min(1e-20).log() - log(price)).clamp(-6, 6)
+        low, high = -12.0, 12.0
+        for _ in range(40):
+            shift = (low + high) / 2
+            over = self._expected(start + shift) > self.budget
+            low, high = (low, shift) if over else (shift, high)
+        state.vectors["log_alpha"] = start + shift
+
+    def _expected(self, log_alpha: Tensor) -> Tensor:
+        """Expected share of the denoiser's parameters in units that stay."""
+        return (self.shares * gates.open_probability(log_alpha)).sum()
 
     def _learn(self, state: LearnState) -> dict:
         """One Adam step on loss + multiplier * expected size, and one on the multiplier."""
@@ -226,15 +238,15 @@ class _Learner:
         ):
             z0 = run(**self._call(batch)).float()
             loss = (z0 - target).square().mean() / target.var()
-            size = (self.shares * gates.open_probability(log_alpha)).sum()
-            budget = float(self.shares.sum()) - config.ratio
+            size = self._expected(log_alpha)
             (gradient,) = torch.autograd.grad(loss + state.multiplier * size, log_alpha)
         updates = state.step - config.warm_steps + 1
         _adam(vectors, gradient, config.rate, updates)
         # Dual ascent: the price rises while the expected size is above the budget.
-        over = float(size.detach()) - budget
-        state.multiplier *= max(0.5, min(2.0, 1 + 20 * over))
-        return {"loss": float(loss.detach()), "expected": float(self.shares.sum() - size.detach())}
+        over = float(size.detach()) - self.budget
+        state.multiplier *= max(0.8, min(1.25, 1 + 10 * over))
+        removed = float(self.shares.sum() - size.detach())
+        return {"loss": float(loss.detach()), "expected": removed}
 
     def _target(self, batch: int) -> Tensor:
         """z_0 of the dense model for a batch, computed once."""
