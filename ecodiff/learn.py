@@ -72,7 +72,7 @@ class LearnConfig:
 
 # The paper makes 100 updates of 4 trajectories.
 PRESETS: dict[str, dict] = {
-    "fast": {"warm_steps": 6, "steps": 6},
+    "fast": {"warm_steps": 8, "steps": 8},
     "balanced": {"warm_steps": 16, "steps": 25},
     "paper": {"warm_steps": 32, "steps": 100},
 }

@@ -49,12 +49,12 @@ def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Mo
 
 
 def _cut(linear: nn.Linear, axis: str, rows: Tensor) -> None:
-    rows = rows.to(linear.weight.device)
-    weight = linear.weight.detach()
-    cut = weight[:, rows] if axis == "in" else weight[rows]
-    linear.weight = nn.Parameter(cut.contiguous(), requires_grad=linear.weight.requires_grad)
-    if axis == "out" and linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias.detach()[rows], linear.bias.requires_grad)
+    index = rows.nonzero().flatten().to(linear.weight.device)
+    for name, parameter in list(linear.named_parameters(recurse=False)):
+        if name == "bias" and axis == "in":
+            continue
+        cut = parameter.detach().index_select(1 if axis == "in" else 0, index)
+        setattr(linear, name, nn.Parameter(cut, requires_grad=parameter.requires_grad))
     linear.out_features, linear.in_features = linear.weight.shape
 
 
@@ -118,7 +118,7 @@ def variant(pipe, plan: PrunePlan | Mapping[str, Tensor]):
     dense = getattr(pipe, name)
     shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
     pruned = slice_(copy.deepcopy(dense, shared), plan)
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler = copy.deepcopy(pipe.scheduler)  # from_config would lose what a pipeline has mended in it
     small = copy.copy(pipe)
     small.register_modules(**{name: pruned, "scheduler": scheduler})
     return small

@@ -1,0 +1,145 @@
+"""Tiny pipelines of the real classes, with random weights, built without a network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from ecodiff.catalog import EMBEDDED
+
+PROMPT = "red apple"
+
+
+def randomise(module: torch.nn.Module) -> torch.nn.Module:
+    """No weight is zero: a mask that does nothing would show."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.add_(0.1 * noise)
+    return module.eval()
+
+
+def tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+    )
+
+
+def text_config(width: int, layers: int = 2) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=3000,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+
+
+def tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(EMBEDDED / "emoji-sdxl" / "tokenizer")
+
+
+def tiny_unet(**changes) -> UNet2DConditionModel:
+    options = {
+        "sample_size": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 32,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**(options | changes))
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    unet = tiny_unet(
+        transformer_layers_per_block=[1, 2],
+        attention_head_dim=[2, 4],
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16 + 6 * 8,
+    )
+    return StableDiffusionXLPipeline(
+        vae=randomise(tiny_vae()),
+        text_encoder=randomise(CLIPTextModel(text_config(16))),
+        text_encoder_2=randomise(CLIPTextModelWithProjection(text_config(16))),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        unet=randomise(unet),
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear"),
+        add_watermarker=False,
+    )
+
+
+def stable_diffusion(**unet) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=randomise(tiny_vae()),
+        text_encoder=randomise(CLIPTextModel(text_config(32))),
+        tokenizer=tokenizer(),
+        unet=randomise(tiny_unet(**unet)),
+        scheduler=PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+PIPELINES = {
+    "sdxl": sdxl,
+    "sd-1.5": stable_diffusion,
+    "sd-2": lambda: stable_diffusion(attention_head_dim=[2, 4], use_linear_projection=True),
+}
+
+
+@pytest.fixture(params=PIPELINES)
+def pipe(request):
+    built = PIPELINES[request.param]()
+    built.set_progress_bar_config(disable=True)
+    return built
+
+
+@pytest.fixture
+def tiny_sdxl():
+    built = sdxl()
+    built.set_progress_bar_config(disable=True)
+    return built
+
+
+def latents(pipe, steps: int = 3, **options) -> torch.Tensor:
+    """The final latents of one run."""
+    with torch.no_grad():
+        return pipe(
+            PROMPT,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            **options,
+        ).images
