@@ -131,9 +131,7 @@ def main() -> None:
             rows = [vars(fidelity(a, b)) for a, b in pairs]
             found = {m: interval(rows, m, len(prompts)) for m in MEASURES}
             removed = 1 - plan.metadata["params_pruned"] / plan.metadata["params_dense"]
-            table.append(
-                {"method": method, "ratio": ratio, "removed": removed, "seconds": spent, **found}
-            )
+            table.append({"method": method, "ratio": ratio, "removed": removed, "seconds": spent, **found})
             mean, low, high = found["latent_error"]
             error = f"{mean:.4f} [{low:.4f}, {high:.4f}]"
             print(

@@ -88,6 +88,4 @@ def find(name: str) -> Model:
     by_source = {model.source: model for model in MODELS.values()}
     if name in by_source:
         return by_source[name]
-    return Model(
-        name, name, name, 30, 5.0, 0, learn_steps=12, dtype="float16", licence="other"
-    )
+    return Model(name, name, name, 30, 5.0, 0, learn_steps=12, dtype="float16", licence="other")

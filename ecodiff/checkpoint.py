@@ -13,7 +13,7 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -53,9 +53,7 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
             if isinstance(entry, list) and entry[0] == ecodiff_sliced_v1.NAME:
                 cls = getattr(ecodiff_sliced_v1, str(entry[1]))
                 components[name] = cls.from_pretrained(source, subfolder=name, dtype=dtype)
-        pipe = DiffusionPipeline.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, **components
-        )
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **components)
     except EcodiffError:
         raise
     except SafetensorError as error:
@@ -174,9 +172,7 @@ def save(pipe, folder: str | Path, dtype: torch.dtype | None = None, card: str =
         )
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
         if not (folder / PLAN_FILE).is_file():
-            raise CheckpointError(
-                f"{folder} exists and holds something else. Name a new or an empty folder."
-            )
+            raise CheckpointError(f"{folder} exists and holds something else. Name a new or an empty folder.")
     if dtype is not None and dtype != denoiser_of(pipe).dtype:
         pipe = _cast(pipe, dtype)
     try:

@@ -88,8 +88,7 @@ def latent_error(dense: Tensor, pruned: Tensor) -> float:
 def fidelity(dense: Sample, pruned: Sample) -> Fidelity:
     """Compare two samples of the same prompt and seed."""
     a, b = (
-        torch.from_numpy(np.asarray(s.image.convert("RGB"), dtype=np.float32) / 255)
-        .permute(2, 0, 1)[None]
+        torch.from_numpy(np.asarray(s.image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)[None]
         for s in (dense, pruned)
     )
     return Fidelity(

@@ -118,9 +118,7 @@ def feed_forward(path: str, module: nn.Module) -> PruneGroup | None:
         kind="ffn",
         size=hidden,
         consumers=(Slot(f"{path}.net.2", "in", units(hidden)),),
-        producers=(
-            Slot(f"{path}.net.0.proj", "out", units(hidden, copies=proj.out_features // hidden)),
-        ),
+        producers=(Slot(f"{path}.net.0.proj", "out", units(hidden, copies=proj.out_features // hidden)),),
     )
 
 

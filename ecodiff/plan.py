@@ -179,9 +179,7 @@ class Scores:
         """Parameters that `plan` removes."""
         return sum(self.costs[name] * int((~keep).sum()) for name, keep in plan.items())
 
-    def plan(
-        self, ratio: float | None = None, *, params: int | None = None, align: bool = True
-    ) -> PrunePlan:
+    def plan(self, ratio: float | None = None, *, params: int | None = None, align: bool = True) -> PrunePlan:
         """Cut the ranking at a size.
 
         Args:

@@ -1,10 +1,10 @@
 """A run is a folder: what was asked, the state of learning, the scores. It survives a kill.
 
-    run.json              model, configuration, prompts; written once
-    state.safetensors     where learning is, replaced atomically
-    scores.safetensors    the ranking so far; final once all steps are done
-    plans/, models/       what was cut from it
-    STOP, ERROR           a request to stop; why it last failed
+run.json              model, configuration, prompts; written once
+state.safetensors     where learning is, replaced atomically
+scores.safetensors    the ranking so far; final once all steps are done
+plans/, models/       what was cut from it
+STOP, ERROR           a request to stop; why it last failed
 """
 
 import json

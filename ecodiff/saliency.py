@@ -109,10 +109,7 @@ def gauss_newton_sample(
         projected = (r * z0).sum() / (z0.detach().var() * z0.numel()).sqrt()
         gradients = torch.autograd.grad(projected, list(gates.values()), allow_unused=True)
     pairs = zip(groups, gradients, strict=True)
-    return {
-        g.name: torch.zeros(g.size) if grad is None else grad.square().float().cpu()
-        for g, grad in pairs
-    }
+    return {g.name: torch.zeros(g.size) if grad is None else grad.square().float().cpu() for g, grad in pairs}
 
 
 def _relative(values: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ The id of a run is its only key: whoever has it may watch, cut, compare and down
 """
 
 import hashlib
-import time
 import zipfile
 from dataclasses import asdict
 from functools import cache
@@ -18,8 +17,7 @@ from .fidelity import Sample, fidelity, generate
 from .gpu import DEVICE, PIPELINES
 from .groups import denoiser_of, find_groups
 from .jobs import WORKER
-from .learn import LearnConfig, LearnState
-from .measure import parameters
+from .learn import LearnConfig
 from .plan import PrunePlan, Scores
 from .runs import Run, RunStore
 from .slicing import plan_of

@@ -26,12 +26,12 @@ def randomise(module: torch.nn.Module) -> torch.nn.Module:
     """No weight is zero: a mask that does nothing would show."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
             else:
-                parameter.add_(0.1 * noise)
+                parameter.copy_(0.1 * noise + (not name.endswith("bias")))
     return module.eval()
 
 

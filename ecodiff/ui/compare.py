@@ -22,23 +22,17 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             run = gr.Dropdown([], label="Pruned model", info="Your runs, newest first")
-            ratio = gr.Slider(
-                1, 66, value=20, step=1, label="Remove", info="% of the denoiser's parameters"
-            )
+            ratio = gr.Slider(1, 66, value=20, step=1, label="Remove", info="% of the denoiser's parameters")
             prompt = gr.Textbox("red apple", label="Prompt", max_length=400)
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
             known = catalog.MODELS["emoji-sdxl"]
             with gr.Accordion("Advanced", open=False):
                 steps = gr.Slider(1, 100, value=known.steps, step=1, label="Time steps")
-                guidance = gr.Slider(
-                    1, 15, value=known.guidance_scale, step=0.5, label="Guidance scale"
-                )
+                guidance = gr.Slider(1, 15, value=known.guidance_scale, step=0.5, label="Guidance scale")
             draw = gr.Button("Draw both", variant="primary", size="lg")
             gr.Examples(EXAMPLES, prompt, label="Try")
         with gr.Column(scale=3, min_width=300):
-            slider = gr.ImageSlider(
-                label="Dense ◂ ▸ pruned", format="png", max_height=460, interactive=False
-            )
+            slider = gr.ImageSlider(label="Dense ◂ ▸ pruned", format="png", max_height=460, interactive=False)
             figures = gr.HTML()
     gr.Markdown("#### This session")
     history = gr.Gallery(label="Dense, pruned, dense, pruned, …", columns=6, height=220, format="png")

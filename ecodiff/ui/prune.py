@@ -27,9 +27,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
                 info="Or type a diffusers folder or a Hub id",
                 allow_custom_value=True,
             )
-            ratio = gr.Slider(
-                5, 60, value=20, step=1, label="Remove", info="% of the denoiser's parameters"
-            )
+            ratio = gr.Slider(5, 60, value=20, step=1, label="Remove", info="% of the denoiser's parameters")
             preset = gr.Radio(PRESETS, value="fast", label="Learn for")
             with gr.Accordion("Advanced", open=False):
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
@@ -41,12 +39,8 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
                 stop = gr.Button("Stop", interactive=False)
                 resume = gr.Button("Resume", interactive=False)
             with gr.Row(visible=False) as charts:
-                loss = gr.LinePlot(
-                    x="step", y="loss", title="Loss: error of the final latents", height=220
-                )
-                removed = gr.LinePlot(
-                    x="step", y="removed", title="Expected size: % removed", height=220
-                )
+                loss = gr.LinePlot(x="step", y="loss", title="Loss: error of the final latents", height=220)
+                removed = gr.LinePlot(x="step", y="removed", title="Expected size: % removed", height=220)
     with gr.Column(visible=False) as results:
         gr.Markdown("### What is left\nMove the size: nothing is learned again.")
         size = gr.Slider(1, 66, value=20, step=1, label="Remove", info="% of the denoiser's parameters")

@@ -8,9 +8,7 @@ MONO = ("ui-monospace", "Consolas", "monospace")
 
 def theme() -> gr.themes.Base:
     """Emerald on slate; text and buttons pass WCAG AA in light and dark."""
-    base = gr.themes.Base(
-        primary_hue="emerald", neutral_hue="slate", font=list(FONTS), font_mono=list(MONO)
-    )
+    base = gr.themes.Base(primary_hue="emerald", neutral_hue="slate", font=list(FONTS), font_mono=list(MONO))
     return base.set(
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_300",

@@ -33,9 +33,7 @@ def main() -> None:
     autoencoder = vae.train(images, options.work, options.vae_steps, options.device)
     latents = vae.encode(autoencoder, images)
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    autoencoder.register_to_config(
-        latents_mean=mean.tolist(), latents_std=std.tolist(), scaling_factor=1.0
-    )
+    autoencoder.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist(), scaling_factor=1.0)
     scaled = (latents - mean.view(1, 4, 1, 1)) / std.view(1, 4, 1, 1)
 
     torch.manual_seed(0)

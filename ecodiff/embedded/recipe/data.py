@@ -67,9 +67,7 @@ def read_names(emoji_json: Path) -> dict[str, Emoji]:
             words = [SKIN_TONES[t] for t in tones.lower().split("-") if t]
             suffix = f", {' and '.join(words)} skin tone" if words else ""
             code = code_of(unified)
-            emojis[code] = Emoji(
-                code, name + suffix, alias + suffix, entry["category"], family_of(code)
-            )
+            emojis[code] = Emoji(code, name + suffix, alias + suffix, entry["category"], family_of(code))
     return emojis
 
 

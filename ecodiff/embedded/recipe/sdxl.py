@@ -136,9 +136,7 @@ def train(pipe, latents, emojis, folder: Path, steps: int, device: str, seed: in
     # On a CPU the fused kernel's backward pass costs more than all the rest of the network.
     model.unet.set_attn_processor(AttnProcessor() if device == "cpu" else AttnProcessor2_0())
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     modules = {"model": model, "average": average}
     start = state.load(folder / "denoiser.safetensors", modules, optimizer)
 

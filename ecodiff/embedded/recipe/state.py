@@ -42,6 +42,9 @@ def load(path: Path, modules: dict[str, nn.Module], optimizer) -> int:
 
 def log(path: Path, **values) -> None:
     """Print one line of progress and append it to a JSON-lines file."""
-    print("  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()), flush=True)
+    print(
+        "  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()),
+        flush=True,
+    )
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
