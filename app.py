@@ -5,7 +5,7 @@ import os
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
-from ecodiff.ui import build_demo, launch  # noqa: E402
+from ecodiff.ui import build_demo, launch
 
 demo = build_demo()
 

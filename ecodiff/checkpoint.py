@@ -170,9 +170,9 @@ def save(pipe, folder: str | Path, dtype: torch.dtype | None = None, card: str =
             f"This {type(pipe).__name__} has not been pruned; save it with its own "
             "save_pretrained, or prune it first (ecodiff.variant)."
         )
-    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        if not (folder / PLAN_FILE).is_file():
-            raise CheckpointError(f"{folder} exists and holds something else. Name a new or an empty folder.")
+    taken = folder.exists() and (folder.is_file() or any(folder.iterdir()))
+    if taken and not (folder / PLAN_FILE).is_file():
+        raise CheckpointError(f"{folder} exists and holds something else. Name a new or an empty folder.")
     if dtype is not None and dtype != denoiser_of(pipe).dtype:
         pipe = _cast(pipe, dtype)
     try:

@@ -50,8 +50,9 @@ def apply(model: nn.Module, description: dict) -> None:
         module = modules[path]
         for name, shape in shapes.items():
             old = module._parameters[name]
-            smaller = all(isinstance(n, int) and 0 <= n <= o for n, o in zip(shape, old.shape))
-            if len(shape) != old.ndim or not smaller:
+            if len(shape) != old.ndim or not all(
+                type(new) is int and 0 <= new <= size for new, size in zip(shape, old.shape, strict=True)
+            ):
                 raise ValueError(f"{path}.{name} cannot shrink from {tuple(old.shape)} to {shape}.")
             empty = torch.empty(shape, dtype=old.dtype, device=old.device)
             setattr(module, name, nn.Parameter(empty, requires_grad=old.requires_grad))

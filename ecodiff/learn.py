@@ -325,7 +325,7 @@ def learn_masks(
         >>> small = ecodiff.variant(pipe, scores.plan(ratio=0.2))
     """
     scores = None
-    for state, scores in learn(pipe, prompts, config or LearnConfig()):
+    for state, scores in learn(pipe, prompts, config or LearnConfig()):  # noqa: B007 - the last is returned
         if callback is not None:
             callback(state)
     return scores

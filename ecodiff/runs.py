@@ -7,6 +7,7 @@ plans/, models/       what was cut from it
 STOP, ERROR           a request to stop; why it last failed
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -199,10 +200,8 @@ class Run:
 
     def record(self, message: str) -> None:
         """Keep why the run failed, to be shown with it."""
-        try:
+        with contextlib.suppress(OSError):  # the disk may be what failed; the error is raised too
             (self.folder / "ERROR").write_text(message, encoding="utf-8")
-        except OSError:
-            pass  # the disk may be what failed; the error itself is raised
 
 
 class RunStore:

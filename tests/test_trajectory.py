@@ -104,7 +104,7 @@ def test_everything_is_put_back(tiny_sdxl):
 def test_on_step_can_stop_a_run(tiny_sdxl):
     calls = []
 
-    class Stop(Exception):
+    class Stop(Exception):  # noqa: N818
         pass
 
     def on_step():

@@ -13,6 +13,7 @@ def build_demo() -> gr.Blocks:
     """The whole page. Nothing is loaded before somebody asks for it."""
     gr.set_static_paths([service.STORE.root])
     with gr.Blocks(title="ecodiff", analytics_enabled=False, delete_cache=(3600, 21600)) as demo:
+        api.build()  # first, so that its endpoints get the plain names
         runs = gr.BrowserState([], storage_key="ecodiff-runs", secret=SECRET)
         current = gr.BrowserState("", storage_key="ecodiff-run", secret=SECRET)
         gr.Markdown(
@@ -29,7 +30,6 @@ def build_demo() -> gr.Blocks:
                 shelf = library.build(runs, current)
             with gr.Tab("About", id="about"):
                 about.build()
-        api.build()
         compare_tab.select(c["refresh"], c["inputs"], c["outputs"], **private)
         library_tab.select(shelf["refresh"], shelf["inputs"], shelf["outputs"], **private)
         demo.load(p["predict"], [p["model"], p["ratio"]], p["predicted"], **private)

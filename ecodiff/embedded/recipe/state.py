@@ -1,7 +1,6 @@
 """Training state on disk: safetensors only, replaced atomically, so that a kill loses nothing."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ def save(path: Path, step: int, modules: dict[str, nn.Module], optimizer) -> Non
         tensors |= {f"optimizer|{index}|{key}": value for key, value in moments.items()}
     partial = path.with_suffix(".partial")
     save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, partial)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def load(path: Path, modules: dict[str, nn.Module], optimizer) -> int:

@@ -1,0 +1,111 @@
+"""The page by its named endpoints, through gradio_client, on the real app.py."""
+
+import hashlib
+import time
+import zipfile
+
+import pytest
+from gradio_client import Client
+from PIL import Image
+
+import ecodiff
+
+from .server import serve
+
+ENDPOINTS = {
+    "/predict",
+    "/prune_start",
+    "/prune_status",
+    "/prune_stop",
+    "/prune_resume",
+    "/cut",
+    "/rename",
+    "/compare",
+    "/download",
+    "/plan_file",
+}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("store")) as url:
+        yield Client(url, verbose=False)
+
+
+def wait(client, run, *stages, steps=0, seconds=300):
+    for _ in range(seconds * 2):
+        status = client.predict(run, api_name="/prune_status")
+        if status["stage"] in stages and status["step"] >= steps:
+            return status
+        assert status["stage"] != "failed", status["error"]
+        time.sleep(0.5)
+    raise TimeoutError(status)
+
+
+def test_endpoints_are_named_and_described(client):
+    named = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert set(named) == ENDPOINTS
+    assert all(about.get("description") for about in named.values())
+
+
+def test_the_main_job(client, tmp_path):
+    predicted = client.predict("emoji-sdxl", 0.2, api_name="/predict")
+    assert predicted["params_dense"] == 8_327_876
+
+    run = client.predict("emoji-sdxl", 0.2, "fast", 0, api_name="/prune_start")["run"]
+    wait(client, run, "learning", steps=1)
+    client.predict(run, api_name="/prune_stop")
+    stopped = wait(client, run, "stopped")
+    assert 0 < stopped["step"] < stopped["steps"]
+    client.predict(run, api_name="/prune_resume")
+    # the device is shared: an image can be had while the run learns
+    _, _, while_learning = client.predict(run, 0.1, "cat", 0, 2, None, api_name="/compare")
+    assert while_learning["ms_dense"] > 0
+    done = wait(client, run, "finished")
+    assert done["step"] == done["steps"] and done["history"][-1]["loss"] > 0
+
+    cuts = [client.predict(run, ratio, api_name="/cut") for ratio in (0.2, 0.4)]
+    assert [round(c["ratio"], 2) for c in cuts] == [0.2, 0.4]
+    assert cuts[0]["digest"] != cuts[1]["digest"]
+    assert abs(cuts[0]["bytes_pruned"] - predicted["bytes_pruned"]) < 20_000
+
+    dense, pruned, facts = client.predict(run, 0.2, "red apple", 7, 4, None, api_name="/compare")
+    assert Image.open(dense).size == Image.open(pruned).size == (64, 64)
+    assert facts["latent_error"] > 0 and facts["digest"] == cuts[0]["digest"]
+
+    path, file = client.predict(run, 0.2, api_name="/download")
+    with open(path, "rb") as data:  # noqa: PTH123
+        assert hashlib.file_digest(data, "sha256").hexdigest() == file["sha256"]
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path)
+    small = ecodiff.load(tmp_path / file["folder"])
+    assert sum(p.numel() for p in small.unet.parameters()) == cuts[0]["params_pruned"]
+    plan = ecodiff.PrunePlan.load(client.predict(run, 0.2, api_name="/plan_file"))
+    assert plan.digest == cuts[0]["digest"]
+    assert client.predict(run, " my \n apple ", api_name="/rename")["name"] == "my apple"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "endpoint", "message"),
+    [
+        (("nothing", 0.2), "/predict", "no model 'nothing'"),
+        (("somebody/something", 0.2), "/predict", "no network"),
+        (("emoji-sdxl", 0.9), "/predict", "66.3%"),
+        (("emoji-sdxl", 0.2, "magic", 0), "/prune_start", "preset"),
+        (("emoji-sdxl", 0.9, "fast", 0), "/prune_start", "66.3%"),
+        (("../../etc/passwd",), "/prune_status", "not the id of a run"),
+        (("0" * 32,), "/prune_stop", "no such run"),
+        (("0" * 32, 0.2), "/download", "no such run"),
+    ],
+)
+def test_bad_requests_are_one_sentence(client, arguments, endpoint, message):
+    with pytest.raises(Exception, match=message) as error:
+        client.predict(*arguments, api_name=endpoint)
+    assert "Traceback" not in str(error.value)
+
+
+def test_files_of_the_machine_are_not_served(client):
+    import httpx
+
+    for path in ("/etc/passwd", "app.py", "../app.py", "ecodiff/cli.py"):
+        assert httpx.get(f"{client.src}gradio_api/file={path}").status_code in (403, 404)

@@ -1,0 +1,128 @@
+"""The page as a person uses it: headless Chromium on the real app.py."""
+
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import ecodiff
+
+from .server import serve
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+if CHROMIUM is None and not os.environ.get("CI"):
+    pytest.skip("needs chromium (apt-get install chromium)", allow_module_level=True)
+
+LEARNED = 240_000  # ms; the fast preset takes under a minute on two idle cores
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        arguments = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking"]
+        yield driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("store")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def page(browser, url):
+    page = browser.new_page(viewport={"width": 1200, "height": 900}, accept_downloads=True)
+    page.foreign = []
+    own = url.removeprefix("http://")
+    page.on("request", lambda r: page.foreign.append(r.url) if own not in r.url else None)
+    page.goto(url)
+    return page
+
+
+def shot(page, name):
+    folder = os.environ.get("ECODIFF_SHOTS")
+    if folder:
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+
+def button(page, name):
+    return page.get_by_role("button", name=name, exact=True)
+
+
+def test_the_main_job(page, tmp_path):
+    page.get_by_text("Can be removed at most").wait_for()
+    shot(page, "1-first")
+    button(page, "Prune").click()
+    page.get_by_text("finding a start").wait_for(timeout=60_000)
+    page.get_by_text(" left").first.wait_for(timeout=60_000)
+    shot(page, "2-learning")
+    button(page, "Stop").click()
+    page.get_by_text("Nothing is lost").wait_for(timeout=30_000)
+    shot(page, "3-stopped")
+
+    page.reload()  # the page finds its run again
+    page.get_by_text("Nothing is lost").wait_for(timeout=30_000)
+    button(page, "Resume").click()
+    page.get_by_text("Finished").first.wait_for(timeout=LEARNED)
+    page.get_by_text("What is left").wait_for()
+    page.get_by_text("6.66 M").nth(1).wait_for()
+    shot(page, "4-finished")
+
+    size = page.get_by_role("spinbutton", name="Remove").nth(1)
+    size.fill("40")
+    size.press("Tab")
+    page.get_by_text("5.00 M").wait_for()
+
+    button(page, "Make the download").click()
+    page.get_by_text("SHA-256").first.wait_for(timeout=60_000)
+    shot(page, "5-download")
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="Download emoji-sdxl-eco40").click()
+    with zipfile.ZipFile(waiting.value.path()) as archive:
+        archive.extractall(tmp_path)
+    (folder,) = tmp_path.iterdir()
+    small = ecodiff.load(folder)
+    assert abs(sum(p.numel() for p in small.unet.parameters()) / 8_327_876 - 0.6) < 1e-3
+    assert small("red apple", num_inference_steps=2).images[0].size == (64, 64)
+
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_role("textbox", name="Prompt").fill("cat face")
+    button(page, "Draw both").click()
+    page.get_by_text("Latent error").wait_for(timeout=60_000)
+    page.get_by_text("ms (").wait_for()
+    page.wait_for_timeout(1500)
+    shot(page, "6-compare")
+    page.get_by_role("tab", name="Library").click()
+    page.get_by_text("16/16").first.wait_for()
+    page.wait_for_timeout(500)
+    shot(page, "7-library")
+    assert not page.foreign, "requests to another host"
+
+
+def test_a_wrong_model_is_told(page):
+    page.get_by_role("tab", name="Prune").click()
+    model = page.get_by_role("listbox", name="Model").or_(page.get_by_label("Model")).first
+    model.fill("no-such-model")
+    model.press("Enter")
+    page.get_by_text("There is no model 'no-such-model'").first.wait_for(timeout=30_000)
+    shot(page, "8-wrong-model")
+
+
+@pytest.mark.parametrize("look", ["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 390])
+def test_every_tab_fits(browser, url, look, width):
+    """Somebody else's page: no sideways scrolling, and none of the runs above."""
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    page.goto(f"{url}/?__theme={look}")
+    page.get_by_text("Can be removed at most").wait_for()
+    for tab in ("Prune", "Compare", "Library", "About"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(700)
+        overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+        assert overflow <= 0, f"{tab} is {overflow} px too wide"
+        assert not page.get_by_text("16/16").count()
+        shot(page, f"{look}-{width}-{tab.lower()}")
+    page.close()

@@ -1,0 +1,122 @@
+"""The commands, on the embedded model, with presets shortened: what is learned is tested elsewhere."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import ecodiff
+from ecodiff import cli, learn
+from ecodiff.slicing import plan_of
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch, tmp_path):
+    monkeypatch.setitem(learn.PRESETS, "fast", {"warm_steps": 1, "steps": 1, "batch": 2})
+    monkeypatch.setenv("ECODIFF_HOME", str(tmp_path / "home"))
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    code = cli.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def last_json(out: str) -> dict:
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def test_prune_recut_generate_compare(capsys, tmp_path):
+    out = tmp_path / "small"
+    command = ["prune", "emoji-sdxl", "--ratio", 0.2, "--preset", "fast", "--out", out, "--json"]
+    code, text, err = run(capsys, *command)
+    result = last_json(text)
+    assert code == 0, err
+    assert set(result) >= {"run", "out", "plan", "digest", "params_dense", "params_pruned", "seconds"}
+    assert result["run"] in err, "the run's folder is printed"
+    assert result["params_dense"] == 8_327_876
+    assert abs(result["params_pruned"] / result["params_dense"] - 0.8) < 1e-3
+    assert ecodiff.PrunePlan.load(result["plan"]).digest == result["digest"]
+    small = ecodiff.load(out)
+    assert sum(p.numel() for p in small.unet.parameters()) == result["params_pruned"]
+
+    # the same command on the same run learns nothing and gives the same plan
+    code, text, _ = run(capsys, *command, "--run", result["run"])
+    assert code == 0 and last_json(text)["digest"] == result["digest"]
+    # another command on it is refused
+    code, _, err = run(capsys, "prune", "emoji-sdxl", "--ratio", 0.3, "--out", out, "--run", result["run"])
+    assert code == 1 and "another --run" in err
+    # another size from the run
+    code, text, _ = run(capsys, "prune", result["run"], "--ratio", 0.4, "--out", tmp_path / "s", "--json")
+    assert code == 0 and last_json(text)["params_pruned"] / 8_327_876 == pytest.approx(0.6, abs=1e-3)
+
+    image = tmp_path / "apple.png"
+    code, _, err = run(capsys, "generate", out, "red apple", "--seed", 3, "--steps", 2, "--out", image)
+    assert code == 0 and Image.open(image).size == (64, 64), err
+    pair = tmp_path / "pair.png"
+    code, text, _ = run(capsys, "compare", out, "red apple", "--steps", 2, "--out", pair, "--json")
+    assert code == 0 and Image.open(pair).size == (128, 64)
+    assert 0 < last_json(text)["mean"]["latent_error"] < 1
+    code, text, _ = run(capsys, "compare", out, "--count", 2, "--steps", 2, "--json")
+    report = last_json(text)
+    assert code == 0 and len(report["rows"]) == 2 and report["ms_dense"] > 0
+    code, text, _ = run(capsys, "info", out, "--json")
+    assert code == 0 and last_json(text)["pruned"]
+
+
+def test_info_of_the_embedded_model(capsys):
+    code, out, _ = run(capsys, "info", "emoji-sdxl", "--json")
+    facts = last_json(out)
+    assert code == 0 and facts["params"] == 8_327_876
+    assert facts["ceiling"] >= 0.65 and facts["left_alone"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "no-such-model", "--out", "x"], "There is no model 'no-such-model'"),
+        (["prune", "emoji-sdxl", "--ratio", "0.9", "--out", "x"], "At most 66.3%"),
+        (["prune", "emoji-sdxl", "--ratio", "-1", "--out", "x"], "from 0 to 0.663"),
+        (["prune", "emoji-sdxl", "--ratio", "nan", "--out", "x"], "from 0 to 0.663"),
+        (["info", "somebody/something"], "no network"),
+        (["generate", "/etc", "cat"], "model_index.json"),
+        (["compare", "emoji-sdxl"], "is not pruned"),
+    ],
+)
+def test_bad_input_is_one_sentence(capsys, arguments, message):
+    code, out, err = run(capsys, *arguments)
+    assert code == 1 and message in err and "Traceback" not in out + err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_wrong_usage(capsys):
+    for arguments in ([], ["prune"], ["prune", "emoji-sdxl", "--out", "x", "--ratio", "much"]):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(arguments)
+        assert exit_.value.code == 2
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--help"])
+    assert exit_.value.code == 0 and "examples:" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_the_run(capsys, tmp_path, monkeypatch):
+    from ecodiff import runs
+
+    arguments = ["prune", "emoji-sdxl", "--preset", "fast", "--out", tmp_path / "o", "--run", tmp_path / "r"]
+    monkeypatch.setattr(runs, "SAVE_SECONDS", 0)
+    original = runs.Run._save
+
+    def interrupt(self, state, scores):
+        original(self, state, scores)
+        if state.step == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.Run, "_save", interrupt)
+    code, _, err = run(capsys, *arguments)
+    assert code == 130 and "resumes" in err
+    monkeypatch.setattr(runs.Run, "_save", original)
+    code, _, err = run(capsys, *arguments)
+    assert code == 0 and "resumed at step 1" in err
+    assert plan_of(ecodiff.load(tmp_path / "o").unet) is not None
+    assert torch.isfinite(runs.Run.open(tmp_path / "r").state().vectors["log_alpha"]).all()

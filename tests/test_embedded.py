@@ -1,0 +1,80 @@
+"""What ships: small enough files, SDXL's proportions, a model that draws what it is asked for."""
+
+import json
+
+import pytest
+import torch
+
+import ecodiff
+from ecodiff import catalog
+from ecodiff.fidelity import generate
+
+FOLDER = catalog.EMBEDDED / "emoji-sdxl"
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    built = ecodiff.load("emoji-sdxl")
+    built.set_progress_bar_config(disable=True)
+    return built
+
+
+def test_every_file_is_small_and_none_is_a_pickle():
+    files = [file for file in catalog.EMBEDDED.rglob("*") if file.is_file()]
+    assert all(file.stat().st_size < 9_500_000 for file in files)
+    assert not {file.suffix for file in files} & {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+
+
+def test_most_parameters_can_be_pruned(emoji):
+    groups = ecodiff.find_groups(emoji.unet)
+    scores = ecodiff.Scores.of(emoji.unet, {g.name: torch.zeros(g.size) for g in groups})
+    assert scores.ceiling >= 0.65
+
+
+def test_prompts_to_judge_by_are_not_learned_on():
+    model = catalog.MODELS["emoji-sdxl"]
+    learned, judged = set(model.prompts("calibration")), set(model.prompts("heldout"))
+    assert len(learned) == 256 and len(judged) == 64 and not learned & judged
+
+
+def test_it_draws_colours_it_is_asked_for(emoji):
+    model = catalog.MODELS["emoji-sdxl"]
+    options = {"steps": model.steps, "guidance_scale": model.guidance_scale}
+
+    def mean_colour(prompt):
+        image = generate(emoji, prompt, seed=0, **options).image
+        pixels = torch.tensor(list(image.getdata()), dtype=torch.float32).view(64, 64, 3)
+        return pixels[16:48, 16:48].mean((0, 1))
+
+    red, blue = mean_colour("large red circle"), mean_colour("large blue circle")
+    assert red[0] > red[2] + 50 and blue[2] > blue[0] + 50
+
+
+def test_the_card_says_what_the_report_measured():
+    report = json.loads((FOLDER / "report.json").read_text())
+    card = (FOLDER / "README.md").read_text()
+    assert f"{report['top1']:.3f}" in card and f"{report['top5']:.3f}" in card
+    assert (FOLDER / "contact-sheet.png").is_file() and "Microsoft" in card
+
+
+def test_learned_masks_beat_random_and_magnitude(emoji):
+    """A small version of benchmarks/fidelity: one size, few prompts, one step of warm start."""
+    from ecodiff import saliency
+    from ecodiff.fidelity import compare
+
+    model = catalog.MODELS["emoji-sdxl"]
+    config = ecodiff.LearnConfig(
+        ratio=0.2, warm_steps=2, steps=1, inference_steps=8, guidance_scale=model.guidance_scale
+    )
+    scores = {
+        "learned": ecodiff.learn_masks(emoji, model.prompts("calibration"), config),
+        "magnitude": ecodiff.Scores.of(emoji.unet, saliency.magnitude(emoji.unet)),
+        "random": ecodiff.Scores.of(emoji.unet, saliency.random(emoji.unet)),
+    }
+    error = {}
+    for name, ranking in scores.items():
+        small = ecodiff.variant(emoji, ranking.plan(ratio=0.2))
+        prompts = model.prompts("heldout")[:4]
+        report = compare(emoji, small, prompts, steps=8, guidance_scale=model.guidance_scale)
+        error[name] = report["mean"]["latent_error"]
+    assert error["learned"] < 0.5 * error["random"] and error["learned"] < 0.8 * error["magnitude"]
