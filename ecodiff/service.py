@@ -4,6 +4,7 @@ The id of a run is its only key: whoever has it may watch, cut, compare and down
 """
 
 import hashlib
+import os
 import zipfile
 from dataclasses import asdict
 from functools import cache
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from . import catalog, checkpoint
-from .errors import BudgetError, CheckpointError, RunError
+from .errors import BudgetError, CheckpointError, ModelNotFoundError, RunError
 from .fidelity import Sample, fidelity, generate
 from .gpu import DEVICE, PIPELINES
 from .groups import denoiser_of, find_groups
@@ -36,6 +37,14 @@ def _sizes(model: str) -> tuple[Scores, int, int]:
     return scores, itemsize, weights or scores.total * itemsize
 
 
+def _known(model: str) -> catalog.Model:
+    """The model of that name. On a Space, visitors name models, not folders of the server."""
+    known = catalog.find(model)
+    if os.environ.get("SPACE_ID") and not known.embedded and Path(model).is_dir():
+        raise ModelNotFoundError(f"There is no model {model!r}. Give an embedded model or a Hub id.")
+    return known
+
+
 def predict(model: str, ratio: float) -> dict:
     """What pruning will leave, by arithmetic on the model's configuration.
 
@@ -46,7 +55,7 @@ def predict(model: str, ratio: float) -> dict:
     Returns:
         {"params_dense", "params_pruned", "bytes_dense", "bytes_pruned", "ceiling"}
     """
-    scores, itemsize, dense_bytes = _sizes(model)
+    scores, itemsize, dense_bytes = _sizes(_known(model).name)
     removed = round(_checked(ratio, scores.ceiling) * scores.total)
     return {
         "params_dense": scores.total,
@@ -75,7 +84,7 @@ def start(model: str, ratio: float = 0.2, preset: str = "fast", seed: int = 0) -
         preset: "fast", "balanced" or "paper".
         seed: of prompts, noise and gates.
     """
-    known = catalog.find(model)
+    known = _known(model)
     _checked(ratio, _sizes(model)[0].ceiling)
     config = LearnConfig.preset(
         preset,

@@ -34,8 +34,15 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
         with gr.Column(scale=3, min_width=300):
             slider = gr.ImageSlider(label="Dense ◂ ▸ pruned", format="png", max_height=460, interactive=False)
             figures = gr.HTML()
-    gr.Markdown("#### This session")
-    history = gr.Gallery(label="Dense, pruned, dense, pruned, …", columns=6, height=220, format="png")
+    history = gr.Gallery(
+        label="This session: dense, pruned, dense, pruned, …",
+        columns=6,
+        height=220,
+        format="png",
+        interactive=False,
+        object_fit="contain",
+        visible=False,
+    )
 
     @told
     def compare(run, percent, prompt, seed, steps, guidance, history):
@@ -45,7 +52,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
         pair = tuple(for_the_eye(sample.image) for sample in (dense, pruned))
         title = f"{prompt} · seed {seed or 0}"
         shown = [(pair[0], f"{title} · dense"), (pair[1], f"{title} · −{percent} %")]
-        return pair, show.comparison(facts), shown + (history or [])[:22]
+        return pair, show.comparison(facts), gr.update(value=shown + (history or [])[:22], visible=True)
 
     draw.click(
         compare,

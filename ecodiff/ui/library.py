@@ -15,19 +15,21 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
         "Your runs. They are known to this browser only; whoever has a run's id can open it, "
         "so keep ids to yourself."
     )
-    table = gr.Dataframe(headers=COLUMNS, interactive=False, wrap=True, show_label=False)
-    with gr.Row():
-        run = gr.Dropdown([], label="Run", scale=2)
-        name = gr.Textbox(label="New name", max_length=60, scale=2)
-        rename = gr.Button("Rename", scale=1)
-    with gr.Row():
-        size = gr.Slider(1, 66, value=20, step=1, label="Remove", info="% of the denoiser's parameters")
-        make = gr.Button("Make the files", variant="primary")
-    with gr.Row():
-        plan = gr.DownloadButton("Plan file", interactive=False)
-        model = gr.DownloadButton("Pruned pipeline", interactive=False)
-    about = gr.Markdown()
-    code = gr.Code(language="python", label="Load it", visible=False, interactive=False)
+    empty = gr.Markdown("No runs yet. Start one in the **Prune** tab.")
+    with gr.Column(visible=False) as shelf:
+        table = gr.Dataframe(headers=COLUMNS, interactive=False, wrap=True, show_label=False)
+        with gr.Row():
+            run = gr.Dropdown([], label="Run", scale=2)
+            name = gr.Textbox(label="New name", max_length=60, scale=2)
+            rename = gr.Button("Rename", scale=1)
+        with gr.Row():
+            size = gr.Slider(1, 66, value=20, step=1, label="Remove", info="% of the denoiser's parameters")
+            make = gr.Button("Make the files", variant="primary")
+        with gr.Row():
+            plan = gr.DownloadButton("Plan file", interactive=False)
+            model = gr.DownloadButton("Pruned pipeline", interactive=False)
+        about = gr.Markdown()
+        code = gr.Code(language="python", label="Load it", visible=False, interactive=False)
     with gr.Accordion("Open a run by its id", open=False), gr.Row():
         known = gr.Textbox(label="Id", max_length=32)
         add = gr.Button("Open")
@@ -49,7 +51,12 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
         found = choices(runs)
         ids = [value for _, value in found]
         value = chosen if chosen in ids else (ids or [None])[0]
-        return rows(runs), gr.Dropdown(found, value=value)
+        return (
+            gr.update(visible=not found),
+            gr.update(visible=bool(found)),
+            rows(runs),
+            gr.Dropdown(found, value=value),
+        )
 
     @told
     def call(run, name, runs):
@@ -76,8 +83,9 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
         return list(dict.fromkeys([*(runs or []), run.strip()]))
 
     private = {"api_visibility": "private"}
-    rename.click(call, [run, name, runs], [table, run], **private)
+    listed = [empty, shelf, table, run]
+    rename.click(call, [run, name, runs], listed, **private)
     make.click(files, [run, size], [plan, model, about, code], **private)
     opened = add.click(open_run, [known, runs], runs, **private)
-    opened.success(refresh, [runs, run], [table, run], **private)
-    return {"refresh": refresh, "inputs": [runs, run], "outputs": [table, run]}
+    opened.success(refresh, [runs, run], listed, **private)
+    return {"refresh": refresh, "inputs": [runs, run], "outputs": listed}

@@ -34,13 +34,14 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
             start = gr.Button("Prune", variant="primary", size="lg")
         with gr.Column(scale=3, min_width=300):
             predicted = gr.HTML()
-            status = gr.HTML(visible="hidden")
-            with gr.Row():
-                stop = gr.Button("Stop", interactive=False)
-                resume = gr.Button("Resume", interactive=False)
-            with gr.Row(visible=False) as charts:
-                loss = gr.LinePlot(x="step", y="loss", title="Loss: error of the final latents", height=220)
-                removed = gr.LinePlot(x="step", y="removed", title="Expected size: % removed", height=220)
+            with gr.Column(visible=False) as panel:
+                status = gr.HTML()
+                with gr.Row():
+                    stop = gr.Button("Stop", interactive=False)
+                    resume = gr.Button("Resume", interactive=False)
+                with gr.Row(visible=False) as charts:
+                    loss = gr.LinePlot(x="step", y="loss", title="Loss", height=220)
+                    removed = gr.LinePlot(x="step", y="removed", title="% removed, expected", height=220)
     with gr.Column(visible=False) as results:
         gr.Markdown("### What is left\nMove the size: nothing is learned again.")
         size = gr.Slider(1, 66, value=20, step=1, label="Remove", info="% of the denoiser's parameters")
@@ -52,7 +53,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
         packed = gr.Markdown()
         code = gr.Code(language="python", label="Load it", visible=False, interactive=False)
 
-    watched = [status, stop, resume, charts, loss, removed, results]
+    watched = [panel, status, stop, resume, charts, loss, removed, results]
     cut_out = [figures, layers, download, packed, code]
 
     def predict(model, percent):
@@ -78,7 +79,8 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
         active = found["stage"] in ("queued", "loading", "learning")
         can_resume = found["stage"] in ("stopped", "failed", "interrupted")
         return (
-            gr.update(value=show.progress(found), visible=True),
+            gr.update(visible=True),
+            show.progress(found),
             gr.update(value="Stop", interactive=active),  # without a value its text is lost
             gr.update(
                 value="Resume",
@@ -93,7 +95,9 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
 
     @told
     def watch(run):
+        nothing = (gr.update(visible=False), *(gr.skip() for _ in watched[1:]))
         if not run:
+            yield nothing
             return
         try:
             before = None
@@ -107,7 +111,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
                     return
                 time.sleep(POLL_SECONDS)
         except service.RunError:
-            yield tuple(gr.skip() for _ in watched)
+            yield nothing
 
     @told
     def recut(run, percent):

@@ -31,14 +31,15 @@ def theme() -> gr.themes.Base:
 
 
 CSS = """
-.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1100px !important; margin: 0 auto !important; width: 100%; }
+.gradio-container main { width: 100%; }
 #title h1 { margin-bottom: 0; }
 .eco-figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(132px, 1fr)); gap: 10px; }
 .eco-figures > div { border: 1px solid var(--border-color-primary); border-radius: 10px;
   padding: 8px 12px; background: var(--background-fill-primary); }
 .eco-figures dt { font-size: 12px; color: var(--body-text-color-subdued); }
 .eco-figures dd { margin: 0; font-size: 18px; font-weight: 600; font-variant-numeric: tabular-nums; }
-.eco-figures dd small { font-size: 12px; font-weight: 400; color: var(--body-text-color-subdued); }
+.eco-figures dd small { display: block; line-height: 1.4; font-size: 12px; font-weight: 400; color: var(--body-text-color-subdued); }
 .eco-progress { height: 10px; border-radius: 5px; background: var(--border-color-primary);
   overflow: hidden; margin: 8px 0 4px; }
 .eco-progress > div { height: 100%; background: var(--primary-600); transition: width .5s; }
@@ -49,6 +50,7 @@ CSS = """
 .eco-layers .cells { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: 2px; }
 .eco-layers .cell { height: 34px; border-radius: 3px; background: var(--border-color-primary);
   position: relative; overflow: hidden; }
-.eco-layers .cell > div { position: absolute; bottom: 0; width: 100%; background: var(--primary-600); }
+.eco-layers .cell > div { position: absolute; bottom: 0; width: 100%;
+  background: var(--primary-600); }
 .eco-layers span { font-size: 12px; color: var(--body-text-color-subdued); }
 """
