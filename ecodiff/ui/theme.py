@@ -39,7 +39,8 @@ CSS = """
   padding: 8px 12px; background: var(--background-fill-primary); }
 .eco-figures dt { font-size: 12px; color: var(--body-text-color-subdued); }
 .eco-figures dd { margin: 0; font-size: 18px; font-weight: 600; font-variant-numeric: tabular-nums; }
-.eco-figures dd small { display: block; line-height: 1.4; font-size: 12px; font-weight: 400; color: var(--body-text-color-subdued); }
+.eco-figures dd small { display: block; line-height: 1.4;
+  font-size: 12px; font-weight: 400; color: var(--body-text-color-subdued); }
 .eco-progress { height: 10px; border-radius: 5px; background: var(--border-color-primary);
   overflow: hidden; margin: 8px 0 4px; }
 .eco-progress > div { height: 100%; background: var(--primary-600); transition: width .5s; }
