@@ -1,5 +1,6 @@
 """The worker: one thread that learns one run after another, whoever watches."""
 
+import itertools
 import queue
 import threading
 import traceback
@@ -58,6 +59,7 @@ class Worker:
             if self._waiting.qsize() >= MAX_WAITING:
                 raise RunError(f"{MAX_WAITING} runs are waiting already. Try again later.")
             (run.folder / "STOP").unlink(missing_ok=True)
+            self._jobs.pop(run.id, None)  # so that the order is that of the queue
             job = self._jobs[run.id] = Job(run, state=run.state())
             self._waiting.put(job)
             if self._thread is None:
@@ -71,8 +73,17 @@ class Worker:
 
     def ahead(self, job: Job) -> int:
         """How many runs come before a queued one."""
-        others = [other for other in self._jobs.values() if other.active and other is not job]
-        return len(others) if job.stage == "queued" else 0
+        if job.stage != "queued":
+            return 0
+        before = itertools.takewhile(lambda other: other is not job, list(self._jobs.values()))
+        return sum(other.active for other in before)
+
+    def stop(self, run: Run) -> None:
+        """Ask a run to stop: at once if it waits, within one time step if it learns."""
+        run.request_stop()
+        job = self._jobs.get(run.id)
+        if job is not None and job.stage == "queued":
+            job.stage = "stopped"
 
     def _work(self) -> None:
         while True:
@@ -88,8 +99,7 @@ class Worker:
                 job.stage = "failed"
 
     def _learn(self, job: Job) -> None:
-        if job.run.stop_requested:
-            job.stage = "stopped"
+        if job.stage == "stopped":
             return
         job.stage = "loading"
         pipe = PIPELINES.dense(job.run.model)

@@ -24,6 +24,7 @@ from .runs import Run, RunStore
 from .slicing import plan_of
 
 STORE = RunStore()
+EXPIRY_SECONDS = 24 * 3600  # on a Space; at home runs are kept
 
 
 @cache
@@ -86,6 +87,8 @@ def start(model: str, ratio: float = 0.2, preset: str = "fast", seed: int = 0) -
     """
     known = _known(model)
     _checked(ratio, _sizes(model)[0].ceiling)
+    if os.environ.get("SPACE_ID"):
+        STORE.sweep(EXPIRY_SECONDS)
     config = LearnConfig.preset(
         preset,
         ratio=ratio,
@@ -137,7 +140,7 @@ def status(run: str) -> dict:
 
 def stop(run: str) -> dict:
     """Ask a run to stop. It does so within one time step and can be resumed."""
-    STORE.open(run).request_stop()
+    WORKER.stop(STORE.open(run))
     return status(run)
 
 

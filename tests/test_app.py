@@ -54,6 +54,9 @@ def test_the_main_job(client, tmp_path):
 
     run = client.predict("emoji-sdxl", 0.2, "fast", 0, api_name="/prune_start")["run"]
     wait(client, run, "learning", steps=1)
+    second = client.predict("emoji-sdxl", 0.3, "fast", 1, api_name="/prune_start")
+    assert second["stage"] == "queued" and second["ahead"] == 1, "one run at a time on the device"
+    assert client.predict(second["run"], api_name="/prune_stop")["stage"] == "stopped"
     client.predict(run, api_name="/prune_stop")
     stopped = wait(client, run, "stopped")
     assert 0 < stopped["step"] < stopped["steps"]

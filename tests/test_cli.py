@@ -120,3 +120,11 @@ def test_ctrl_c_keeps_the_run(capsys, tmp_path, monkeypatch):
     assert code == 0 and "resumed at step 1" in err
     assert plan_of(ecodiff.load(tmp_path / "o").unet) is not None
     assert torch.isfinite(runs.Run.open(tmp_path / "r").state().vectors["log_alpha"]).all()
+
+
+def test_info_needs_no_weights(capsys, tmp_path, tiny_sdxl):
+    tiny_sdxl.save_pretrained(tmp_path / "model")
+    for file in (tmp_path / "model").rglob("*.safetensors"):
+        file.unlink()
+    code, out, _ = run(capsys, "info", tmp_path / "model", "--json")
+    assert code == 0 and last_json(out)["params"] == sum(p.numel() for p in tiny_sdxl.unet.parameters())

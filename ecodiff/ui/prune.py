@@ -6,6 +6,7 @@ import gradio as gr
 import pandas as pd
 
 from .. import service
+from ..errors import EcodiffError, RunError
 from . import show
 from .common import MODELS, PRESETS, told
 
@@ -59,8 +60,8 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     def predict(model, percent):
         try:
             return show.prediction(service.predict(model, percent / 100))
-        except Exception as error:
-            return f'<p class="eco-error" role="alert">{error}</p>'
+        except EcodiffError as error:
+            return show.failure(str(error))
 
     @told
     def begin(model, percent, preset, seed, runs):
@@ -110,7 +111,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
                 if found["stage"] not in ("queued", "loading", "learning"):
                     return
                 time.sleep(POLL_SECONDS)
-        except service.RunError:
+        except RunError:
             yield nothing
 
     @told
@@ -147,7 +148,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     private = {"api_visibility": "private"}
     watching = private | {"concurrency_limit": None, "show_progress": "hidden"}
     for event in (model.change, ratio.release, ratio.change):
-        event(predict, [model, ratio], predicted, queue=False, show_progress="hidden", **private)
+        event(predict, [model, ratio], predicted, show_progress="minimal", **private)
     begun = start.click(begin, [model, ratio, preset, seed, runs], [runs, current, size], **private)
     ended = begun.success(watch, current, watched, **watching)
     stop.click(end, current, None, queue=False, **private)

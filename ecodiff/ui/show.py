@@ -41,6 +41,11 @@ def figures(rows: Iterable[tuple[str, str, str]]) -> str:
     return f'<dl class="eco-figures">{cards}</dl>'
 
 
+def failure(message: str) -> str:
+    """What went wrong."""
+    return f'<p class="eco-error" role="alert">{escape(message)}</p>'
+
+
 def prediction(facts: dict) -> str:
     """What a size will leave, before anything is started."""
     removed = 1 - facts["params_pruned"] / facts["params_dense"]
@@ -77,7 +82,7 @@ def progress(status: dict) -> str:
     if status["seconds_left"] is not None:
         words.append(f"{duration(status['seconds_left'])} left")
     share = 100 * step / max(1, steps)
-    failed = f'<p class="eco-error" role="alert">{escape(status["error"])}</p>' if status["error"] else ""
+    failed = failure(status["error"]) if status["error"] else ""
     note = ""
     if stage in ("stopped", "failed", "interrupted"):
         note = "<p>Nothing is lost: <b>Resume</b> goes on from the last step.</p>"
