@@ -96,7 +96,7 @@ def test_the_main_job(page, tmp_path):
     page.wait_for_timeout(1500)
     shot(page, "6-compare")
     page.get_by_role("tab", name="Library").click()
-    page.get_by_text("16/16").first.wait_for()
+    page.locator("text=16/16 >> visible=true").first.wait_for()
     page.wait_for_timeout(500)
     shot(page, "7-library")
     assert not page.foreign, "requests to another host"

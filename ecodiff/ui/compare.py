@@ -36,8 +36,9 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
             figures = gr.HTML()
     history = gr.Gallery(
         label="This session: dense, pruned, dense, pruned, …",
-        columns=6,
-        height=220,
+        columns=8,
+        height="auto",
+        elem_id="history",
         format="png",
         interactive=False,
         object_fit="contain",

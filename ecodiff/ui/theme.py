@@ -34,6 +34,8 @@ CSS = """
 .gradio-container { max-width: 1100px !important; margin: 0 auto !important; width: 100%; }
 .gradio-container main { width: 100%; }
 #title h1 { margin-bottom: 0; }
+#history .grid-container { grid-template-columns: repeat(auto-fill, 104px) !important; }
+#history .thumbnail-item { aspect-ratio: 1; }
 .eco-figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(132px, 1fr)); gap: 10px; }
 .eco-figures > div { border: 1px solid var(--border-color-primary); border-radius: 10px;
   padding: 8px 12px; background: var(--background-fill-primary); }
