@@ -1,8 +1,9 @@
 # make app: the page, on http://127.0.0.1:7860    make test: the tests
-# Each makes .venv and installs what it needs. CONSTRAINTS=file pins versions (see .ci/constraints.txt).
+# Each makes .venv and installs what it needs. Versions are those that the tests
+# passed with; CONSTRAINTS= takes the newest.
 
 PYTHON ?= python3
-CONSTRAINTS ?=
+CONSTRAINTS ?= .ci/constraints.txt
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .PHONY: app test lint bench

@@ -21,7 +21,7 @@ import torch
 import ecodiff
 from ecodiff import catalog, saliency
 from ecodiff.fidelity import Sample, fidelity
-from ecodiff.learn import PRESETS, LearnConfig
+from ecodiff.learn import PRESETS
 
 BATCH = 8
 MEASURES = ("latent_error", "psnr", "ssim")
@@ -68,13 +68,7 @@ def scores_of(method: str, pipe, model: catalog.Model, ratio: float, seed: int) 
     """Scores by a method's name."""
     calls = calibration_calls(model, 32)
     if method in PRESETS:
-        config = LearnConfig.preset(
-            method,
-            ratio=ratio,
-            seed=seed,
-            inference_steps=model.learn_steps,
-            guidance_scale=model.guidance_scale,
-        )
+        config = model.learn_config(method, ratio, seed=seed)
         return ecodiff.learn_masks(pipe, model.prompts("calibration"), config)
     values = {
         "random": lambda: saliency.random(pipe.unet, seed),

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from .learn import LearnConfig
+
 EMBEDDED = Path(__file__).parent / "embedded"
 
 
@@ -13,7 +15,7 @@ class Model:
     Attributes:
         name: what a person picks or types.
         source: a folder or a Hub repository id.
-        steps, guidance_scale, size: of a generated image (pixels a side).
+        steps, guidance_scale, size: of a generated image (pixels a side; None: the pipeline's).
         learn_steps: time steps of a trajectory while learning.
         dtype: in which its files hold the weights.
         licence: of the weights; a pruned checkpoint inherits it.
@@ -24,7 +26,7 @@ class Model:
     title: str
     steps: int
     guidance_scale: float
-    size: int
+    size: int | None
     learn_steps: int
     dtype: str
     licence: str
@@ -33,6 +35,25 @@ class Model:
     @property
     def embedded(self) -> bool:
         return Path(self.source).is_absolute()
+
+    def learn_config(self, preset: str, ratio: float, **changes) -> LearnConfig:
+        """A preset with this model's defaults. Raises BudgetError if there is no such preset."""
+        return LearnConfig.preset(
+            preset,
+            ratio=ratio,
+            inference_steps=self.learn_steps,
+            guidance_scale=self.guidance_scale,
+            size=self.size,
+            **changes,
+        )
+
+    def drawing(self, steps: int | None = None, guidance_scale: float | None = None) -> dict:
+        """Options of `fidelity.generate`: as given, else this model's defaults."""
+        return {
+            "steps": steps or self.steps,
+            "guidance_scale": self.guidance_scale if guidance_scale is None else guidance_scale,
+            "size": self.size,
+        }
 
     def prompts(self, which: str) -> list[str]:
         """Prompts to learn on ("calibration") or to judge by ("heldout"): never the same ones."""
@@ -88,4 +109,4 @@ def find(name: str) -> Model:
     by_source = {model.source: model for model in MODELS.values()}
     if name in by_source:
         return by_source[name]
-    return Model(name, name, name, 30, 5.0, 0, learn_steps=12, dtype="float16", licence="other")
+    return Model(name, name, name, 30, 5.0, None, learn_steps=12, dtype="float16", licence="other")

@@ -12,9 +12,9 @@ from . import catalog, checkpoint
 from .errors import EcodiffError, UnsupportedModelError
 from .fidelity import compare, fidelity, generate
 from .groups import denoiser_of, find_groups, unit_parameters, unrecognised
-from .learn import PRESETS, LearnConfig
-from .measure import parameters
-from .plan import Scores
+from .learn import PRESETS
+from .measure import megabytes, parameters
+from .plan import PrunePlan, Scores
 from .runs import Run, RunStore
 from .slicing import plan_of, variant
 
@@ -34,23 +34,6 @@ def table(rows: list[tuple[str, str]]) -> str:
     """Two aligned columns."""
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"  {label:<{width}}  {value}" for label, value in rows)
-
-
-def megabytes(count: float) -> str:
-    """Bytes for people: "16.2 MB", "5.14 GB"."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def learn_config(model: catalog.Model, preset: str, ratio: float, **changes) -> LearnConfig:
-    """The configuration of a preset with the catalogue's defaults of a model."""
-    return LearnConfig.preset(
-        preset,
-        ratio=ratio,
-        inference_steps=model.learn_steps,
-        guidance_scale=model.guidance_scale,
-        size=model.size or None,
-        **changes,
-    )
 
 
 def prune(options: argparse.Namespace) -> int:
@@ -101,7 +84,7 @@ def prune(options: argparse.Namespace) -> int:
 def _open_or_create(options: argparse.Namespace, pipe) -> Run:
     model = catalog.find(options.model)
     changes = {} if options.seed is None else {"seed": options.seed}
-    config = learn_config(model, options.preset, options.ratio, **changes)
+    config = model.learn_config(options.preset, options.ratio, **changes)
     ceiling = Scores.of(
         denoiser_of(pipe), {g.name: torch.zeros(g.size) for g in find_groups(denoiser_of(pipe))}
     )
@@ -193,15 +176,8 @@ def _defaults(model: str, options: argparse.Namespace) -> dict:
     """Steps, guidance and size: as asked, else as the catalogue says (of the dense model)."""
     folder = Path(model)
     if (folder / checkpoint.PLAN_FILE).is_file():
-        from .plan import PrunePlan
-
         model = PrunePlan.load(folder / checkpoint.PLAN_FILE).metadata.get("model", model)
-    known = catalog.find(model)
-    return {
-        "steps": options.steps or known.steps,
-        "guidance_scale": known.guidance_scale if options.guidance is None else options.guidance,
-        "size": known.size or None,
-    }
+    return catalog.find(model).drawing(options.steps, options.guidance)
 
 
 def _save_image(image, out: Path) -> None:

@@ -1,6 +1,5 @@
 """How close a pruned model is to its dense one: same prompt, same noise."""
 
-import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from torchmetrics.functional.image import (
 
 from .groups import denoiser_of
 from .measure import parameters
+from .trajectory import call_options
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,7 @@ def generate(
             on_step(index + 1)
         return kwargs
 
-    wanted = {
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "height": size or None,
-        "width": size or None,
-    }
-    known = inspect.signature(type(pipe).__call__).parameters
-    extra = {k: v for k, v in wanted.items() if v is not None and k in known}
+    extra = call_options(pipe, steps, guidance_scale, size)
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
     with torch.inference_mode():

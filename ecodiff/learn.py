@@ -5,7 +5,6 @@ generators seeded by its own number. So a run can be stopped, killed and resumed
 with the same scores, bit for bit, as one that was left alone.
 """
 
-import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +21,7 @@ from . import gates, saliency
 from .errors import BudgetError, CheckpointError, LearningError
 from .groups import denoiser_of, find_groups, unit_parameters
 from .plan import Scores
-from .trajectory import trajectory
+from .trajectory import call_options, trajectory
 
 STATE_FORMAT = "ecodiff.state.1"
 
@@ -165,23 +164,16 @@ class _Learner:
 
     def _call(self, batch: int) -> dict:
         """The pipeline's arguments for one of the run's batches of (prompt, seed) pairs."""
-        config, calls = self.config, {}
-        first = batch * config.batch
-        order = torch.randperm(
-            len(self.prompts), generator=torch.Generator().manual_seed(config.seed)
-        ).tolist()
-        rows = range(first, first + config.batch)
-        calls["prompt"] = [self.prompts[order[row % len(order)]] for row in rows]
+        config = self.config
+        shuffle = torch.Generator().manual_seed(config.seed)
+        order = torch.randperm(len(self.prompts), generator=shuffle).tolist()
+        rows = range(batch * config.batch, (batch + 1) * config.batch)
         seeds = [config.seed * 1_000_003 + row for row in rows]
-        calls["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
-        wanted = {
-            "num_inference_steps": config.inference_steps,
-            "guidance_scale": config.guidance_scale,
-            "height": config.size,
-            "width": config.size,
+        return {
+            "prompt": [self.prompts[order[row % len(order)]] for row in rows],
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            **call_options(self.pipe, config.inference_steps, config.guidance_scale, config.size),
         }
-        known = inspect.signature(type(self.pipe).__call__).parameters
-        return calls | {k: v for k, v in wanted.items() if v is not None and k in known}
 
     def _batch_of(self, step: int) -> int:
         return step % max(1, self.config.trajectories // self.config.batch)

@@ -18,7 +18,6 @@ from .fidelity import Sample, fidelity, generate
 from .gpu import DEVICE, PIPELINES
 from .groups import denoiser_of, find_groups
 from .jobs import WORKER
-from .learn import LearnConfig
 from .plan import PrunePlan, Scores
 from .runs import Run, RunStore
 from .slicing import plan_of
@@ -89,14 +88,7 @@ def start(model: str, ratio: float = 0.2, preset: str = "fast", seed: int = 0) -
     _checked(ratio, _sizes(model)[0].ceiling)
     if os.environ.get("SPACE_ID"):
         STORE.sweep(EXPIRY_SECONDS)
-    config = LearnConfig.preset(
-        preset,
-        ratio=ratio,
-        seed=int(seed),
-        inference_steps=known.learn_steps,
-        guidance_scale=known.guidance_scale,
-        size=known.size or None,
-    )
+    config = known.learn_config(preset, ratio, seed=int(seed))
     prompts = known.prompts("calibration")
     run = Run.create(STORE.new_folder(), model, config, prompts, preset)
     WORKER.submit(run)
@@ -211,11 +203,7 @@ def compare(
     known = catalog.find(made.metadata["model"])
     if not prompt.strip():
         raise BudgetError("Write a prompt first: what should be drawn?")
-    options = {
-        "steps": int(steps or known.steps),
-        "guidance_scale": known.guidance_scale if guidance_scale is None else guidance_scale,
-        "size": known.size or None,
-    }
+    options = known.drawing(int(steps) if steps else None, guidance_scale)
     with DEVICE:
         dense = PIPELINES.dense(made.metadata["model"])
         small = PIPELINES.pruned(made.metadata["model"], made)

@@ -19,6 +19,18 @@ from .errors import UnsupportedModelError
 from .groups import denoiser_of
 
 
+def call_options(pipe, steps: int | None, guidance_scale: float | None, size: int | None) -> dict:
+    """Keyword arguments for a pipeline's `__call__`: what is given and what it knows."""
+    wanted = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": size,
+        "width": size,
+    }
+    known = inspect.signature(type(pipe).__call__).parameters
+    return {name: value for name, value in wanted.items() if value is not None and name in known}
+
+
 @contextmanager
 def trajectory(
     pipe, checkpoint: bool = True, on_step: Callable[[], None] | None = None

@@ -3,6 +3,7 @@
 import gradio as gr
 
 from .. import service
+from ..measure import megabytes
 from . import show
 from .common import choices, label, mine, told
 
@@ -73,7 +74,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
         return (
             gr.DownloadButton(value=service.plan_file(run, percent / 100), interactive=True),
             gr.DownloadButton(f"{made['name']}", value=made["path"], interactive=True),
-            f"{show.megabytes(made['bytes'])} · SHA-256 `{made['sha256']}` · run id `{run}`",
+            f"{megabytes(made['bytes'])} · SHA-256 `{made['sha256']}` · run id `{run}`",
             gr.Code(show.snippet(made["folder"]), visible=True),
         )
 

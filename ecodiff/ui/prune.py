@@ -7,6 +7,7 @@ import pandas as pd
 
 from .. import service
 from ..errors import EcodiffError, RunError
+from ..measure import megabytes
 from . import show
 from .common import MODELS, PRESETS, told
 
@@ -132,7 +133,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
         made = service.export(run, percent / 100)
         return (
             gr.DownloadButton(f"Download {made['name']}", value=made["path"], interactive=True),
-            f"**{made['name']}** · {show.megabytes(made['bytes'])} · SHA-256 `{made['sha256']}`\n\n"
+            f"**{made['name']}** · {megabytes(made['bytes'])} · SHA-256 `{made['sha256']}`\n\n"
             "Unpack it, then:",
             gr.Code(show.snippet(made["folder"]), visible=True),
         )

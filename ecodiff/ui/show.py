@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from html import escape
 from math import ceil
 
+from ..measure import megabytes
+
 STAGES = {
     "queued": "Waiting",
     "loading": "Loading the model",
@@ -13,11 +15,6 @@ STAGES = {
     "failed": "Failed",
     "interrupted": "Interrupted",
 }
-
-
-def megabytes(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def millions(count: float) -> str:
