@@ -57,6 +57,10 @@ class LearnConfig:
     seed: int = 0
     checkpoint: bool = True
 
+    def __post_init__(self):
+        if min(self.warm_steps, self.batch, self.trajectories) < 1 or self.steps < 0:
+            raise BudgetError("warm_steps, batch and trajectories must be at least 1, steps at least 0.")
+
     @classmethod
     def preset(cls, name: str, **changes) -> "LearnConfig":
         """One of "fast", "balanced", "paper", with some fields changed."""
@@ -151,9 +155,11 @@ class _Learner:
             row = self._warm(state)
         else:
             row = self._learn(state)
-        if not all(isfinite(v) for v in row.values()):
+        if not all(isfinite(v) for v in row.values()) or not all(
+            v.isfinite().all() for v in vectors.values()
+        ):
             raise LearningError(
-                f"Step {state.step + 1} gave a loss that is not a number. The state before it is "
+                f"Step {state.step + 1} gave values that are not numbers. The state before it is "
                 "kept. Try float32 or bfloat16 instead of float16, or another seed."
             )
         state.step += 1
