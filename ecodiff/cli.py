@@ -13,6 +13,7 @@ from .errors import EcodiffError, UnsupportedModelError
 from .fidelity import compare, fidelity, generate
 from .groups import denoiser_of, find_groups, unit_parameters, unrecognised
 from .learn import PRESETS
+from .logs import be_quiet
 from .measure import megabytes, parameters
 from .plan import PrunePlan, Scores
 from .runs import Run, RunStore
@@ -289,7 +290,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     options = parser().parse_args(arguments)
-    _be_quiet()
+    be_quiet()
     try:
         return options.function(options)
     except EcodiffError as error:
@@ -297,18 +298,3 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-
-
-def _be_quiet() -> None:
-    """Only ecodiff's own messages on the terminal."""
-    import warnings
-
-    import diffusers
-    import huggingface_hub
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    huggingface_hub.logging.set_verbosity(100)  # its retries; what failed is told once, at the end
-    warnings.simplefilter("ignore")
