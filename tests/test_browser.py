@@ -96,7 +96,7 @@ def test_the_main_job(page, tmp_path):
     page.wait_for_timeout(1500)
     shot(page, "6-compare")
     page.get_by_role("tab", name="Library").click()
-    page.locator("text=16/16 >> visible=true").first.wait_for()
+    page.locator("text=24/24 >> visible=true").first.wait_for()
     page.wait_for_timeout(500)
     shot(page, "7-library")
     assert not page.foreign, "requests to another host"
@@ -123,6 +123,6 @@ def test_every_tab_fits(browser, url, look, width):
         page.wait_for_timeout(700)
         overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
         assert overflow <= 0, f"{tab} is {overflow} px too wide"
-        assert not page.get_by_text("16/16").count()
+        assert not page.get_by_text("24/24").count()
         shot(page, f"{look}-{width}-{tab.lower()}")
     page.close()
