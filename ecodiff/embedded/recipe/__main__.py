@@ -37,7 +37,7 @@ def main() -> None:
     scaled = (latents - mean.view(1, 4, 1, 1)) / std.view(1, 4, 1, 1)
 
     torch.manual_seed(0)
-    pipe = sdxl.new_pipeline(autoencoder, sdxl.new_tokenizer(emojis))
+    pipe = sdxl.new_pipeline(autoencoder, sdxl.tokenizer(emojis, options.work / "tokenizer"))
     trained = sdxl.train(pipe, scaled, emojis, options.work, options.steps, options.device)
     pipe = sdxl.finished(pipe, trained)
     pipe.save_pretrained(options.out, max_shard_size="9MB")

@@ -34,12 +34,19 @@ TOKENS = 24  # the longest caption has 22 with its start and end
 SIZES = (data.SIZE, data.SIZE, 0, 0, data.SIZE, data.SIZE)  # SDXL's size and crop conditioning
 
 
-def new_tokenizer(emojis: list[data.Emoji]) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte pairs are learned on the captions."""
+def tokenizer(emojis: list[data.Emoji], folder: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte pairs are learned on the captions, kept in `folder`.
+
+    The trainer breaks ties at random, so a training that is resumed must find its own again.
+    """
+    if (folder / "tokenizer.json").exists():
+        return CLIPTokenizer.from_pretrained(folder)
     captions = sorted({text for e in emojis for text in (e.caption, e.alias)})
-    return CLIPTokenizer(model_max_length=TOKENS).train_new_from_iterator(
+    learned = CLIPTokenizer(model_max_length=TOKENS).train_new_from_iterator(
         captions, vocab_size=3000, end_of_word_suffix="</w>"
     )
+    learned.save_pretrained(folder)
+    return learned
 
 
 def _text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:
