@@ -108,7 +108,9 @@ def test_a_wrong_model_is_told(page):
     model = page.get_by_role("listbox", name="Model").or_(page.get_by_label("Model")).first
     model.fill("no-such-model")
     model.press("Enter")
-    page.get_by_text("There is no model 'no-such-model'").first.wait_for(timeout=30_000)
+    told = page.get_by_text("There is no model 'no-such-model'").first
+    told.wait_for(timeout=30_000)
+    assert told.is_visible() and "Traceback" not in page.content()
     shot(page, "8-wrong-model")
 
 

@@ -12,6 +12,7 @@ CACHE = Path.home() / ".cache" / "ecodiff"
 
 
 def main() -> None:
+    """Train what is not trained yet, then write the model and its report."""
     parser = argparse.ArgumentParser(
         prog="python -m ecodiff.embedded.recipe",
         description="Download the emoji, train emoji-sdxl, write the weights that ship and their "
