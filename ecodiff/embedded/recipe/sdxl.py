@@ -5,8 +5,6 @@ penultimate states are concatenated, the pooled state and the size conditioning 
 embedding, a UNet whose lower level is mostly transformer, an Euler scheduler.
 """
 
-import copy
-import time
 from pathlib import Path
 
 import torch
@@ -17,8 +15,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -26,10 +23,8 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from . import data, state
+from . import data, training
 
-BATCH = 32
-PEAK_RATE = 1e-3
 TOKENS = 24  # the longest caption has 22 with its start and end
 SIZES = (data.SIZE, data.SIZE, 0, 0, data.SIZE, data.SIZE)  # SDXL's size and crop conditioning
 
@@ -124,76 +119,31 @@ class Denoiser(nn.Module):
         return self.unet(noisy, times, text, added_cond_kwargs=added).sample
 
 
-def rate(step: int, steps: int) -> float:
-    """Learning rate: a short warm-up, constant, and down to zero over the last 40 %."""
-    return PEAK_RATE * min((step + 1) / 200, 1.0, (steps - step) / (0.4 * steps))
-
-
-def train(pipe, latents, emojis, folder: Path, steps: int, device: str, seed: int = 0):
+def train(pipe, latents, emojis, folder: Path, steps: int, device: str) -> Denoiser:
     """Fit UNet and text encoders to scaled `latents` (n, 4, 16, 16); resumes from `folder`.
 
-    v-prediction, uniform time steps, captions dropped one time in ten for guidance. Every step
-    draws from a generator of its own, so a resumed training sees what an unbroken one would.
-    Returns the exponential moving average of the weights.
+    v-prediction, uniform time steps, captions dropped one time in ten for guidance. Returns the
+    exponential moving average of the weights.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = Denoiser(pipe).to(device).train()
     model.unet.to(memory_format=torch.channels_last)
-    average = copy.deepcopy(model)
-    # On a CPU the fused kernel's backward pass costs more than all the rest of the network.
-    model.unet.set_attn_processor(AttnProcessor() if device == "cpu" else AttnProcessor2_0())
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    modules = {"model": model, "average": average}
-    start = state.load(folder / "denoiser.safetensors", modules, optimizer)
-
     alphas = pipe.scheduler.alphas_cumprod
-    weights = data.sampling_weights(emojis)
-    tokens = [
-        pipe.tokenizer(
-            [getattr(e, field) for e in emojis],
-            padding="max_length",
-            max_length=TOKENS,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        for field in ("caption", "alias")
-    ]
-    clock, total = time.monotonic(), 0.0
-    for step in range(start, steps):
-        draw = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        rows = torch.multinomial(weights, BATCH, replacement=True, generator=draw)
-        aliased = (torch.rand(BATCH, generator=draw) < 0.25)[:, None]
-        captioned = (torch.rand(BATCH, generator=draw) >= 0.1).float()
-        times = torch.randint(len(alphas), (BATCH,), generator=draw)
-        noise = torch.randn(BATCH, *latents.shape[1:], generator=draw)
+    captions, tokens = training.Captions(emojis), training.tokens(pipe.tokenizer, emojis, TOKENS)
+
+    def loss_of(draw: torch.Generator) -> Tensor:
+        rows, aliased, captioned = captions.draw(draw)
+        times = torch.randint(len(alphas), (len(rows),), generator=draw)
+        noise = torch.randn(len(rows), *latents.shape[1:], generator=draw)
         signal = alphas[times].sqrt().view(-1, 1, 1, 1)
         spread = (1 - alphas[times]).sqrt().view(-1, 1, 1, 1)
         clean = latents[rows]
         noisy, target = signal * clean + spread * noise, signal * noise - spread * clean
-        texts = torch.where(aliased, tokens[1][rows], tokens[0][rows])
+        batch = (noisy, times, tokens[aliased.long(), rows], captioned.float())
+        predicted = model(*(tensor.to(device) for tensor in batch))
+        return F.mse_loss(predicted.float(), target.to(device))
 
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps)
-        with torch.autocast(device, torch.bfloat16):
-            batch = (t.to(device) for t in (noisy, times, texts, captioned))
-            predicted = model(*batch)
-        loss = F.mse_loss(predicted.float(), target.to(device))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        decay = min(0.999, (step + 1) / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), parameters, 1 - decay)
-        total += loss.item()
-        if (step + 1) % 100 == 0:
-            seconds = time.monotonic() - clock
-            state.log(folder / "denoiser.jsonl", step=step + 1, loss=total / 100, seconds=seconds)
-            total = 0.0
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            state.save(folder / "denoiser.safetensors", step + 1, modules, optimizer)
-    return average.eval()
+    return training.fit(model, loss_of, folder, "denoiser", steps, device)
 
 
 def finished(pipe: StableDiffusionXLPipeline, trained: Denoiser) -> StableDiffusionXLPipeline:

@@ -16,7 +16,7 @@ def save(path: Path, step: int, modules: dict[str, nn.Module], optimizer) -> Non
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer|{index}|{key}": value for key, value in moments.items()}
     partial = path.with_suffix(".partial")
-    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, partial)
+    save_file({key: value.cpu().clone().contiguous() for key, value in tensors.items()}, partial)
     partial.replace(path)
 
 
