@@ -56,8 +56,7 @@ def apply(model: nn.Module, description: dict) -> None:
                 raise ValueError(f"{path}.{name} cannot shrink from {tuple(old.shape)} to {shape}.")
             empty = torch.empty(shape, dtype=old.dtype, device=old.device)
             setattr(module, name, nn.Parameter(empty, requires_grad=old.requires_grad))
-        if isinstance(module, nn.Linear):
-            module.out_features, module.in_features = module.weight.shape
+        set_features(module)
     for path, attributes in description["attributes"].items():
         for name, value in attributes.items():
             old = modules[path].__dict__[name]
@@ -66,6 +65,14 @@ def apply(model: nn.Module, description: dict) -> None:
             setattr(modules[path], name, value)
     for path in description["emptied"]:
         modules[path].set_processor(EmptiedAttnProcessor())
+
+
+def set_features(module: nn.Module) -> None:
+    """Let a Linear or a convolution say the shape that its weight has."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Conv2d):
+        module.out_channels, module.in_channels = module.weight.shape[:2]
 
 
 @cache

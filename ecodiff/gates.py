@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PlanError
-from .groups import PruneGroup, find_groups
+from .groups import ALL_KINDS, PruneGroup, find_groups
 
 TEMPERATURE = 2 / 3  # beta
 STRETCH = (-0.1, 1.1)  # gamma, zeta
@@ -45,25 +45,24 @@ def _stretch(s: Tensor) -> Tensor:
 
 
 def _factors(denoiser: nn.Module, groups: list[PruneGroup], masks: Mapping[str, Tensor]):
-    """One factor per input feature for every consumer, assembled from all its groups."""
+    """One factor per input feature for every consumer, (features,) or (rows, features)."""
     factors: dict[str, Tensor] = {}
     for group in groups:
         mask = masks.get(group.name)
         if mask is None:
             continue
-        if tuple(mask.shape) != (group.size,):
+        if mask.ndim not in (1, 2) or mask.shape[-1] != group.size:
             raise PlanError(
                 f"The mask of {group.name} has shape {tuple(mask.shape)}; it has {group.size} units."
             )
         for slot in group.consumers:
             weight = denoiser.get_submodule(slot.module).weight
             mask = mask.to(weight.device, torch.promote_types(torch.float32, mask.dtype))
-            factor = factors.get(slot.module)
-            if factor is None:
-                factor = torch.ones(weight.shape[1], device=weight.device, dtype=mask.dtype)
             index = slot.index.to(weight.device)
-            spread = mask.repeat_interleave(index.shape[1])
-            factors[slot.module] = factor.index_copy(0, index.flatten(), spread)
+            spread = mask.repeat_interleave(index.shape[1], dim=-1)
+            whole = spread.new_ones(*mask.shape[:-1], weight.shape[1])
+            factor = whole.index_copy(-1, index.flatten(), spread)
+            factors[slot.module] = factors.get(slot.module, 1) * factor
     return factors
 
 
@@ -76,11 +75,12 @@ def masked(denoiser: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
 
     Args:
         masks: a `PrunePlan`, or {group name: (units,) in [0, 1]}; a group not named is left alone.
+            A mask of shape (rows, units) is one mask a sample of a batch of `rows`.
 
     Raises:
         PlanError: a name or a shape does not fit the denoiser.
     """
-    groups = find_groups(denoiser)
+    groups = find_groups(denoiser, ALL_KINDS)
     unknown = set(masks) - {group.name for group in groups}
     if unknown:
         raise PlanError(
@@ -100,4 +100,10 @@ def masked(denoiser: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def _multiply(factor: Tensor, module: nn.Module, inputs: tuple) -> tuple:
-    return (inputs[0] * factor.to(inputs[0].dtype), *inputs[1:])
+    x = inputs[0]
+    if factor.ndim == 2:  # guidance stacks the whole batch again for the empty prompt
+        factor = factor.repeat(x.shape[0] // factor.shape[0], 1)
+    features = 1 if isinstance(module, nn.Conv2d) else x.ndim - 1
+    shape = [1] * x.ndim
+    shape[0], shape[features] = (factor.shape[0] if factor.ndim == 2 else 1), factor.shape[-1]
+    return (x * factor.view(shape).to(x.dtype), *inputs[1:])

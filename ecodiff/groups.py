@@ -1,8 +1,8 @@
 """What can be pruned: groups of units, found by the structure of the denoiser.
 
-A unit is one attention head or one FFN neuron. Its group says through which Linears it runs: the
-*producers* whose output rows belong to the units, and the *consumers* whose input columns do.
-Multiplying a unit's consumer input by zero is the same as deleting those rows and columns; gates,
+A unit is one attention head, one FFN neuron, or one norm group of a ResNet's inner channels. Its
+group says through which Linears and convolutions it runs: the *producers* whose output rows belong
+to the units, and the *consumers* whose input columns do. Multiplying a unit's consumer input by zero is the same as deleting those rows and columns; gates,
 slicing and the cost of a unit all follow from that one description, and nothing else in ecodiff
 knows an architecture.
 """
@@ -16,15 +16,18 @@ from torch import LongTensor, nn
 
 from .errors import UnsupportedModelError
 
-Kind = Literal["heads", "ffn"]
-KINDS: tuple[Kind, ...] = ("heads", "ffn")
+Kind = Literal["heads", "ffn", "resnet"]
+ALL_KINDS: tuple[Kind, ...] = ("heads", "ffn", "resnet")
+KINDS: tuple[Kind, ...] = ("heads", "ffn")  # the paper's, and the default
+FLOORS: dict[Kind, int] = {"heads": 0, "ffn": 0, "resnet": 1}  # a norm of no channels cannot run
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One axis of one Linear, indexed by unit.
+    """One axis of one Linear, convolution or norm, indexed by unit.
 
-    `index` has shape (units, width): the rows (axis "out") or columns (axis "in") of each unit.
+    `index` has shape (units, width): the rows (axis "out") or columns (axis "in") of each unit; of
+    a convolution they are channels.
     """
 
     module: str
@@ -43,7 +46,7 @@ class Attribute:
 
 @dataclass(frozen=True)
 class PruneGroup:
-    """The units of one layer and the Linears they run through. Pure description, no weights."""
+    """The units of one layer and the modules they run through. Pure description, no weights."""
 
     name: str
     kind: Kind
@@ -51,6 +54,11 @@ class PruneGroup:
     consumers: tuple[Slot, ...]
     producers: tuple[Slot, ...]
     attributes: tuple[Attribute, ...] = ()
+
+    @property
+    def floor(self) -> int:
+        """The least number of units that must stay."""
+        return FLOORS[self.kind]
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -122,7 +130,39 @@ def feed_forward(path: str, module: nn.Module) -> PruneGroup | None:
     )
 
 
-ADAPTERS: tuple[Callable[[str, nn.Module], PruneGroup | None], ...] = (attention, feed_forward)
+def resnet(path: str, module: nn.Module) -> PruneGroup | None:
+    """Inner channels of diffusers' ResnetBlock2D, by groups of norm2: conv1 in, conv2 out.
+
+    A group norm treats its groups apart, so removing whole ones leaves the others as they were.
+    """
+    conv1, norm, conv2 = (getattr(module, name, None) for name in ("conv1", "norm2", "conv2"))
+    time = getattr(module, "time_emb_proj", None)
+    if not isinstance(conv1, nn.Conv2d) or not isinstance(conv2, nn.Conv2d) or not isinstance(norm, nn.GroupNorm):
+        return None
+    channels, count = norm.num_channels, norm.num_groups
+    if not conv1.out_channels == channels == conv2.in_channels or not conv1.groups == conv2.groups == 1:
+        return None
+    index = units(count, channels // count)
+    producers = [Slot(f"{path}.conv1", "out", index), Slot(f"{path}.norm2", "out", index)]
+    if isinstance(time, nn.Linear):
+        if time.out_features not in (channels, 2 * channels):
+            return None
+        copies = time.out_features // channels  # two: scale and shift
+        producers.append(Slot(f"{path}.time_emb_proj", "out", units(count, channels // count, copies)))
+    return PruneGroup(
+        name=path,
+        kind="resnet",
+        size=count,
+        consumers=(Slot(f"{path}.conv2", "in", index),),
+        producers=tuple(producers),
+        attributes=(
+            Attribute(f"{path}.norm2", "num_groups", 1),
+            Attribute(f"{path}.norm2", "num_channels", channels // count),
+        ),
+    )
+
+
+ADAPTERS: tuple[Callable[[str, nn.Module], PruneGroup | None], ...] = (attention, feed_forward, resnet)
 
 
 def _repeated(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -140,7 +180,8 @@ def find_groups(denoiser: nn.Module, kinds: Iterable[Kind] = KINDS) -> list[Prun
 
     Args:
         denoiser: `pipe.unet` or `pipe.transformer`, on any device (also "meta").
-        kinds: which units to look for: "heads", "ffn".
+        kinds: which units to look for: "heads", "ffn", and "resnet" (inner channels of a UNet's
+            ResNets), which is not in the paper.
 
     Raises:
         UnsupportedModelError: nothing was recognised.
@@ -173,17 +214,36 @@ def unrecognised(denoiser: nn.Module, groups: list[PruneGroup]) -> dict[str, int
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
+def blocks(groups: Iterable[PruneGroup]) -> dict[str, list[str]]:
+    """Heads and FFNs by the transformer block that they are in: {block: [group names]}.
+
+    A block is what a ModuleList repeats. With all its groups gone, of its residual branches only
+    the output biases remain.
+    """
+    found: dict[str, list[str]] = {}
+    for group in groups:
+        parts = group.name.split(".")
+        last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+        if group.kind in ("heads", "ffn") and last >= 0:
+            found.setdefault(".".join(parts[: last + 1]), []).append(group.name)
+    return {block: names for block, names in found.items() if len(names) > 1}
+
+
 def unit_parameters(denoiser: nn.Module, group: PruneGroup) -> int:
     """Parameters that go with one unit: its producer rows (and biases) and consumer columns."""
-    total = 0
-    for slot in group.slots:
-        linear = denoiser.get_submodule(slot.module)
-        width = slot.index.shape[1]
-        if slot.axis == "in":
-            total += width * linear.out_features
-        else:
-            total += width * (linear.in_features + (linear.bias is not None))
-    return total
+    return sum(
+        slot.index.shape[1] * (_per_feature(denoiser, slot) + _bias_per_feature(denoiser, slot))
+        for slot in group.slots
+    )
+
+
+def _per_feature(denoiser: nn.Module, slot: Slot) -> int:
+    weight = denoiser.get_submodule(slot.module).weight
+    return 0 if weight is None else weight.numel() // weight.shape[1 if slot.axis == "in" else 0]
+
+
+def _bias_per_feature(denoiser: nn.Module, slot: Slot) -> int:
+    return int(slot.axis == "out" and denoiser.get_submodule(slot.module).bias is not None)
 
 
 def denoiser_name(pipe) -> str:

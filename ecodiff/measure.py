@@ -1,9 +1,17 @@
-"""Size, measured."""
+"""Size and speed, measured."""
+
+import statistics
+import time
+from collections.abc import Iterable
 
 import torch
+from torch import nn
+
+from .groups import ALL_KINDS, PruneGroup, denoiser_of, find_groups
+from .trajectory import denoiser_calls, moved
 
 
-def parameters(module: torch.nn.Module) -> int:
+def parameters(module: nn.Module) -> int:
     """Number of parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -11,3 +19,87 @@ def parameters(module: torch.nn.Module) -> int:
 def megabytes(count: float) -> str:
     """Bytes for people: "16.2 MB", "5.14 GB"."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+@torch.no_grad()
+def unit_macs(
+    pipe, call: dict, groups: Iterable[PruneGroup] | None = None
+) -> tuple[dict[str, int], int]:
+    """Multiply-accumulates of one unit in one denoiser call, by group, and of the whole call.
+
+    Counted from the shapes that flow through Linears, 2-D convolutions and attention in a real
+    call; norms and activations are left out.
+
+    Args:
+        call: the pipeline's arguments; they fix the image size, the prompts and guidance.
+    """
+    denoiser = denoiser_of(pipe)
+    groups = find_groups(denoiser, ALL_KINDS) if groups is None else list(groups)
+    rows: dict[str, int] = {}  # times that a module's weight is applied
+    tokens: dict[str, tuple[int, int]] = {}  # batch and sequence length of what a Linear read
+
+    def see(name: str):
+        def hook(module, inputs, output):
+            wide = output.shape[1 if isinstance(module, nn.Conv2d) else -1]
+            rows[name] = rows.get(name, 0) + output.numel() // max(1, wide)
+            if inputs[0].ndim == 3:
+                tokens[name] = tuple(inputs[0].shape[:2])
+
+        return hook
+
+    layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    handles = [module.register_forward_hook(see(name)) for name, module in layers.items()]
+    try:
+        args, kwargs = moved(denoiser_calls(pipe, call, limit=1)[0], denoiser.device)
+        rows.clear()
+        denoiser(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    total = sum(rows.get(name, 0) * module.weight.numel() for name, module in layers.items())
+    by_unit = {}
+    for group in groups:
+        by_unit[group.name] = sum(
+            rows.get(slot.module, 0)
+            * slot.index.shape[1]
+            * (layers[slot.module].weight.numel() // layers[slot.module].weight.shape[slot.axis == "in"])
+            for slot in group.slots
+            if slot.module in layers
+        )
+        if group.kind == "heads":
+            attended = _attention_macs(group, tokens)
+            by_unit[group.name] += attended
+            total += attended * group.size
+    return by_unit, total
+
+
+def _attention_macs(group: PruneGroup, tokens: dict[str, tuple[int, int]]) -> int:
+    """Of one head: queries times keys, and weights times values."""
+    width = group.consumers[0].index.shape[1]
+    batch, queries, keys = 1, 0, 0
+    for slot in group.producers:
+        read = tokens.get(slot.module)
+        if read and slot.module.endswith(("to_q", "add_q_proj")):
+            batch, queries = read[0], queries + read[1]
+        elif read and slot.module.endswith(("to_k", "add_k_proj")):
+            keys += read[1]
+    return 2 * batch * queries * keys * width
+
+
+@torch.no_grad()
+def latency(pipe, call: dict, repeats: int = 5) -> float:
+    """Median milliseconds of one denoiser call, after a warm-up.
+
+    Args:
+        call: the pipeline's arguments; they fix the image size, the prompts and guidance.
+    """
+    denoiser = denoiser_of(pipe)
+    args, kwargs = moved(denoiser_calls(pipe, call, limit=1)[0], denoiser.device)
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        denoiser(*args, **kwargs)
+        if denoiser.device.type == "cuda":
+            torch.cuda.synchronize(denoiser.device)
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[1:])

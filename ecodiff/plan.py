@@ -7,7 +7,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import BoolTensor, Tensor, nn
 
 from .errors import BudgetError, CheckpointError, PlanError
-from .groups import find_groups, unit_parameters
+from .groups import ALL_KINDS, FLOORS, find_groups, unit_parameters
 
 PLAN_FORMAT = "ecodiff.plan.1"
-SCORES_FORMAT = "ecodiff.scores.1"
+SCORES_FORMAT = "ecodiff.scores.2"
 MAX_FILE_BYTES = 64 << 20  # FLUX.1 has 2 M units: 4 MB of scores, 250 kB of plan
 MAX_UNITS = 1 << 20  # in one group
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
@@ -85,7 +85,8 @@ class PrunePlan(Mapping[str, BoolTensor]):
 
     def check(self, denoiser: nn.Module) -> None:
         """Raise PlanError unless every group is one of `denoiser`'s, with the same units."""
-        sizes = {group.name: group.size for group in find_groups(denoiser)}
+        groups = {group.name: group for group in find_groups(denoiser, ALL_KINDS)}
+        sizes = {name: group.size for name, group in groups.items()}
         for name, keep in self.items():
             if sizes.get(name) != len(keep):
                 what = f"{sizes[name]} units" if name in sizes else "no such group"
@@ -94,6 +95,8 @@ class PrunePlan(Mapping[str, BoolTensor]):
                     f"and the {type(denoiser).__name__} has {what} there. Use the model that it "
                     f"was made for{self._made_for()}."
                 )
+            if int(keep.sum()) < groups[name].floor:
+                raise PlanError(f"{name} must keep at least {groups[name].floor} of its units.")
 
     def _made_for(self) -> str:
         return f" ({self.metadata['model']})" if self.metadata.get("model") else ""
@@ -140,11 +143,17 @@ class Scores:
     """A ranking of all units: the higher, the longer a unit stays.
 
     Attributes:
-        values: float32 (group.size,) a group; comparable across groups.
-        kinds: "heads" or "ffn", by group.
+        values: float32 (group.size,) a group: what a unit is worth per parameter that it holds,
+            comparable across groups.
+        kinds: "heads", "ffn" or "resnet", by group.
         costs: parameters that go with one unit, by group.
         total: parameters of the dense denoiser.
         metadata: JSON-able facts: model, method, what was spent.
+        macs: multiply-accumulates of one unit in one denoiser call, by group (`measure.unit_macs`);
+            empty: not measured.
+        total_macs: of the dense denoiser's call.
+        blocks: worth per parameter of whole transformer blocks; empty: they are not offered.
+        itemsize: bytes of a parameter, in memory.
     """
 
     values: dict[str, Tensor]
@@ -152,17 +161,33 @@ class Scores:
     costs: dict[str, int]
     total: int
     metadata: dict = field(default_factory=dict)
+    macs: dict[str, int] = field(default_factory=dict)
+    total_macs: int = 0
+    blocks: dict[str, float] = field(default_factory=dict)
+    itemsize: int = 4
 
     @classmethod
-    def of(cls, denoiser: nn.Module, values: Mapping[str, Tensor], **metadata) -> "Scores":
+    def of(
+        cls,
+        denoiser: nn.Module,
+        values: Mapping[str, Tensor],
+        macs: tuple[dict[str, int], int] | None = None,
+        blocks: Mapping[str, float] | None = None,
+        **metadata,
+    ) -> "Scores":
         """Scores of `denoiser`'s groups, with what their units cost."""
-        groups = [group for group in find_groups(denoiser) if group.name in values]
+        groups = [group for group in find_groups(denoiser, ALL_KINDS) if group.name in values]
+        by_unit, total_macs = macs or ({}, 0)
         return cls(
             values={g.name: values[g.name].detach().float().cpu() for g in groups},
             kinds={g.name: g.kind for g in groups},
             costs={g.name: unit_parameters(denoiser, g) for g in groups},
             total=sum(p.numel() for p in denoiser.parameters()),
             metadata=dict(metadata),
+            macs={g.name: by_unit[g.name] for g in groups if g.name in by_unit},
+            total_macs=total_macs,
+            blocks=dict(blocks or {}),
+            itemsize=next(denoiser.parameters()).element_size(),
         )
 
     @property
@@ -172,81 +197,143 @@ class Scores:
 
     @property
     def removable(self) -> int:
-        """Parameters that go if every unit goes."""
-        return sum(self.costs[name] * len(v) for name, v in self.values.items())
+        """Parameters that go if every unit goes that may."""
+        return self._removable(self.costs)
 
-    def removed(self, plan: Mapping[str, Tensor]) -> int:
-        """Parameters that `plan` removes."""
-        return sum(self.costs[name] * int((~keep).sum()) for name, keep in plan.items())
+    def _removable(self, costs: Mapping[str, int]) -> int:
+        return sum(costs[n] * (len(v) - FLOORS[self.kinds[n]]) for n, v in self.values.items())
 
-    def plan(self, ratio: float | None = None, *, params: int | None = None, align: bool = True) -> PrunePlan:
-        """Cut the ranking at a size.
+    def removed(self, plan: Mapping[str, Tensor], costs: Mapping[str, int] | None = None) -> int:
+        """Parameters that `plan` removes (or what else `costs` counts)."""
+        costs = self.costs if costs is None else costs
+        return sum(costs[name] * int((~keep).sum()) for name, keep in plan.items())
+
+    def plan(
+        self,
+        ratio: float | None = None,
+        *,
+        params: int | None = None,
+        macs: int | None = None,
+        bytes: int | None = None,
+        latency_ms: float | None = None,
+        measured: Callable[[PrunePlan], float] | None = None,
+        align: bool = True,
+    ) -> PrunePlan:
+        """Cut the ranking at a size, given in one of these ways.
 
         Args:
-            ratio: fraction of the denoiser's parameters to remove, or
+            ratio: fraction of the denoiser's parameters to remove.
             params: parameters that the pruned denoiser may have.
+            macs: multiply-accumulates that one call of it may take.
+            bytes: bytes that its weights may take in memory.
+            latency_ms: milliseconds that one call may take, as `measured(plan)` tells: the largest
+                plan within it, by bisection over the ratio.
             align: remove FFN neurons in blocks, so that the widths that remain are multiples of 64
                 where a layer has at least 1024 neurons, else of 8: what matrix units like.
 
         Raises:
             BudgetError: out of range; the message names the model's ceiling.
         """
-        if (ratio is None) == (params is None):
-            raise BudgetError("Give one size: ratio= or params=.")
-        if ratio is None:
+        given = {"ratio": ratio, "params": params, "macs": macs, "bytes": bytes, "latency_ms": latency_ms}
+        if sum(size is not None for size in given.values()) != 1:
+            raise BudgetError(f"Give one size, one of: {', '.join(given)}.")
+        if latency_ms is not None:
+            return self._fastest(latency_ms, measured, align)
+        if macs is not None:
+            return self._cut(1 - macs / max(1, self.total_macs), self.macs, self.total_macs, "MACs", align)
+        if params is not None:
             ratio = 1 - params / self.total
+        elif bytes is not None:
+            ratio = 1 - bytes / (self.total * self.itemsize)
+        return self._cut(ratio, self.costs, self.total, "parameters", align)
+
+    def _fastest(self, latency_ms: float, measured, align: bool) -> PrunePlan:
+        if measured is None:
+            raise BudgetError("A budget in milliseconds needs measured=, a function that times a plan.")
+        low, high = 0.0, self.ceiling
+        best = self.plan(ratio=high, align=align)
+        if measured(best) > latency_ms:
+            raise BudgetError(f"Even the smallest plan takes longer than {latency_ms} ms on this machine.")
+        for _ in range(8):
+            middle = self.plan(ratio=(low + high) / 2, align=align)
+            if measured(middle) > latency_ms:
+                low = (low + high) / 2
+            else:
+                best, high = middle, (low + high) / 2
+        return best
+
+    def _cut(self, ratio: float, costs: Mapping[str, int], total: int, unit: str, align: bool) -> PrunePlan:
+        """Remove units, cheapest worth per `costs` first, until `ratio` of `total` is gone."""
+        if not total or set(costs) != set(self.values):
+            raise BudgetError(f"These scores do not know the {unit} of a unit (see measure.unit_macs).")
+        ceiling = self._removable(costs) / total
         if not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
             raise BudgetError(
-                f"The ratio is the fraction of parameters to remove, from 0 to "
-                f"{self.ceiling:.3f} for this model; {ratio!r} is not."
+                f"The ratio is the fraction of {unit} to remove, from 0 to {ceiling:.3f} for this "
+                f"model; {ratio!r} is not."
             )
-        if ratio > self.ceiling:
+        if ratio > ceiling:
             raise BudgetError(
-                f"At most {self.ceiling:.1%} of this model's parameters can be removed: the rest "
-                f"is not in heads or FFN neurons. {ratio:.1%} is too much."
+                f"At most {ceiling:.1%} of this model's {unit} can be removed: the rest is not in "
+                f"{self._kinds_in_words()}. {ratio:.1%} is too much."
             )
-        blocks = [b for name in self.values for b in self._blocks(name, align)]
-        blocks.sort(key=lambda block: block[0])
+        moves = [move for name in self.values for move in self._moves(name, costs, align)]
+        moves += self._whole_blocks(costs)
+        moves.sort(key=lambda move: move[0])
         keep = {name: torch.ones(len(v), dtype=torch.bool) for name, v in self.values.items()}
-        target, removed = ratio * self.total, 0
-        for _, name, members in blocks:
-            cost = self.costs[name] * len(members)
+        target, removed = ratio * total, 0
+        for _, members in moves:
+            gone = {name: units[keep[name][units]] for name, units in members.items()}
+            cost = sum(costs[name] * len(units) for name, units in gone.items())
             if removed + cost / 2 > target:  # stop where the size is nearest to what was asked
+                if len(members) > 1:
+                    continue  # a whole block is too much by now; single units may fit
                 break
-            keep[name][members] = False
+            for name, units in gone.items():
+                keep[name][units] = False
             removed += cost
-        facts = {"ratio": round(ratio, 6), "params_dense": self.total}
-        facts["params_pruned"] = self.total - removed
-        return PrunePlan(keep, self.metadata | facts)
+        plan = PrunePlan(keep, self.metadata)
+        pruned = self.total - self.removed(plan)
+        plan.metadata |= {"ratio": round(1 - pruned / self.total, 6)}
+        plan.metadata |= {"params_dense": self.total, "params_pruned": pruned}
+        if self.macs:
+            plan.metadata |= {"macs_dense": self.total_macs}
+            plan.metadata |= {"macs_pruned": self.total_macs - self.removed(plan, self.macs)}
+        return plan
 
-    def _blocks(self, name: str, align: bool) -> Iterator[tuple[float, str, Tensor]]:
-        """Units of a group in the order in which they go, (score, name, members) a block.
+    def _kinds_in_words(self) -> str:
+        words = {"heads": "heads", "ffn": "FFN neurons", "resnet": "ResNet channels"}
+        return " or ".join(words[kind] for kind in words if kind in self.kinds.values())
 
-        Blocks are runs of the group's own ranking, so their mean scores rise too; the first one
+    def _moves(self, name: str, costs: Mapping[str, int], align: bool) -> Iterator[tuple[float, dict]]:
+        """Units of a group in the order in which they go: (worth per cost, {name: members}).
+
+        Blocks are runs of the group's own ranking, so their mean worth rises too; the first one
         takes what does not fill a block.
         """
-        values = self.values[name]
+        values = self.values[name] * (self.costs[name] / max(1, costs[name]))
+        ranked, order = values.sort(stable=True)
+        floor = FLOORS[self.kinds[name]]
+        ranked, order = ranked[: len(ranked) - floor], order[: len(order) - floor]
         width = 1
         if align and self.kinds[name] == "ffn":
             width = 64 if len(values) >= 1024 else min(8, len(values))
-        ranked, order = values.sort(stable=True)
-        first = len(values) % width
-        sizes = [first] * (first > 0) + [width] * (len(values) // width)
-        for scores, members in zip(ranked.split(sizes), order.split(sizes), strict=True):
-            yield float(scores.mean()), name, members
+        first = len(ranked) % width
+        sizes = [first] * (first > 0) + [width] * (len(ranked) // width)
+        for worth, members in zip(ranked.split(sizes), order.split(sizes), strict=True):
+            yield float(worth.mean()), {name: members}
+
+    def _whole_blocks(self, costs: Mapping[str, int]) -> Iterator[tuple[float, dict]]:
+        for block, worth in self.blocks.items():
+            members = {n: torch.arange(len(v)) for n, v in self.values.items() if n.startswith(block + ".")}
+            params, cost = (sum(by[n] * len(v) for n, v in members.items()) for by in (self.costs, costs))
+            yield worth * params / max(1, cost), members
 
     def save(self, path: str | Path) -> Path:
         """Write the scores: safetensors, float32, costs and metadata in the header."""
         header = {
             "format": SCORES_FORMAT,
-            "about": json.dumps(
-                {
-                    "kinds": self.kinds,
-                    "costs": self.costs,
-                    "total": self.total,
-                    "metadata": self.metadata,
-                }
-            ),
+            "about": json.dumps({name: getattr(self, name) for name in _ABOUT}),
         }
         return _write(path, {n: v.contiguous() for n, v in self.values.items()}, header)
 
@@ -259,9 +346,12 @@ class Scores:
             if set(about["kinds"]) != set(values) or set(about["costs"]) != set(values):
                 raise ValueError("its list of groups does not match its contents")
             ordered = {name: values[name] for name in about["kinds"]}
-            return cls(ordered, about["kinds"], about["costs"], about["total"], about["metadata"])
+            return cls(ordered, **{name: about[name] for name in _ABOUT})
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a valid scores file: {error}") from None
+
+
+_ABOUT = ("kinds", "costs", "total", "metadata", "macs", "total_macs", "blocks", "itemsize")
 
 
 def _write(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> Path:

@@ -7,8 +7,8 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from .ecodiff_sliced_v1 import FORMAT, EmptiedAttnProcessor, sliced_class
-from .groups import PruneGroup, denoiser_name, find_groups
+from .ecodiff_sliced_v1 import FORMAT, EmptiedAttnProcessor, set_features, sliced_class
+from .groups import ALL_KINDS, PruneGroup, denoiser_name, find_groups
 from .plan import PrunePlan
 
 
@@ -30,12 +30,12 @@ def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Mo
     """
     plan = plan if isinstance(plan, PrunePlan) else PrunePlan(plan)
     plan.check(denoiser)
-    groups = [group for group in find_groups(denoiser) if group.name in plan]
+    groups = [group for group in find_groups(denoiser, ALL_KINDS) if group.name in plan]
     kept: dict[tuple[str, str], Tensor] = {}
     for group in groups:
         for slot in group.slots:
-            linear = denoiser.get_submodule(slot.module)
-            features = linear.weight.shape[1 if slot.axis == "in" else 0]
+            weight = denoiser.get_submodule(slot.module).weight
+            features = weight.shape[1 if slot.axis == "in" else 0]
             rows = kept.setdefault((slot.module, slot.axis), torch.ones(features, dtype=torch.bool))
             rows[slot.index[~plan[group.name]].flatten()] = False
     for (module, axis), rows in kept.items():
@@ -48,14 +48,14 @@ def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Mo
     return denoiser
 
 
-def _cut(linear: nn.Linear, axis: str, rows: Tensor) -> None:
-    index = rows.nonzero().flatten().to(linear.weight.device)
-    for name, parameter in list(linear.named_parameters(recurse=False)):
+def _cut(module: nn.Module, axis: str, rows: Tensor) -> None:
+    index = rows.nonzero().flatten().to(module.weight.device)
+    for name, parameter in list(module.named_parameters(recurse=False)):
         if name == "bias" and axis == "in":
             continue
         cut = parameter.detach().index_select(1 if axis == "in" else 0, index)
-        setattr(linear, name, nn.Parameter(cut, requires_grad=parameter.requires_grad))
-    linear.out_features, linear.in_features = linear.weight.shape
+        setattr(module, name, nn.Parameter(cut, requires_grad=parameter.requires_grad))
+    set_features(module)
 
 
 def _set_attributes(denoiser: nn.Module, group: PruneGroup, count: int) -> None:

@@ -7,12 +7,13 @@ beyond the latents themselves.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from .errors import UnsupportedModelError
@@ -29,6 +30,15 @@ def call_options(pipe, steps: int | None, guidance_scale: float | None, size: in
     }
     known = inspect.signature(type(pipe).__call__).parameters
     return {name: value for name, value in wanted.items() if value is not None and name in known}
+
+
+def prompt_rows(prompts: Sequence[str], rows: Iterable[int], seed: int) -> dict:
+    """Arguments of a pipeline's `__call__` for some (prompt, seed) pairs: row i of prompt i mod n."""
+    rows = list(rows)
+    return {
+        "prompt": [prompts[row % len(prompts)] for row in rows],
+        "generator": [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in rows],
+    }
 
 
 @contextmanager
@@ -91,6 +101,41 @@ def trajectory(
         denoiser.train(was_training)
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+class _Enough(Exception):
+    """Ends a pipeline's run once enough of it has been seen."""
+
+
+@torch.no_grad()
+def denoiser_calls(pipe, call: dict, limit: int | None = None, on_step=None) -> list[tuple[tuple, dict]]:
+    """Arguments of every call of the denoiser in one run, on the CPU: [(args, kwargs)].
+
+    Args:
+        call: the pipeline's arguments.
+        limit: stop the run after so many calls.
+    """
+    made: list[tuple[tuple, dict]] = []
+
+    def keep(module, args, kwargs):
+        if limit is not None and len(made) == limit:
+            raise _Enough
+        made.append(moved((args, kwargs), "cpu"))
+
+    hook = denoiser_of(pipe).register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with trajectory(pipe, checkpoint=False, on_step=on_step) as run, torch.no_grad():
+            run(**call)
+    except _Enough:
+        pass
+    finally:
+        hook.remove()
+    return made
+
+
+def moved(tree, device):
+    """The same nest of arguments with its tensors on `device`, without gradients."""
+    return tree_map(lambda leaf: leaf.detach().to(device) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _attention_with_fast_backward(denoiser):

@@ -1,0 +1,259 @@
+"""What remains takes over from what was removed: a closed-form update of the consumers' weights.
+
+Dense consumers compute y = W x + b. Once units are gone the input is x', with fewer features. The
+weights that reproduce y best from it, in the least squares sense over calibration data, pulled
+towards the weights W_S that slicing left, are
+
+    W' = W_S + (C - W_S A) (A + e I)^-1,    A = cov(x', x'),  C = cov(y, x'),
+    b' = mean(y) - W' mean(x').
+
+With x' = x_S, e = 0 and no bias this is W S[:, S] (S[S, S])^-1 of Optimal Brain Surgeon for whole
+columns, as in OBS-Diff (arXiv 2510.06751) and SlimGPT. No gradients, no images.
+
+x' are the features that stay, as the dense model has them; or, in network order, those of the
+pruned model itself, so that later layers see what became of earlier ones. The former is the
+default: on emoji-sdxl it is better (README), and one pass over the data serves every layer.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .errors import BudgetError
+from .groups import ALL_KINDS, denoiser_of, find_groups
+from .slicing import plan_of
+from .trajectory import call_options, denoiser_calls, moved, prompt_rows
+
+
+@dataclass(frozen=True)
+class CompensateConfig:
+    """How the statistics are gathered.
+
+    Attributes:
+        trajectories: dense trajectories, each from a prompt and a seed of its own.
+        heldout: how many of them only check what the others gave.
+        batch: trajectories at a time.
+        calls: denoiser calls kept of each batch, evenly spread over the time steps.
+        memory: bytes of statistics at a time; more passes over the calls are made if it does not
+            suffice for all layers, down to one layer a pass.
+        passes: in how many turns layers are updated in network order, each on the inputs that the
+            pruned model then has; None: all from the dense model's.
+        damping: e, as a fraction of the mean variance of a feature of x'.
+        inference_steps, guidance_scale, size: of the trajectories; None: the pipeline's default.
+        seed: of prompts and latents.
+    """
+
+    trajectories: int = 40
+    heldout: int = 8
+    batch: int = 4
+    calls: int = 6
+    memory: int = 2 << 30
+    passes: int | None = None
+    damping: float = 0.01
+    inference_steps: int | None = None
+    guidance_scale: float | None = None
+    size: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class _Statistics:
+    """Sums over calibration rows of one consumer: y is (rows, out), x is (rows, kept)."""
+
+    rows: int = 0
+    xx: Tensor | float = 0.0
+    yx: Tensor | float = 0.0
+    x: Tensor | float = 0.0
+    y: Tensor | float = 0.0
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        if x.shape[1] == 0:
+            x = x.new_zeros(len(y), 0)  # a layer that was emptied runs on one row
+        self.rows += len(x)
+        self.xx = self.xx + x.T @ x
+        self.yx = self.yx + y.T @ x
+        self.x = self.x + x.sum(0)
+        self.y = self.y + y.sum(0)
+
+    def covariances(self, centred: bool) -> tuple[Tensor, Tensor]:
+        xx, yx = self.xx / self.rows, self.yx / self.rows
+        if centred:
+            x, y = self.x / self.rows, self.y / self.rows
+            xx, yx = xx - torch.outer(x, x), yx - torch.outer(y, x)
+        return xx, yx
+
+    def error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """Mean of ||W x + b - y||^2, less what does not depend on W and b."""
+        xx, yx = self.covariances(centred=False)
+        total = (weight @ xx * weight).sum() - 2 * (weight * yx).sum()
+        if bias is not None:
+            x, y = self.x / self.rows, self.y / self.rows
+            total += 2 * bias @ (weight @ x - y) + bias @ bias
+        return float(total)
+
+
+def solve(statistics: _Statistics, weight: Tensor, bias: Tensor | None, damping: float):
+    """The equation above: updated weight (out, kept) and bias (out,) or None."""
+    a, c = statistics.covariances(centred=bias is not None)
+    damp = damping * a.diagonal().mean().clamp_min(1e-12)
+    a = a + damp * torch.eye(len(a), dtype=a.dtype, device=a.device)
+    weight = weight + torch.linalg.solve(a, (c + damp * weight - weight @ a).T).T
+    if bias is not None:
+        bias = (statistics.y - weight @ statistics.x) / statistics.rows
+    return weight, bias
+
+
+@dataclass
+class _Call:
+    """One recorded call of the dense denoiser."""
+
+    args: tuple
+    kwargs: dict
+    heldout: bool
+
+
+def _record(pipe, prompts: Sequence[str], config: CompensateConfig, on_step) -> list[_Call]:
+    """Calls of the dense denoiser on its own trajectories, on the CPU."""
+    calls: list[_Call] = []
+    options = call_options(pipe, config.inference_steps, config.guidance_scale, config.size)
+    for first in range(0, config.trajectories, config.batch):
+        rows = range(first, min(first + config.batch, config.trajectories))
+        made = denoiser_calls(pipe, prompt_rows(prompts, rows, config.seed) | options, on_step=on_step)
+        chosen = torch.linspace(0, len(made) - 1, min(config.calls, len(made))).round().long().unique()
+        calls += [_Call(*made[index], heldout=first < config.heldout) for index in chosen.tolist()]
+    return calls
+
+
+def _rows(module: nn.Module, tensor: Tensor, outputs: bool) -> Tensor:
+    """What goes into or out of a Linear or a convolution, as float32 (rows, features)."""
+    if isinstance(module, nn.Conv2d):
+        if outputs:
+            tensor = tensor.flatten(2)
+        else:
+            shape = (module.kernel_size, module.dilation, module.padding, module.stride)
+            tensor = nn.functional.unfold(tensor.float(), *shape)
+        tensor = tensor.transpose(1, 2)
+    return tensor.float().flatten(0, -2)
+
+
+class _Enough(Exception):
+    """Raised inside a forward pass after the last layer of a turn: the rest is not needed."""
+
+
+def _seen(denoiser: nn.Module, call: _Call, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inputs and outputs of some layers during one call, as rows; stops once all have run."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def see(name, module, inputs, output):
+        found[name] = (_rows(module, inputs[0], False), _rows(module, output, True))
+        if len(found) == len(names):
+            raise _Enough
+
+    handles = [denoiser.get_submodule(n).register_forward_hook(partial(see, n)) for n in names]
+    args, kwargs = moved((call.args, call.kwargs), denoiser.device)
+    try:
+        denoiser(*args, **kwargs)
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _turns(denoiser: nn.Module, names: list[str], config: CompensateConfig) -> list[list[str]]:
+    """Consumers in network order, cut into turns whose statistics fit in memory."""
+    longest = len(names) if config.passes is None else -(-len(names) // config.passes)
+    turns: list[list[str]] = []
+    used = 0
+    for name in names:
+        weight = denoiser.get_submodule(name).weight
+        features = weight[0].numel()
+        need = 2 * 4 * features * (features + len(weight))  # to learn from, and to check by
+        if not turns or len(turns[-1]) == longest or used + need > config.memory:
+            turns.append([])
+            used = 0
+        turns[-1].append(name)
+        used += need
+    return turns
+
+
+@torch.no_grad()
+def compensate_(
+    small,
+    pipe,
+    prompts: Sequence[str],
+    config: CompensateConfig | None = None,
+    on_step: Callable[[], None] | None = None,
+) -> dict[str, bool]:
+    """Update the weights that slicing left, in place, so that each layer gives what it gave before.
+
+    Args:
+        small: a variant of `pipe`, or a pruned pipeline that was loaded; only layers that were cut
+            are changed, and they get new parameters: what is shared with `pipe` is not touched.
+        pipe: the dense pipeline.
+        prompts: calibration prompts; those of `config.heldout` trajectories only check.
+        on_step: called before every denoiser call of a trajectory; raise in it to stop.
+
+    Returns:
+        {consumer: updated}. A layer that would be worse on the held-out trajectories keeps its
+        weights.
+
+    Raises:
+        BudgetError: no trajectories are left to learn from, or there are no prompts.
+
+    Example:
+        >>> small = ecodiff.variant(pipe, scores.plan(ratio=0.3))
+        >>> ecodiff.compensate_(small, pipe, prompts)
+    """
+    config = config or CompensateConfig()
+    if not prompts or not 0 < config.heldout < config.trajectories:
+        raise BudgetError("Compensation needs prompts, and more trajectories than it holds out.")
+    dense, pruned = denoiser_of(pipe), denoiser_of(small)
+    plan = plan_of(pruned) or {}
+    kept = _kept_features(dense, plan)
+    calls = _record(pipe, prompts, config, on_step)
+    updated: dict[str, bool] = {}
+    for turn in _turns(dense, list(kept), config):
+        statistics = {name: (_Statistics(), _Statistics()) for name in turn}
+        for call in calls:
+            before = _seen(dense, call, turn)
+            after = _seen(pruned, call, turn) if config.passes else None
+            for name in turn:
+                x, y = before[name]
+                x = x[:, kept[name]] if after is None else after[name][0]
+                statistics[name][call.heldout].add(y, x)
+        for name, (learned, check) in statistics.items():
+            updated[name] = _update(pruned.get_submodule(name), learned, check, config.damping)
+    return updated
+
+
+def _kept_features(dense: nn.Module, plan: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Input features that stay, of every consumer that loses some, in network order."""
+    kept: dict[str, Tensor] = {}
+    for group in find_groups(dense, ALL_KINDS):
+        for slot in group.consumers:
+            if group.name in plan and not plan[group.name].all():
+                weight = dense.get_submodule(slot.module).weight
+                features = kept.setdefault(slot.module, torch.ones(weight.shape[1], dtype=torch.bool))
+                features[slot.index[~plan[group.name]].flatten()] = False
+    for name, features in kept.items():  # a convolution reads each channel at every place of its kernel
+        weight = dense.get_submodule(name).weight
+        kept[name] = features.repeat_interleave(weight[0, 0].numel()).to(weight.device)
+    return kept
+
+
+def _update(module: nn.Module, learned: _Statistics, check: _Statistics, damping: float) -> bool:
+    """Solve for one layer; True if that is better on the held-out rows, and done."""
+    weight = module.weight.float().flatten(1)
+    bias = None if module.bias is None else module.bias.float()
+    found = solve(learned, weight, bias, damping)
+    if not check.error(*found) < check.error(weight, bias):
+        return False
+    module.weight = nn.Parameter(found[0].view_as(module.weight).to(module.weight.dtype), False)
+    if bias is not None:
+        module.bias = nn.Parameter(found[1].to(module.bias.dtype), False)
+    return True
