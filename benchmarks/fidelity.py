@@ -1,12 +1,16 @@
-"""Which units to remove: learned masks against other scores, same model, same parameters removed.
+"""Which units to remove: every method on the same model, the same parameters removed, the same noise.
 
-    python benchmarks/fidelity.py                        prints a table, writes benchmarks/fidelity.json
-    python benchmarks/fidelity.py --prompts 8 --seeds 1  a quick look
+    python benchmarks/fidelity.py                        the table, benchmarks/fidelity.json, the figure
+    python benchmarks/fidelity.py --methods fast --pairs 8 --ratios 0.2             a quick look
+    python benchmarks/fidelity.py --figure               only draws the figure again
 
-Every method ranks the same units once and is cut by the same `Scores.plan` at all sizes. Images are
-drawn at the model's default settings from held-out prompts, the dense and every pruned model from
-the same noise. Latent error is ||z0 - z0'||^2 over the variance of z0; 95 % confidence intervals by
-bootstrap over prompts.
+Each method ranks the units once and is cut by the same `Scores.plan` at all sizes, without and with
+compensation ("+"): the closed-form update of what remains, the same for all. OBS-Diff brings its own.
+Images are drawn at the model's default settings from held-out prompts, each with a seed of its own, the
+dense and every pruned model from the same noise. Latent error is ||z0 - z0'||^2 over the variance of
+z0; intervals are 95 %, by bootstrap over the (prompt, seed) pairs. Top-1 and top-5: the nearest of all
+training images is the right emoji, or another skin tone or gender of it (needs npm for the images).
+Trajectories: dense runs, plus three for every one that is differentiated.
 """
 
 import argparse
@@ -16,125 +20,200 @@ import time
 from pathlib import Path
 
 import numpy as np
+import obs_diff
 import torch
 
 import ecodiff
 from ecodiff import catalog, saliency
+from ecodiff.compensate import Calibration, CompensateConfig, compensate_
+from ecodiff.embedded.recipe import data, evaluate
 from ecodiff.fidelity import Sample, fidelity
+from ecodiff.groups import denoiser_of
 from ecodiff.learn import PRESETS
+from ecodiff.trajectory import call_options, prompt_rows
 
-BATCH = 8
-MEASURES = ("latent_error", "psnr", "ssim")
+HERE = Path(__file__).parent
+CACHE = Path.home() / ".cache" / "ecodiff" / "data"
+BATCH, CALIBRATION = 8, 64  # trajectories of the one-shot scores
+MEASURES = ("latent_error", "psnr", "ssim", "top1", "top5")
+ONE_SHOT = ("random", "magnitude-l1", "magnitude-l2", "wanda", "taylor", "gauss-newton")
+METHODS = (*ONE_SHOT, "obs-diff", *PRESETS)
+SOURCES = {
+    "random": "",
+    "magnitude-l1": "Han et al. 2015",
+    "magnitude-l2": "Han et al. 2015",
+    "wanda": "Sun et al. 2023, per unit",
+    "taylor": "Diff-Pruning, Fang et al. 2023",
+    "obs-diff": "Zhu et al. 2026, structured",
+    "ecodiff": "EcoDiff as published, exact gradients",
+}
 
 
 @torch.inference_mode()
-def draw(pipe, model: catalog.Model, prompts: list[str], seeds: range) -> list[Sample]:
-    """One sample a prompt and seed, prompt by prompt."""
-    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    samples = []
-    for first in range(0, len(pairs), BATCH):
-        part, last = pairs[first : first + BATCH], {}
+def draw(pipe, model: catalog.Model, prompts: list[str]) -> list[Sample]:
+    """One sample a prompt, each from a seed of its own."""
+    samples: list[Sample] = []
+    options = call_options(pipe, model.steps, model.guidance_scale, model.size) | model.extra
+    for first in range(0, len(prompts), BATCH):
+        part, last = prompts[first : first + BATCH], {}
 
         def keep(pipe, index, timestep, kwargs, last=last):
             last["z"] = kwargs["latents"]
             return kwargs
 
-        images = pipe(
-            [prompt for prompt, _ in part],
-            num_inference_steps=model.steps,
-            guidance_scale=model.guidance_scale,
-            generator=[torch.Generator().manual_seed(10_000 + seed) for _, seed in part],
-            callback_on_step_end=keep,
-        ).images
+        seeds = range(10_000 + first, 10_000 + first + len(part))
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        images = pipe(part, generator=generators, callback_on_step_end=keep, **options).images
         samples += [Sample(i, z.float().clone(), 0.0) for i, z in zip(images, last["z"], strict=True)]
     return samples
 
 
-def calibration_calls(model: catalog.Model, trajectories: int) -> list[dict]:
-    """Arguments of batches of calibration trajectories, as learning uses them."""
-    prompts = model.prompts("calibration")
-    return [
-        {
-            "prompt": [prompts[(first + i) % len(prompts)] for i in range(4)],
-            "generator": [torch.Generator().manual_seed(first + i) for i in range(4)],
-            "num_inference_steps": model.learn_steps,
-            "guidance_scale": model.guidance_scale,
-        }
-        for first in range(0, trajectories, 4)
-    ]
+class Recognition:
+    """Whether images are recognised as their captions' emoji."""
+
+    def __init__(self, prompts: list[str]):
+        self.emojis, self.images = data.load(CACHE)
+        rows = {emoji.caption: row for row, emoji in enumerate(self.emojis)}
+        self.rows = [rows[prompt] for prompt in prompts]
+
+    def __call__(self, samples: list[Sample]) -> list[dict]:
+        drawn = np.stack([np.asarray(sample.image) for sample in samples])
+        top1, top5 = evaluate.accuracy(self.rows, drawn, self.emojis, self.images)
+        return [{"top1": float(a), "top5": float(b)} for a, b in zip(top1, top5, strict=True)]
 
 
-def scores_of(method: str, pipe, model: catalog.Model, ratio: float, seed: int) -> ecodiff.Scores:
-    """Scores by a method's name."""
-    calls = calibration_calls(model, 32)
+def rank(method: str, pipe, model: catalog.Model, ratio: float, seed: int) -> tuple[ecodiff.Scores, int]:
+    """Scores by a method's name, and what they cost in trajectories."""
+    prompts, denoiser = model.prompts("calibration"), denoiser_of(pipe)
     if method in PRESETS:
         config = model.learn_config(method, ratio, seed=seed)
-        return ecodiff.learn_masks(pipe, model.prompts("calibration"), config)
-    values = {
-        "random": lambda: saliency.random(pipe.unet, seed),
-        "magnitude": lambda: saliency.magnitude(pipe.unet),
-        "wanda": lambda: saliency.wanda(pipe, calls),
-        "gauss-newton": lambda: saliency.gauss_newton(pipe, calls, seed),
+        scores = ecodiff.learn_masks(pipe, prompts, config)
+        dense = min(config.steps * config.batch, config.trajectories)
+        return scores, 4 * config.total_steps * config.batch + dense
+    options = call_options(pipe, model.learn_steps, model.guidance_scale, model.size) | model.extra
+    calls = [
+        prompt_rows(prompts, range(first, first + 4), seed) | options for first in range(0, CALIBRATION, 4)
+    ]
+    values, cost = {
+        "random": lambda: (saliency.random(denoiser, seed), 0),
+        "magnitude-l1": lambda: (saliency.magnitude(denoiser, 1), 0),
+        "magnitude-l2": lambda: (saliency.magnitude(denoiser, 2), 0),
+        "wanda": lambda: (saliency.wanda(pipe, calls), CALIBRATION),
+        "taylor": lambda: (saliency.taylor(pipe, calls, seed=seed), 5 * CALIBRATION),
+        "gauss-newton": lambda: (saliency.gauss_newton(pipe, calls, seed), 4 * CALIBRATION),
     }[method]()
-    return ecodiff.Scores.of(pipe.unet, values, method=method)
+    return ecodiff.Scores.of(denoiser, values, method=method), cost
 
 
-def interval(rows: list[dict], measure: str, prompts: int) -> list[float]:
-    """Mean and 95 % bootstrap interval over prompts."""
-    by_prompt = np.array([row[measure] for row in rows]).reshape(prompts, -1).mean(1)
-    draws = np.random.default_rng(0).integers(prompts, size=(2000, prompts))
-    low, high = np.percentile(by_prompt[draws].mean(1), [2.5, 97.5])
-    return [float(by_prompt.mean()), float(low), float(high)]
+def interval(values: list[float]) -> list[float]:
+    """Mean and 95 % bootstrap interval."""
+    rows = np.array(values)
+    draws = np.random.default_rng(0).integers(len(rows), size=(2000, len(rows)))
+    low, high = np.percentile(rows[draws].mean(1), [2.5, 97.5])
+    return [float(rows.mean()), float(low), float(high)]
+
+
+def measure(dense: list[Sample], pruned: list[Sample], recognised) -> dict[str, list[float]]:
+    """{measure: [mean, low, high]}."""
+    rows = [vars(fidelity(a, b)) for a, b in zip(dense, pruned, strict=True)]
+    if recognised is not None:
+        rows = [row | seen for row, seen in zip(rows, recognised(pruned), strict=True)]
+    return {name: interval([row[name] for row in rows]) for name in MEASURES if name in rows[0]}
+
+
+def variants(method: str, pipe, model, ratios, learn_ratio, calibration):
+    """(name, ratio, small, seconds, trajectories) of a method at every size."""
+    start = time.perf_counter()
+    if method == "obs-diff":
+        for ratio in ratios:
+            start = time.perf_counter()
+            small = obs_diff.prune(pipe, calibration, ratio)
+            yield "obs-diff +", ratio, small, time.perf_counter() - start, calibration.config.trajectories
+        return
+    scores, cost = rank(method, pipe, model, learn_ratio, seed=0)
+    spent = time.perf_counter() - start
+    for ratio in ratios:
+        plan = scores.plan(ratio=ratio)
+        yield method, ratio, ecodiff.variant(pipe, plan), spent, cost
+        small = ecodiff.variant(pipe, plan)
+        compensate_(small, pipe, calibration=calibration)
+        yield f"{method} +", ratio, small, spent, cost + calibration.config.trajectories
+
+
+def figure(found: dict, path: Path) -> None:
+    """Latent error against the share of parameters removed, every method with compensation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawing, axes = pyplot.subplots(figsize=(8, 5), dpi=150)
+    for method in dict.fromkeys(row["method"] for row in found["rows"] if row["method"].endswith("+")):
+        rows = [row for row in found["rows"] if row["method"] == method]
+        ours = method.split()[0] in PRESETS and not method.startswith("ecodiff")
+        x, y = [100 * r["removed"] for r in rows], np.array([r["latent_error"] for r in rows])
+        line = axes.plot(x, y[:, 0], "o-", label=method, lw=2.5 if ours else 1.2, ms=4 if ours else 3)[0]
+        axes.fill_between(x, y[:, 1], y[:, 2], color=line.get_color(), alpha=0.12, lw=0)
+    axes.set(yscale="log", xlabel="parameters of the denoiser removed, %", ylabel="latent error")
+    axes.set_title(f"{found['model']}, {found['pairs']} held-out prompts, compensated; bands are 95 %")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8, ncols=2)
+    drawing.tight_layout()
+    drawing.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="emoji-sdxl")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4])
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=["random", "magnitude", "wanda", "gauss-newton", "fast", "balanced"],
-        help=f"random magnitude wanda gauss-newton, or a preset: {' '.join(PRESETS)}",
-    )
-    parser.add_argument("--learn-ratio", type=float, default=0.2, help="the size that presets steer to")
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5])
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--learn-ratio", type=float, default=0.3, help="the size that presets steer to")
+    parser.add_argument("--pairs", type=int, default=32, help="held-out prompts, a seed each")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, help="default: fidelity.json (or fidelity-<model>.json)")
+    parser.add_argument("--figure", action="store_true", help="draw the figure of --out, measure nothing")
     options = parser.parse_args()
+    name = "fidelity" if options.model == "emoji-sdxl" else f"fidelity-{options.model}"
+    out = options.out or HERE / f"{name}.json"
+    if options.figure:
+        figure(json.loads(out.read_text()), out.with_suffix(".png"))
+        return
+    if options.threads:
+        torch.set_num_threads(options.threads)
 
-    model = catalog.find(options.model)
-    pipe = ecodiff.load(options.model)
+    model, pipe = catalog.find(options.model), ecodiff.load(options.model)
     pipe.set_progress_bar_config(disable=True)
-    prompts, seeds = model.prompts("heldout")[: options.prompts], range(options.seeds)
-    dense = draw(pipe, model, prompts, seeds)
+    prompts = model.prompts("heldout")[: options.pairs]
+    recognised = Recognition(prompts) if model.embedded else None
+    dense = draw(pipe, model, prompts)
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
     machine += f"torch {torch.__version__}"
-    print(f"{options.model}, {len(prompts)} prompts x {len(seeds)} seeds, {machine}\n")
-    print(f"{'method':<14}{'ratio':>6}  {'latent error [95 %]':<26}{'PSNR':>6}{'SSIM':>7}{'learned in':>12}")
-    table = []
+    found = {"model": options.model, "machine": machine, "pairs": len(prompts), "rows": []}
+    found["learn_ratio"] = options.learn_ratio
+    found["dense"] = measure(dense, dense, recognised)
+    print(f"{options.model}, {len(prompts)} prompts, {machine}; dense: {found['dense']}\n")
+    print(f"{'method':<17}{'removed':>8}  {'latent error [95 %]':<28}{'PSNR':>6}{'SSIM':>7}", end="")
+    print(f"{'top-1':>7}{'top-5':>7}{'trajectories':>14}{'seconds':>9}")
+    settings = {"inference_steps": model.learn_steps, "guidance_scale": model.guidance_scale}
+    config = CompensateConfig(**settings, size=model.size, extra=model.extra)
+    calibration = Calibration(pipe, model.prompts("calibration"), config)
     for method in options.methods:
-        start = time.perf_counter()
-        scores = scores_of(method, pipe, model, options.learn_ratio, seed=0)
-        spent = time.perf_counter() - start
-        for ratio in options.ratios:
-            plan = scores.plan(ratio=ratio)
-            small = ecodiff.variant(pipe, plan)
-            pairs = zip(dense, draw(small, model, prompts, seeds), strict=True)
-            rows = [vars(fidelity(a, b)) for a, b in pairs]
-            found = {m: interval(rows, m, len(prompts)) for m in MEASURES}
-            removed = 1 - plan.metadata["params_pruned"] / plan.metadata["params_dense"]
-            table.append({"method": method, "ratio": ratio, "removed": removed, "seconds": spent, **found})
-            mean, low, high = found["latent_error"]
-            error = f"{mean:.4f} [{low:.4f}, {high:.4f}]"
+        every = variants(method, pipe, model, options.ratios, options.learn_ratio, calibration)
+        for label, ratio, small, seconds, cost in every:
+            params = [ecodiff.measure.parameters(denoiser_of(p)) for p in (small, pipe)]
+            row = {"method": label, "ratio": ratio, "removed": 1 - params[0] / params[1]}
+            row |= measure(dense, draw(small, model, prompts), recognised)
+            row |= {"seconds": seconds, "trajectories": cost}
+            found["rows"].append(row)
+            error = "{:.5f} [{:.5f}, {:.5f}]".format(*row["latent_error"])
+            hits = [row.get(hit, [float("nan")])[0] for hit in ("top1", "top5")]
             print(
-                f"{method:<14}{removed:>6.1%}  {error:<26}{found['psnr'][0]:>6.1f}"
-                f"{found['ssim'][0]:>7.3f}{spent:>10.0f} s",
+                f"{label:<17}{row['removed']:>8.1%}  {error:<28}{row['psnr'][0]:>6.1f}{row['ssim'][0]:>7.3f}"
+                f"{hits[0]:>7.3f}{hits[1]:>7.3f}{cost:>14}{seconds:>9.0f}",
                 flush=True,
             )
-    options.out.write_text(
-        json.dumps({"model": options.model, "machine": machine, "rows": table}, indent=1) + "\n"
-    )
+            out.write_text(json.dumps(found, indent=1) + "\n")
+    figure(found, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

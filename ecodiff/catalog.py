@@ -1,6 +1,6 @@
 """The models that are offered by name, and how each is used by default."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .learn import LearnConfig
@@ -31,6 +31,7 @@ class Model:
     dtype: str
     licence: str
     gated: bool = False
+    extra: dict = field(default_factory=dict)  # more arguments of the pipeline's call
 
     @property
     def embedded(self) -> bool:
@@ -44,6 +45,7 @@ class Model:
             inference_steps=self.learn_steps,
             guidance_scale=self.guidance_scale,
             size=self.size,
+            extra=self.extra,
             **changes,
         )
 
@@ -53,6 +55,7 @@ class Model:
             "steps": steps or self.steps,
             "guidance_scale": self.guidance_scale if guidance_scale is None else guidance_scale,
             "size": self.size,
+            "extra": self.extra,
         }
 
     def prompts(self, which: str) -> list[str]:

@@ -15,9 +15,10 @@ pruned model itself, so that later layers see what became of earlier ones. The f
 default: on emoji-sdxl it is better (README), and one pass over the data serves every layer.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from math import log
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from .errors import BudgetError
 from .groups import ALL_KINDS, denoiser_of, find_groups
 from .slicing import plan_of
-from .trajectory import call_options, denoiser_calls, moved, prompt_rows
+from .trajectory import EnoughError, call_options, denoiser_calls, moved, prompt_rows
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ class CompensateConfig:
         passes: in how many turns layers are updated in network order, each on the inputs that the
             pruned model then has; None: all from the dense model's.
         damping: e, as a fraction of the mean variance of a feature of x'.
+        last_weight: weight of the last time step; the first has 1, between them it falls with the
+            logarithm (OBS-Diff's timestep-aware weighting). 1 weighs all alike.
         inference_steps, guidance_scale, size: of the trajectories; None: the pipeline's default.
+        extra: more arguments of the pipeline's call.
         seed: of prompts and latents.
     """
 
@@ -52,31 +56,38 @@ class CompensateConfig:
     calls: int = 6
     memory: int = 2 << 30
     passes: int | None = None
-    damping: float = 0.01
+    damping: float = 0.05
+    last_weight: float = 1.0
     inference_steps: int | None = None
     guidance_scale: float | None = None
     size: int | None = None
+    extra: dict = field(default_factory=dict)
     seed: int = 0
 
 
 @dataclass
-class _Statistics:
+class Statistics:
     """Sums over calibration rows of one consumer: y is (rows, out), x is (rows, kept)."""
 
-    rows: int = 0
+    rows: float = 0.0
     xx: Tensor | float = 0.0
     yx: Tensor | float = 0.0
     x: Tensor | float = 0.0
     y: Tensor | float = 0.0
 
-    def add(self, y: Tensor, x: Tensor) -> None:
+    def add(self, y: Tensor, x: Tensor, weight: float = 1.0) -> None:
         if x.shape[1] == 0:
             x = x.new_zeros(len(y), 0)  # a layer that was emptied runs on one row
-        self.rows += len(x)
-        self.xx = self.xx + x.T @ x
-        self.yx = self.yx + y.T @ x
-        self.x = self.x + x.sum(0)
-        self.y = self.y + y.sum(0)
+        self.rows += weight * len(x)
+        self.xx = self.xx + weight * (x.T @ x)
+        self.yx = self.yx + weight * (y.T @ x)
+        self.x = self.x + weight * x.sum(0)
+        self.y = self.y + weight * y.sum(0)
+
+    def of(self, features: Tensor) -> "Statistics":
+        """Those of some of the features of x, (features,) bool."""
+        xx = self.xx[features][:, features]
+        return Statistics(self.rows, xx, self.yx[:, features], self.x[features], self.y)
 
     def covariances(self, centred: bool) -> tuple[Tensor, Tensor]:
         xx, yx = self.xx / self.rows, self.yx / self.rows
@@ -95,7 +106,7 @@ class _Statistics:
         return float(total)
 
 
-def solve(statistics: _Statistics, weight: Tensor, bias: Tensor | None, damping: float):
+def solve(statistics: Statistics, weight: Tensor, bias: Tensor | None, damping: float):
     """The equation above: updated weight (out, kept) and bias (out,) or None."""
     a, c = statistics.covariances(centred=bias is not None)
     damp = damping * a.diagonal().mean().clamp_min(1e-12)
@@ -107,23 +118,26 @@ def solve(statistics: _Statistics, weight: Tensor, bias: Tensor | None, damping:
 
 
 @dataclass
-class _Call:
+class Call:
     """One recorded call of the dense denoiser."""
 
     args: tuple
     kwargs: dict
     heldout: bool
+    weight: float
 
 
-def _record(pipe, prompts: Sequence[str], config: CompensateConfig, on_step) -> list[_Call]:
+def record(pipe, prompts: Sequence[str], config: CompensateConfig, on_step=None) -> list[Call]:
     """Calls of the dense denoiser on its own trajectories, on the CPU."""
-    calls: list[_Call] = []
-    options = call_options(pipe, config.inference_steps, config.guidance_scale, config.size)
+    calls: list[Call] = []
+    options = call_options(pipe, config.inference_steps, config.guidance_scale, config.size) | config.extra
     for first in range(0, config.trajectories, config.batch):
         rows = range(first, min(first + config.batch, config.trajectories))
         made = denoiser_calls(pipe, prompt_rows(prompts, rows, config.seed) | options, on_step=on_step)
         chosen = torch.linspace(0, len(made) - 1, min(config.calls, len(made))).round().long().unique()
-        calls += [_Call(*made[index], heldout=first < config.heldout) for index in chosen.tolist()]
+        for index in chosen.tolist():
+            fallen = (1 - config.last_weight) * log(1 + index) / log(max(2, len(made)))
+            calls.append(Call(*made[index], first < config.heldout, 1 - fallen))
     return calls
 
 
@@ -139,24 +153,20 @@ def _rows(module: nn.Module, tensor: Tensor, outputs: bool) -> Tensor:
     return tensor.float().flatten(0, -2)
 
 
-class _Enough(Exception):
-    """Raised inside a forward pass after the last layer of a turn: the rest is not needed."""
-
-
-def _seen(denoiser: nn.Module, call: _Call, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+def seen(denoiser: nn.Module, call: Call, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """Inputs and outputs of some layers during one call, as rows; stops once all have run."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(name, module, inputs, output):
         found[name] = (_rows(module, inputs[0], False), _rows(module, output, True))
         if len(found) == len(names):
-            raise _Enough
+            raise EnoughError
 
     handles = [denoiser.get_submodule(n).register_forward_hook(partial(see, n)) for n in names]
     args, kwargs = moved((call.args, call.kwargs), denoiser.device)
     try:
         denoiser(*args, **kwargs)
-    except _Enough:
+    except EnoughError:
         pass
     finally:
         for handle in handles:
@@ -164,30 +174,70 @@ def _seen(denoiser: nn.Module, call: _Call, names: Sequence[str]) -> dict[str, t
     return found
 
 
-def _turns(denoiser: nn.Module, names: list[str], config: CompensateConfig) -> list[list[str]]:
-    """Consumers in network order, cut into turns whose statistics fit in memory."""
-    longest = len(names) if config.passes is None else -(-len(names) // config.passes)
-    turns: list[list[str]] = []
-    used = 0
-    for name in names:
-        weight = denoiser.get_submodule(name).weight
-        features = weight[0].numel()
-        need = 2 * 4 * features * (features + len(weight))  # to learn from, and to check by
-        if not turns or len(turns[-1]) == longest or used + need > config.memory:
-            turns.append([])
-            used = 0
-        turns[-1].append(name)
-        used += need
-    return turns
+class Calibration:
+    """Denoiser calls of dense trajectories, and the statistics of the dense model's consumers.
+
+    Statistics are of all features: those of any plan are rows and columns of them. So what was
+    gathered once serves every size, and is kept as long as it fits in `config.memory`.
+    """
+
+    def __init__(self, pipe, prompts: Sequence[str], config: CompensateConfig, on_step=None):
+        if not prompts or not 0 < config.heldout < config.trajectories:
+            raise BudgetError("Compensation needs prompts, and more trajectories than it holds out.")
+        self.config, self.dense = config, denoiser_of(pipe)
+        self.calls = record(pipe, prompts, config, on_step)
+        self._kept: dict[str, tuple[Statistics, Statistics]] = {}
+
+    def statistics(self, names: list[str]) -> Iterator[tuple[str, Statistics, Statistics]]:
+        """(name, to learn from, to check by) of consumers of the dense model."""
+        for turn in self._turns([name for name in names if name not in self._kept]):
+            gathered = self.gather(turn)
+            if self._bytes([*self._kept, *turn]) <= self.config.memory:
+                self._kept |= gathered
+            else:
+                yield from ((name, *gathered.pop(name)) for name in turn)
+        yield from ((name, *self._kept[name]) for name in names if name in self._kept)
+
+    @torch.no_grad()
+    def gather(self, names: list[str], pruned: nn.Module | None = None):
+        """One pass over the calls: {name: (to learn from, to check by)}.
+
+        Args:
+            pruned: where inputs are read; None: in the dense model, like the outputs.
+        """
+        gathered = {name: (Statistics(), Statistics()) for name in names}
+        for call in self.calls:
+            dense = seen(self.dense, call, names)
+            inputs = dense if pruned is None else seen(pruned, call, names)
+            for name in names:
+                gathered[name][call.heldout].add(dense[name][1], inputs[name][0], call.weight)
+        return gathered
+
+    def _turns(self, names: list[str]) -> list[list[str]]:
+        """Consumers in network order, cut into turns whose statistics fit in memory."""
+        turns: list[list[str]] = []
+        for name in names:
+            if not turns or self._bytes([*turns[-1], name]) > self.config.memory:
+                turns.append([])
+            turns[-1].append(name)
+        return turns
+
+    def _bytes(self, names: list[str]) -> int:
+        total = 0
+        for name in names:
+            weight = self.dense.get_submodule(name).weight
+            features = weight[0].numel()
+            total += 2 * 4 * features * (features + len(weight))
+        return total
 
 
 @torch.no_grad()
 def compensate_(
     small,
     pipe,
-    prompts: Sequence[str],
+    prompts: Sequence[str] = (),
     config: CompensateConfig | None = None,
-    on_step: Callable[[], None] | None = None,
+    calibration: Calibration | None = None,
 ) -> dict[str, bool]:
     """Update the weights that slicing left, in place, so that each layer gives what it gave before.
 
@@ -196,7 +246,7 @@ def compensate_(
             are changed, and they get new parameters: what is shared with `pipe` is not touched.
         pipe: the dense pipeline.
         prompts: calibration prompts; those of `config.heldout` trajectories only check.
-        on_step: called before every denoiser call of a trajectory; raise in it to stop.
+        calibration: what was gathered before, instead of prompts and config.
 
     Returns:
         {consumer: updated}. A layer that would be worse on the held-out trajectories keeps its
@@ -209,25 +259,19 @@ def compensate_(
         >>> small = ecodiff.variant(pipe, scores.plan(ratio=0.3))
         >>> ecodiff.compensate_(small, pipe, prompts)
     """
-    config = config or CompensateConfig()
-    if not prompts or not 0 < config.heldout < config.trajectories:
-        raise BudgetError("Compensation needs prompts, and more trajectories than it holds out.")
+    calibration = calibration or Calibration(pipe, prompts, config or CompensateConfig())
     dense, pruned = denoiser_of(pipe), denoiser_of(small)
-    plan = plan_of(pruned) or {}
-    kept = _kept_features(dense, plan)
-    calls = _record(pipe, prompts, config, on_step)
-    updated: dict[str, bool] = {}
-    for turn in _turns(dense, list(kept), config):
-        statistics = {name: (_Statistics(), _Statistics()) for name in turn}
-        for call in calls:
-            before = _seen(dense, call, turn)
-            after = _seen(pruned, call, turn) if config.passes else None
-            for name in turn:
-                x, y = before[name]
-                x = x[:, kept[name]] if after is None else after[name][0]
-                statistics[name][call.heldout].add(y, x)
-        for name, (learned, check) in statistics.items():
-            updated[name] = _update(pruned.get_submodule(name), learned, check, config.damping)
+    kept = _kept_features(dense, plan_of(pruned) or {})
+    config, updated = calibration.config, {}
+    if config.passes is None:
+        for name, learned, check in calibration.statistics(list(kept)):
+            parts = (learned.of(kept[name]), check.of(kept[name]))
+            updated[name] = _update(pruned.get_submodule(name), *parts, config.damping)
+        return updated
+    names, size = list(kept), -(-len(kept) // config.passes)
+    for first in range(0, len(names), size):
+        for name, parts in calibration.gather(names[first : first + size], pruned).items():
+            updated[name] = _update(pruned.get_submodule(name), *parts, config.damping)
     return updated
 
 
@@ -246,7 +290,7 @@ def _kept_features(dense: nn.Module, plan: Mapping[str, Tensor]) -> dict[str, Te
     return kept
 
 
-def _update(module: nn.Module, learned: _Statistics, check: _Statistics, damping: float) -> bool:
+def _update(module: nn.Module, learned: Statistics, check: Statistics, damping: float) -> bool:
     """Solve for one layer; True if that is better on the held-out rows, and done."""
     weight = module.weight.float().flatten(1)
     bias = None if module.bias is None else module.bias.float()

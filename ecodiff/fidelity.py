@@ -34,11 +34,13 @@ def generate(
     steps: int | None = None,
     guidance_scale: float | None = None,
     size: int | None = None,
+    extra: dict | None = None,
     on_step=None,
 ) -> Sample:
     """Generate one image. The noise depends on the seed only, so variants can be compared.
 
     Args:
+        extra: more arguments of the pipeline's call.
         on_step: called with the number of finished time steps; raise in it to stop.
     """
     latents = {}
@@ -49,11 +51,11 @@ def generate(
             on_step(index + 1)
         return kwargs
 
-    extra = call_options(pipe, steps, guidance_scale, size)
+    options = call_options(pipe, steps, guidance_scale, size) | (extra or {})
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
     with torch.inference_mode():
-        image = pipe(prompt, generator=generator, callback_on_step_end=keep, **extra).images[0]
+        image = pipe(prompt, generator=generator, callback_on_step_end=keep, **options).images[0]
     elapsed = 1000 * (time.perf_counter() - start)
     return Sample(image, latents["z"].float().cpu().clone(), elapsed)
 
@@ -99,6 +101,7 @@ def compare(
     steps: int | None = None,
     guidance_scale: float | None = None,
     size: int | None = None,
+    extra: dict | None = None,
 ) -> dict:
     """Fidelity and speed of a pruned pipeline against the dense one, as plain data.
 
@@ -106,7 +109,7 @@ def compare(
         {"mean": {latent_error, psnr, ssim}, "rows": one dict a prompt and seed, "params_dense",
         "params_pruned", "ms_dense", "ms_pruned": median milliseconds an image}
     """
-    options = {"steps": steps, "guidance_scale": guidance_scale, "size": size}
+    options = {"steps": steps, "guidance_scale": guidance_scale, "size": size, "extra": extra}
     for warm in (pipe, small):
         generate(warm, prompts[0], 0, **options)
     rows, times = [], []

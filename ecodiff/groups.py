@@ -2,9 +2,9 @@
 
 A unit is one attention head, one FFN neuron, or one norm group of a ResNet's inner channels. Its
 group says through which Linears and convolutions it runs: the *producers* whose output rows belong
-to the units, and the *consumers* whose input columns do. Multiplying a unit's consumer input by zero is the same as deleting those rows and columns; gates,
-slicing and the cost of a unit all follow from that one description, and nothing else in ecodiff
-knows an architecture.
+to the units, and the *consumers* whose input columns do. Multiplying a unit's consumer input by
+zero is the same as deleting those rows and columns; gates, slicing and the cost of a unit all
+follow from that one description, and nothing else in ecodiff knows an architecture.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -137,7 +137,11 @@ def resnet(path: str, module: nn.Module) -> PruneGroup | None:
     """
     conv1, norm, conv2 = (getattr(module, name, None) for name in ("conv1", "norm2", "conv2"))
     time = getattr(module, "time_emb_proj", None)
-    if not isinstance(conv1, nn.Conv2d) or not isinstance(conv2, nn.Conv2d) or not isinstance(norm, nn.GroupNorm):
+    if (
+        not isinstance(conv1, nn.Conv2d)
+        or not isinstance(conv2, nn.Conv2d)
+        or not isinstance(norm, nn.GroupNorm)
+    ):
         return None
     channels, count = norm.num_channels, norm.num_groups
     if not conv1.out_channels == channels == conv2.in_channels or not conv1.groups == conv2.groups == 1:

@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import gates, saliency
+from . import gates, measure, saliency
 from .errors import BudgetError, CheckpointError, LearningError
-from .groups import denoiser_of, find_groups, unit_parameters
+from .groups import blocks, denoiser_of, find_groups, unit_parameters
 from .plan import Scores
-from .trajectory import call_options, trajectory
+from .trajectory import call_options, prompt_rows, trajectory
 
 STATE_FORMAT = "ecodiff.state.1"
 
@@ -40,8 +40,14 @@ class LearnConfig:
         inference_steps: time steps of a trajectory; None: the pipeline's default.
         guidance_scale: None: the pipeline's default.
         size: height and width of the image in pixels; None: the pipeline's default.
+        extra: more arguments of the pipeline's call.
         rate: Adam's learning rate on log-alpha.
         seed: of prompts, latents and gates.
+        kinds: which units may go: "heads", "ffn", "resnet", and "blocks" (whole transformer blocks,
+            each with a gate of its own on top of its units').
+        cost: what the budget counts, "params" or "macs"; `ratio` is a share of that.
+        penalty: None steers the expected size to the budget. A number is the paper's own objective
+            instead: gates start from a constant, none warm, and this weighs the mean |log-alpha|.
         checkpoint: recompute each time step in the backward pass (memory does not grow with steps).
     """
 
@@ -53,13 +59,22 @@ class LearnConfig:
     inference_steps: int | None = None
     guidance_scale: float | None = None
     size: int | None = None
+    extra: dict = field(default_factory=dict)
     rate: float = 0.05
     seed: int = 0
+    kinds: tuple[str, ...] = ("heads", "ffn")
+    cost: str = "params"
+    penalty: float | None = None
     checkpoint: bool = True
 
     def __post_init__(self):
-        if min(self.warm_steps, self.batch, self.trajectories) < 1 or self.steps < 0:
-            raise BudgetError("warm_steps, batch and trajectories must be at least 1, steps at least 0.")
+        object.__setattr__(self, "kinds", tuple(self.kinds))  # JSON gives a list
+        if min(self.batch, self.trajectories) < 1 or self.steps < 0:
+            raise BudgetError("batch and trajectories must be at least 1, steps at least 0.")
+        if self.warm_steps < 1 and (self.penalty is None or self.steps < 1):
+            raise BudgetError("Give at least one warm step (or a penalty, and steps to learn with it).")
+        if self.cost not in ("params", "macs"):
+            raise BudgetError(f"cost is 'params' or 'macs', not {self.cost!r}.")
 
     @classmethod
     def preset(cls, name: str, **changes) -> "LearnConfig":
@@ -79,7 +94,13 @@ PRESETS: dict[str, dict] = {
     "fast": {"warm_steps": 16, "steps": 8},
     "balanced": {"warm_steps": 32, "steps": 25},
     "paper": {"warm_steps": 64, "steps": 100},
+    # As published: the official configuration for SDXL (method and numbers: PUBLISHED below).
+    "ecodiff": {"warm_steps": 0, "steps": 100, "penalty": 0.5, "rate": 0.1, "trajectories": 400},
 }
+
+# Of the official SDXL configuration: log-alpha at the start, temperature of the gates, and eps,
+# which bounds their noise to |log((u + eps) / (1 - u + eps))| <= log((1 + eps) / eps).
+PUBLISHED_START, PUBLISHED_TEMPERATURE, PUBLISHED_EPS = 3.0, 0.83, 0.5
 
 
 @dataclass
@@ -132,26 +153,43 @@ class _Learner:
     def __init__(self, pipe, prompts: Sequence[str], config: LearnConfig, on_step):
         self.pipe, self.prompts, self.config, self.on_step = pipe, list(prompts), config, on_step
         self.denoiser = denoiser_of(pipe)
-        self.groups = find_groups(self.denoiser)
+        self.groups = find_groups(self.denoiser, set(config.kinds) - {"blocks"})
+        self.blocks = blocks(self.groups) if "blocks" in config.kinds else {}
+        self.names = [group.name for group in self.groups]
         self.sizes = [group.size for group in self.groups]
-        self.total = sum(p.numel() for p in self.denoiser.parameters())
-        costs = [unit_parameters(self.denoiser, group) for group in self.groups]
-        shares = torch.tensor(costs, dtype=torch.float32) / self.total
+        if not self.prompts:
+            raise BudgetError("Learning needs at least one prompt.")
+        self.params = {g.name: unit_parameters(self.denoiser, g) for g in self.groups}
+        self.macs = measure.unit_macs(pipe, self._call(0), self.groups) if config.cost == "macs" else None
+        costs, total = self.macs or (self.params, measure.parameters(self.denoiser))
+        shares = torch.tensor([costs[g.name] for g in self.groups], dtype=torch.float32) / total
         self.shares = shares.repeat_interleave(torch.tensor(self.sizes))  # of the denoiser, a unit
+        names = [g.name for g in self.groups for _ in range(g.size)]
+        where = {name: row for row, members in enumerate(self.blocks.values()) for name in members}
+        self.block_of = torch.tensor([where.get(name, len(self.blocks)) for name in names])  # last: none
         self.targets: dict[int, Tensor] = {}
         ceiling = float(self.shares.sum())
         self.budget = ceiling - config.ratio  # share of the denoiser that units may keep
         if not 0 < config.ratio < ceiling:
             raise BudgetError(
-                f"This model can give up between 0 and {ceiling:.1%} of its parameters (the rest "
-                f"is not in heads or FFN neurons); {config.ratio:.1%} was asked for."
+                f"This model can give up between 0 and {ceiling:.1%} of its {config.cost} (the rest "
+                f"is not in {', '.join(config.kinds)}); {config.ratio:.1%} was asked for."
             )
-        if not self.prompts:
-            raise BudgetError("Learning needs at least one prompt.")
+
+    @property
+    def variables(self) -> int:
+        """Gates: one a unit, then one a block."""
+        return sum(self.sizes) + len(self.blocks)
+
+    def _blocks_open(self, opened: Tensor) -> Tensor:
+        """Of each unit's block, its value in `opened` (units, then blocks); 1 where there is none."""
+        return torch.cat([opened[sum(self.sizes) :], opened.new_ones(1)])[self.block_of]
 
     def advance(self, state: LearnState) -> LearnState:
         config, vectors = self.config, {k: v.clone() for k, v in state.vectors.items()}
         state = LearnState(state.step, vectors, state.multiplier, list(state.history))
+        if config.warm_steps == state.step == 0:
+            vectors["log_alpha"].fill_(PUBLISHED_START)
         if state.step < config.warm_steps:
             row = self._warm(state)
         else:
@@ -175,12 +213,10 @@ class _Learner:
         shuffle = torch.Generator().manual_seed(config.seed)
         order = torch.randperm(len(self.prompts), generator=shuffle).tolist()
         rows = range(batch * config.batch, (batch + 1) * config.batch)
-        seeds = [config.seed * 1_000_003 + row for row in rows]
-        return {
-            "prompt": [self.prompts[order[row % len(order)]] for row in rows],
-            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-            **call_options(self.pipe, config.inference_steps, config.guidance_scale, config.size),
-        }
+        options = call_options(self.pipe, config.inference_steps, config.guidance_scale, config.size)
+        return (
+            prompt_rows([self.prompts[index] for index in order], rows, config.seed) | options | config.extra
+        )
 
     def _batch_of(self, step: int) -> int:
         return step % max(1, self.config.trajectories // self.config.batch)
@@ -194,9 +230,16 @@ class _Learner:
             seed=self.config.seed * 1_000_003 + state.step,
             checkpoint=self.config.checkpoint,
             on_step=self.on_step,
+            blocks=self.blocks,
         )
-        state.vectors["saliency"] += torch.cat([squares[g.name] for g in self.groups])
+        state.vectors["saliency"] += torch.cat([squares[name] for name in (*self.names, *self.blocks)])
         return {}
+
+    def _worth(self, state: LearnState) -> Tensor:
+        """Saliency per share of the cost, of units and blocks."""
+        whole = self.shares.new_zeros(len(self.blocks) + 1).index_add_(0, self.block_of, self.shares)
+        shares = torch.cat([self.shares, whole[: len(self.blocks)]])
+        return state.vectors["saliency"] / max(1, min(state.step, self.config.warm_steps)) / shares
 
     def _start_gates(self, state: LearnState) -> None:
         """Log-alphas and the multiplier from the saliency.
@@ -205,8 +248,8 @@ class _Learner:
         The price is that of the first unit that stays; log-alpha is the log of the ratio, shifted
         so that the expected size is the budget.
         """
-        worth = state.vectors["saliency"] / self.config.warm_steps / self.shares
-        ranked, order = worth.sort(stable=True)
+        worth = self._worth(state)
+        ranked, order = worth[: len(self.shares)].sort(stable=True)
         gone = self.shares[order].cumsum(0) < self.config.ratio
         price = float(ranked[int(gone.sum())].clamp_min(1e-20))
         state.multiplier = price
@@ -219,33 +262,63 @@ class _Learner:
         state.vectors["log_alpha"] = start + shift
 
     def _expected(self, log_alpha: Tensor) -> Tensor:
-        """Expected share of the denoiser's parameters in units that stay."""
-        return (self.shares * gates.open_probability(log_alpha)).sum()
+        """Expected share of the denoiser's cost in units that stay."""
+        opened = gates.open_probability(log_alpha)
+        return (self.shares * opened[: len(self.shares)] * self._blocks_open(opened)).sum()
 
     def _learn(self, state: LearnState) -> dict:
         """One Adam step on loss + multiplier * expected size, and one on the multiplier."""
         config, vectors = self.config, state.vectors
         batch = self._batch_of(state.step)
-        target = self._target(batch)
         log_alpha = vectors["log_alpha"].clone().requires_grad_()
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state.step)
-        gate = gates.sample(log_alpha, torch.rand(log_alpha.shape, generator=generator))
-        masks = dict(zip((g.name for g in self.groups), gate.split(self.sizes), strict=True))
-        with (
-            gates.masked(self.denoiser, masks),
-            trajectory(self.pipe, config.checkpoint, self.on_step) as run,
-        ):
-            z0 = run(**self._call(batch)).float()
-            loss = (z0 - target).square().mean() / target.var()
+        noise = torch.rand(log_alpha.shape, generator=generator)
+        if config.penalty is None:
+            gate = gates.sample(log_alpha, noise)
+        else:
+            noise = (noise + PUBLISHED_EPS) / (1 + 2 * PUBLISHED_EPS)
+            gate = gates.sample(log_alpha, noise, PUBLISHED_TEMPERATURE)
+        target = self._target(batch)
+        with trajectory(self.pipe, config.checkpoint, self.on_step) as run, self._masked(gate):
+            loss = _relative_error(run(**self._call(batch)), target)
             size = self._expected(log_alpha)
-            (gradient,) = torch.autograd.grad(loss + state.multiplier * size, log_alpha)
+            price = state.multiplier * size if config.penalty is None else self._penalty(log_alpha)
+            (gradient,) = torch.autograd.grad(loss + price, log_alpha)
         updates = state.step - config.warm_steps + 1
         _adam(vectors, gradient, config.rate, updates)
         # Dual ascent: the price rises while the expected size is above the budget.
         over = float(size.detach()) - self.budget
         state.multiplier *= max(0.8, min(1.25, 1 + 10 * over))
-        removed = float(self.shares.sum() - size.detach())
-        return {"loss": float(loss.detach()), "expected": removed}
+        row = {"loss": float(loss.detach()), "expected": float(self.shares.sum() - size.detach())}
+        if state.step + 1 == config.total_steps:
+            row |= self._gap(vectors["log_alpha"], batch)
+        return row
+
+    def _penalty(self, log_alpha: Tensor) -> Tensor:
+        """The paper's code: mean |log-alpha| of each layer, mean over layers, heads plus FFN."""
+        parts = log_alpha.abs()[: len(self.shares)].split(self.sizes)
+        means = {kind: [] for kind in self.config.kinds}
+        for group, part in zip(self.groups, parts, strict=True):
+            means[group.kind].append(part.mean())
+        return self.config.penalty * sum(torch.stack(m).mean() for m in means.values() if m)
+
+    def _masked(self, gate: Tensor):
+        unit = gate[: len(self.shares)] * self._blocks_open(gate)
+        return gates.masked(self.denoiser, dict(zip(self.names, unit.split(self.sizes), strict=True)))
+
+    def _gap(self, log_alpha: Tensor, batch: int) -> dict:
+        """Loss with the gates' medians and with the plan that is cut from them, on one batch."""
+        losses, target = {}, self._target(batch)
+        size = {"ratio": self.config.ratio} if self.macs is None else {"macs": self._macs_left()}
+        plan = self._cut(log_alpha).plan(**size)
+        kept = torch.cat([plan[name].float() for name in self.names] + [torch.ones(len(self.blocks))])
+        for name, gate in (("relaxed", gates.hard(log_alpha)), ("hardened", kept)):
+            with trajectory(self.pipe, False, self.on_step) as run, self._masked(gate), torch.no_grad():
+                losses[name] = float(_relative_error(run(**self._call(batch)), target))
+        return losses
+
+    def _macs_left(self) -> int:
+        return round((1 - self.config.ratio) * self.macs[1])
 
     def _target(self, batch: int) -> Tensor:
         """z_0 of the dense model for a batch, computed once."""
@@ -255,13 +328,30 @@ class _Learner:
         return self.targets[batch]
 
     def scores(self, state: LearnState) -> Scores:
-        config, learned = self.config, state.step > self.config.warm_steps
-        vector = state.vectors["log_alpha"]
-        if state.step < config.warm_steps:
-            vector = state.vectors["saliency"] / self.shares
-        parts = dict(zip((g.name for g in self.groups), vector.split(self.sizes), strict=True))
-        facts = {"method": "learned" if learned else "gauss-newton", "steps": state.step}
-        return Scores.of(self.denoiser, parts, **facts, learn=asdict(config))
+        """The ranking so far. Log-alphas become worths: the exponential keeps their order."""
+        config = self.config
+        if state.step > config.warm_steps:
+            return self._cut(state.vectors["log_alpha"], steps=state.step)
+        worth = self._worth(state)
+        return self._scores(worth, method="gauss-newton", steps=state.step)
+
+    def _cut(self, log_alpha: Tensor, **facts) -> Scores:
+        method = "learned" if self.config.penalty is None else "ecodiff, as published"
+        return self._scores(log_alpha.exp(), method=method, **facts)
+
+    def _scores(self, worth: Tensor, **facts) -> Scores:
+        if self.macs:  # worth per MAC to worth per parameter, which is what Scores hold
+            per_unit = torch.tensor([self.macs[0][n] / self.params[n] for n in self.names])
+            worth = worth.clone()
+            worth[: len(self.shares)] *= per_unit.repeat_interleave(torch.tensor(self.sizes))
+        parts = dict(zip(self.names, worth[: len(self.shares)].split(self.sizes), strict=True))
+        whole = dict(zip(self.blocks, worth[len(self.shares) :].tolist(), strict=True))
+        return Scores.of(self.denoiser, parts, self.macs, whole, **facts, learn=asdict(self.config))
+
+
+def _relative_error(z0: Tensor, target: Tensor) -> Tensor:
+    """Squared error of the final latents, relative to the variance of the dense ones."""
+    return (z0.float() - target).square().mean() / target.var()
 
 
 def _adam(vectors: dict[str, Tensor], gradient: Tensor, rate: float, updates: int) -> None:
@@ -297,8 +387,8 @@ def learn(
         LearningError: the loss is not a number.
     """
     learner = _Learner(pipe, prompts, config, on_step)
-    state = state or LearnState.start(sum(learner.sizes))
-    if any(v.shape != (sum(learner.sizes),) for v in state.vectors.values()):
+    state = state or LearnState.start(learner.variables)
+    if any(v.shape != (learner.variables,) for v in state.vectors.values()):
         raise CheckpointError("The saved state has another number of units than this model.")
     while state.step < config.total_steps:
         with device_lock or nullcontext():

@@ -22,9 +22,7 @@ def megabytes(count: float) -> str:
 
 
 @torch.no_grad()
-def unit_macs(
-    pipe, call: dict, groups: Iterable[PruneGroup] | None = None
-) -> tuple[dict[str, int], int]:
+def unit_macs(pipe, call: dict, groups: Iterable[PruneGroup] | None = None) -> tuple[dict[str, int], int]:
     """Multiply-accumulates of one unit in one denoiser call, by group, and of the whole call.
 
     Counted from the shapes that flow through Linears, 2-D convolutions and attention in a real

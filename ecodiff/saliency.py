@@ -4,14 +4,14 @@ Every function returns {group name: float32 (group.size,)}, higher is more impor
 across groups; `Scores.of(denoiser, values)` makes a ranking of it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .gates import masked
 from .groups import PruneGroup, denoiser_of, find_groups, unit_parameters
-from .trajectory import trajectory
+from .trajectory import denoiser_calls, moved, trajectory
 
 
 def random(denoiser: nn.Module, seed: int = 0) -> dict[str, Tensor]:
@@ -20,16 +20,16 @@ def random(denoiser: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     return {g.name: torch.rand(g.size, generator=generator) for g in find_groups(denoiser)}
 
 
-def magnitude(denoiser: nn.Module) -> dict[str, Tensor]:
-    """L2 norm of all weights of a unit, relative to the mean of its layer."""
+def magnitude(denoiser: nn.Module, norm: int = 2) -> dict[str, Tensor]:
+    """L1 or L2 norm of all weights of a unit, relative to the mean of its layer (Han et al. 2015)."""
     values = {}
     for group in find_groups(denoiser):
-        squares = torch.zeros(group.size)
+        powers = torch.zeros(group.size)
         for slot in group.slots:
             weight = denoiser.get_submodule(slot.module).weight.detach().float().cpu()
-            per_feature = weight.square().sum(0 if slot.axis == "in" else 1)
-            squares += per_feature[slot.index].sum(1)
-        values[group.name] = _relative(squares.sqrt())
+            per_feature = weight.abs().pow(norm).sum(0 if slot.axis == "in" else 1)
+            powers += per_feature[slot.index].sum(1)
+        values[group.name] = _relative(powers.pow(1 / norm))
     return values
 
 
@@ -72,6 +72,67 @@ def wanda(pipe, calls: Iterable[dict]) -> dict[str, Tensor]:
     return values
 
 
+def taylor(pipe, calls: Iterable[dict], threshold: float = 0.05, seed: int = 0) -> dict[str, Tensor]:
+    """Diff-Pruning (Fang et al. 2023, arXiv 2305.10924): |sum over time steps of w dL_t/dw|, a unit.
+
+    L_t is the training loss at a time step; steps are taken from the last (the least noise) on, as
+    long as L_t is at least `threshold` of the largest so far: those near pure noise say little.
+    There are no images: the dense model's own z_0 are noised. Relative to the mean of the layer.
+
+    Args:
+        calls: arguments of the pipeline, one dict a batch of trajectories.
+    """
+    denoiser = denoiser_of(pipe)
+    groups = find_groups(denoiser)
+    gates = {g.name: torch.ones(g.size, device=denoiser.device, requires_grad=True) for g in groups}
+    totals = {g.name: torch.zeros(g.size) for g in groups}
+    for index, call in enumerate(calls):
+        with trajectory(pipe, checkpoint=False) as run, torch.no_grad():
+            z0 = run(**call)
+        noise = torch.randn(z0.shape, generator=torch.Generator().manual_seed(seed + index)).to(z0)
+        steps = denoiser_calls(pipe, call)
+        times, largest = pipe.scheduler.timesteps, 0.0
+        for (args, kwargs), time in reversed(list(zip(steps, times, strict=True))):
+            noisy, target = _noised(pipe.scheduler, z0, noise, time)
+            args, kwargs = _with_sample(*moved((args, kwargs), denoiser.device), noisy)
+            with masked(denoiser, gates), trajectory(pipe, checkpoint=False):
+                output = denoiser(*args, **kwargs)
+                output = output[0] if isinstance(output, tuple) else output.sample
+                loss = (
+                    (output.float() - target.repeat(len(output) // len(target), *[1] * (target.ndim - 1)))
+                    .square()
+                    .mean()
+                )
+                largest = max(largest, float(loss))
+                if float(loss) < threshold * largest:
+                    break
+                found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
+            for name, gradient in zip(gates, found, strict=True):
+                if gradient is not None:
+                    totals[name] += gradient.float().cpu()
+    return {name: _relative(total.abs()) for name, total in totals.items()}
+
+
+def _noised(scheduler, z0: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+    """The denoiser's input at a time step, made of z_0 and noise, and what it should answer."""
+    scheduler._step_index = None
+    sigma = scheduler.sigmas[scheduler.index_for_timestep(time)].to(z0)
+    if not hasattr(scheduler, "scale_model_input"):  # flow matching: a straight line, and its velocity
+        return (1 - sigma) * z0 + sigma * noise, noise - z0
+    noisy = scheduler.scale_model_input(z0 + sigma * noise, time)
+    if scheduler.config.prediction_type == "epsilon":
+        return noisy, noise
+    return noisy, (noise - sigma * z0) / (1 + sigma**2).sqrt()
+
+
+def _with_sample(args: tuple, kwargs: dict, noisy: Tensor) -> tuple[tuple, dict]:
+    """A recorded call on other latents, repeated for guidance as the recorded ones were."""
+    if args:
+        return (noisy.repeat(len(args[0]) // len(noisy), *[1] * (noisy.ndim - 1)), *args[1:]), kwargs
+    rows = len(kwargs["hidden_states"]) // len(noisy)
+    return args, kwargs | {"hidden_states": noisy.repeat(rows, *[1] * (noisy.ndim - 1))}
+
+
 def gauss_newton(pipe, calls: Iterable[dict], seed: int = 0) -> dict[str, Tensor]:
     """Diagonal of the Gauss-Newton matrix of the objective, per parameter that a unit holds.
 
@@ -80,7 +141,8 @@ def gauss_newton(pipe, calls: Iterable[dict], seed: int = 0) -> dict[str, Tensor
     removing unit i costs. Divided by the unit's parameters, because parameters are what is bought.
 
     Args:
-        calls: arguments of the pipeline, one dict a trajectory (or a batch of them).
+        calls: arguments of the pipeline, one dict a batch of trajectories (lists of prompts and
+            of generators).
     """
     denoiser = denoiser_of(pipe)
     groups = find_groups(denoiser)
@@ -93,23 +155,34 @@ def gauss_newton(pipe, calls: Iterable[dict], seed: int = 0) -> dict[str, Tensor
 
 
 def gauss_newton_sample(
-    pipe, groups: list[PruneGroup], call: dict, seed: int, checkpoint: bool = True, on_step=None
+    pipe,
+    groups: list[PruneGroup],
+    call: dict,
+    seed: int,
+    checkpoint: bool = True,
+    on_step=None,
+    blocks: Mapping[str, list[str]] | None = None,
 ) -> dict[str, Tensor]:
     """One random projection: the squared gradient of r . z_0 with respect to every gate.
 
-    r is drawn per latent, so over a batch of trajectories the squares add up in expectation. It is
-    scaled so that the result is in units of the relative error, ||dz_0||^2 / (n var z_0).
+    Every latent of a batch has a gate and an r of its own: its squares are a sample each, and their
+    mean is returned, in units of the relative error, ||dz_0||^2 / (n var z_0). A gate on a whole
+    block (`blocks`: {block: its groups}) has the sum of its units' gradients.
     """
-    device = denoiser_of(pipe).device
-    gates = {g.name: torch.ones(g.size, device=device, requires_grad=True) for g in groups}
-    with masked(denoiser_of(pipe), gates), trajectory(pipe, checkpoint, on_step) as run:
-        z0 = run(**call).float()
-        generator = torch.Generator().manual_seed(seed)
-        r = torch.randn(z0.shape, generator=generator).to(device)
-        projected = (r * z0).sum() / (z0.detach().var() * z0.numel()).sqrt()
-        gradients = torch.autograd.grad(projected, list(gates.values()), allow_unused=True)
-    pairs = zip(groups, gradients, strict=True)
-    return {g.name: torch.zeros(g.size) if grad is None else grad.square().float().cpu() for g, grad in pairs}
+    denoiser, count = denoiser_of(pipe), len(call["prompt"])
+    gates = {g.name: torch.ones(count, g.size, device=denoiser.device, requires_grad=True) for g in groups}
+    with masked(denoiser, gates), trajectory(pipe, checkpoint, on_step) as run:
+        z0 = run(**call).float().flatten(1)
+        r = torch.randn(z0.shape, generator=torch.Generator().manual_seed(seed)).to(z0.device)
+        spread = z0.detach().var(1, keepdim=True) * z0.shape[1]
+        found = torch.autograd.grad((r * z0 / spread.sqrt()).sum(), list(gates.values()), allow_unused=True)
+    pairs = zip(gates.items(), found, strict=True)
+    gradients = {n: torch.zeros_like(g) if grad is None else grad.float() for (n, g), grad in pairs}
+    squares = {name: gradient.square().mean(0).cpu() for name, gradient in gradients.items()}
+    for block, members in (blocks or {}).items():
+        whole = sum(gradients[name].sum(1) for name in members)
+        squares[block] = whole.square().mean(0, keepdim=True).cpu()
+    return squares
 
 
 def _relative(values: Tensor) -> Tensor:

@@ -103,8 +103,8 @@ def trajectory(
             parameter.requires_grad_(True)
 
 
-class _Enough(Exception):
-    """Ends a pipeline's run once enough of it has been seen."""
+class EnoughError(Exception):
+    """Ends a run, or a forward pass, once enough of it has been seen."""
 
 
 @torch.no_grad()
@@ -119,14 +119,14 @@ def denoiser_calls(pipe, call: dict, limit: int | None = None, on_step=None) -> 
 
     def keep(module, args, kwargs):
         if limit is not None and len(made) == limit:
-            raise _Enough
+            raise EnoughError
         made.append(moved((args, kwargs), "cpu"))
 
     hook = denoiser_of(pipe).register_forward_pre_hook(keep, with_kwargs=True)
     try:
         with trajectory(pipe, checkpoint=False, on_step=on_step) as run, torch.no_grad():
             run(**call)
-    except _Enough:
+    except EnoughError:
         pass
     finally:
         hook.remove()

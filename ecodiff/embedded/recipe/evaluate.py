@@ -8,8 +8,18 @@ import torch
 from PIL import Image
 
 from ... import catalog
+from ...groups import denoiser_of
 from ..recipe import data
 
+ABOUT = {
+    "emoji-sdxl": """\
+A small but complete Stable Diffusion XL (two CLIP text encoders, UNet with `text_time` embedding,
+AutoencoderKL, Euler scheduler, v-prediction), trained from scratch on captioned emoji at 64x64.""",
+    "emoji-flux": """\
+A small but complete FLUX.1-dev (T5 and CLIP text encoders, double and single blocks, rotary
+positions, flow matching, distilled guidance), trained from scratch on captioned emoji at 64x64.
+Call it with `max_sequence_length=28`: it has seen no longer prompts.""",
+}
 CAPTIONS = 256
 SEED = 1234
 
@@ -29,9 +39,8 @@ def split_prompts(emojis: list[data.Emoji], folder: Path) -> None:
 
 
 @torch.no_grad()
-def draw(pipe, captions: list[str], seed: int, batch: int = 32) -> np.ndarray:
+def draw(model: catalog.Model, pipe, captions: list[str], seed: int, batch: int = 32) -> np.ndarray:
     """Images of captions at the model's default settings, uint8 (n, 64, 64, 3)."""
-    model = catalog.MODELS["emoji-sdxl"]
     pipe.set_progress_bar_config(disable=True)
     images = []
     for first in range(0, len(captions), batch):
@@ -41,6 +50,7 @@ def draw(pipe, captions: list[str], seed: int, batch: int = 32) -> np.ndarray:
             num_inference_steps=model.steps,
             guidance_scale=model.guidance_scale,
             generator=[torch.Generator().manual_seed(seed + first + i) for i in range(len(part))],
+            **model.extra,
         ).images
     return np.stack([np.asarray(image) for image in images])
 
@@ -67,15 +77,15 @@ def contact_sheet(drawn: np.ndarray, columns: int = 16) -> Image.Image:
     return Image.fromarray(np.concatenate([row for row in rows if row.shape == rows[0].shape], 0))
 
 
-def report(pipe, emojis: list[data.Emoji], images: torch.Tensor, out: Path, trained: dict) -> dict:
+def report(name: str, pipe, emojis: list[data.Emoji], images: torch.Tensor, out: Path, trained: dict) -> dict:
     """Draw 256 captions, count hits, and write report.json, the contact sheet and README.md."""
     split_prompts(emojis, out / "prompts")
     choose = torch.Generator().manual_seed(SEED)
     rows = torch.randperm(len(emojis), generator=choose)[:CAPTIONS].tolist()
-    drawn = draw(pipe.to(torch.float32), [emojis[row].caption for row in rows], SEED)
+    model = catalog.MODELS[name]
+    drawn = draw(model, pipe.to(torch.float32), [emojis[row].caption for row in rows], SEED)
     top1, top5 = accuracy(rows, drawn, emojis, images)
     people = [emojis[row].category == "People & Body" for row in rows]
-    model = catalog.MODELS["emoji-sdxl"]
     share = lambda hits: round(sum(hits) / max(1, len(hits)), 4)  # noqa: E731
     result = {
         "captions": CAPTIONS,
@@ -87,17 +97,17 @@ def report(pipe, emojis: list[data.Emoji], images: torch.Tensor, out: Path, trai
         "top5": share(top5),
         "top1_people": share([t for t, p in zip(top1, people, strict=True) if p]),
         "top1_other": share([t for t, p in zip(top1, people, strict=True) if not p]),
-        "unet_parameters": sum(p.numel() for p in pipe.unet.parameters()),
+        "denoiser_parameters": sum(p.numel() for p in denoiser_of(pipe).parameters()),
         "trained": trained,
     }
     (out / "report.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     contact_sheet(drawn[:128]).save(out / "contact-sheet.png", optimize=True)
-    (out / "README.md").write_text(_card(result), encoding="utf-8")
+    (out / "README.md").write_text(_card(name, result), encoding="utf-8")
     print(json.dumps(result))
     return result
 
 
-def _card(result: dict) -> str:
+def _card(name: str, result: dict) -> str:
     trained = "\n".join(f"| {key} | {value} |" for key, value in result["trained"].items())
     return f"""---
 license: mit
@@ -106,11 +116,10 @@ pipeline_tag: text-to-image
 tags: [emoji, ecodiff]
 ---
 
-# emoji-sdxl
+# {name}
 
-A small but complete Stable Diffusion XL (two CLIP text encoders, UNet with `text_time` embedding,
-AutoencoderKL, Euler scheduler, v-prediction), trained from scratch on captioned emoji at 64x64. It
-ships with ecodiff so that pruning can be tried, tested and measured anywhere. It is not meant for
+{ABOUT[name]}
+It ships with ecodiff so that pruning can be tried, tested and measured anywhere. It is not meant for
 anything else.
 
 ![128 of the {result["captions"]} captions of the report](contact-sheet.png)
@@ -130,10 +139,11 @@ the nearest training images ({result["space"]}).
 
 ## Training
 
-`python -m ecodiff.embedded.recipe` reproduces it.
+`python -m ecodiff.embedded.recipe {name}` trains it from nothing.
 
 | | |
 |---|---|
+| parameters of the denoiser | {result["denoiser_parameters"]:,} |
 {trained}
 
 ## Data and licence

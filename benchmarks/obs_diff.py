@@ -1,0 +1,94 @@
+"""OBS-Diff's structured pruning (Zhu et al., ICLR 2026, arXiv 2510.06751), as a baseline.
+
+Layer by layer in packages, in network order: the Hessian H = sum of w_t x x^T over calibration
+calls, earlier time steps weighing more; a unit costs sum ||W_j||^2 / [H^-1]_jj over its columns;
+the same share of units goes in every layer; W is updated in closed form; then the next package,
+which sees what became of the ones before. Dampening 1 %, as in their code. The weights' fall with
+the logarithm is theirs, its end point (0.5) ours: the paper's constants were not at hand.
+"""
+
+import torch
+from torch import Tensor
+
+import ecodiff
+from ecodiff.compensate import Calibration, Statistics, seen
+from ecodiff.groups import denoiser_of, find_groups, unit_parameters
+
+DAMPING = 0.01
+
+
+@torch.no_grad()
+def prune(pipe, calibration: Calibration, ratio: float, packages: int = 4):
+    """A pruned and compensated variant with about `ratio` of the denoiser's parameters removed."""
+    groups = find_groups(denoiser_of(pipe))
+    counts = _counts(denoiser_of(pipe), groups, ratio)
+    small = ecodiff.variant(pipe, {})
+    size = -(-len(groups) // packages)
+    for first in range(0, len(groups), size):
+        package = groups[first : first + size]
+        names = [slot.module for group in package for slot in group.consumers]
+        statistics = {name: Statistics() for name in names}
+        for call in calibration.calls:
+            for name, (x, y) in seen(denoiser_of(small), call, names).items():
+                statistics[name].add(y, x, call.weight)
+        keep, weights = {}, {}
+        for group in package:
+            slots = group.consumers
+            hessians = [_damped(statistics[s.module].xx / statistics[s.module].rows) for s in slots]
+            dense = [denoiser_of(small).get_submodule(s.module).weight.float() for s in slots]
+            keep[group.name] = _chosen(dense, hessians, group.size, counts[group.name])
+            columns = keep[group.name].repeat_interleave(slots[0].index.shape[1])
+            for slot, weight, hessian in zip(slots, dense, hessians, strict=True):
+                weights[slot.module] = _updated(weight, hessian, columns)
+        ecodiff.slice_(denoiser_of(small), keep)
+        for name, weight in weights.items():
+            module = denoiser_of(small).get_submodule(name)
+            module.weight = torch.nn.Parameter(weight.to(module.weight.dtype), False)
+    return small
+
+
+def _counts(denoiser, groups, ratio: float) -> dict[str, int]:
+    """Units to remove from each layer: one share for all, such that the size is what was asked."""
+    costs = {g.name: unit_parameters(denoiser, g) for g in groups}
+    wanted = ratio * sum(p.numel() for p in denoiser.parameters())
+    best: dict[str, int] = {}
+    for share in torch.linspace(0, 1, 401).tolist():
+        counts = {g.name: min(round(share * g.size), g.size - 1) for g in groups}
+        for group in groups:
+            if group.kind == "ffn":  # widths in multiples of 8, as everybody's here
+                counts[group.name] -= counts[group.name] % 8
+        removed = sum(costs[name] * count for name, count in counts.items())
+        nearest = min((sum(costs[n] * c for n, c in best.items()) - wanted) ** 2, (removed - wanted) ** 2)
+        if nearest == (removed - wanted) ** 2:
+            best = counts
+    return best
+
+
+def _damped(hessian: Tensor) -> Tensor:
+    return hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian))
+
+
+def _updated(weight: Tensor, hessian: Tensor, columns: Tensor) -> Tensor:
+    """W H[:, K] H[K, K]^-1."""
+    kept = hessian[columns][:, columns]
+    return torch.linalg.solve(kept, (weight @ hessian[:, columns]).T).T
+
+
+def _chosen(weights: list[Tensor], hessians: list[Tensor], units: int, count: int) -> Tensor:
+    """Units that stay: greedily without the cheapest, heads one at a time, neurons in chunks."""
+    keep = torch.ones(units, dtype=torch.bool)
+    width = weights[0].shape[1] // units
+    while count > 0:
+        columns = keep.repeat_interleave(width)
+        error = torch.zeros(int(keep.sum()))
+        for weight, hessian in zip(weights, hessians, strict=True):
+            updated = _updated(weight, hessian, columns)
+            inverse = torch.linalg.inv(hessian[columns][:, columns])
+            spread = torch.stack(list(inverse.split(width))).view(len(error), width, -1)
+            own = torch.stack([spread[i][:, i * width : (i + 1) * width] for i in range(len(error))])
+            diagonal = torch.linalg.cholesky(own).diagonal(dim1=1, dim2=2).square()
+            error += (updated.square().sum(0).view(-1, width) / diagonal).sum(1)
+        going = 1 if width > 1 else min(count, 64)
+        keep[keep.nonzero().flatten()[error.argsort()[:going]]] = False
+        count -= going
+    return keep
