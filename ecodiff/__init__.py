@@ -4,10 +4,12 @@
 >>> pipe = ecodiff.load("emoji-sdxl")
 >>> scores = ecodiff.learn_masks(pipe, ["a red apple", "a cat"], ecodiff.LearnConfig())
 >>> small = ecodiff.variant(pipe, scores.plan(ratio=0.2))
+>>> ecodiff.compensate_(small, pipe, ["a red apple", "a cat"])
 >>> ecodiff.save(small, "emoji-sdxl-eco20")
 """
 
 from .checkpoint import load, save
+from .compensate import CompensateConfig, compensate_
 from .errors import EcodiffError
 from .fidelity import compare
 from .gates import masked
@@ -18,6 +20,7 @@ from .slicing import slice_, variant
 from .trajectory import trajectory
 
 __all__ = [
+    "CompensateConfig",
     "EcodiffError",
     "LearnConfig",
     "LearnState",
@@ -25,6 +28,7 @@ __all__ = [
     "PrunePlan",
     "Scores",
     "compare",
+    "compensate_",
     "find_groups",
     "learn_masks",
     "load",

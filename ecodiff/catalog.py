@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .compensate import CompensateConfig
 from .learn import LearnConfig
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -47,6 +48,15 @@ class Model:
             size=self.size,
             extra=self.extra,
             **changes,
+        )
+
+    def compensation(self) -> CompensateConfig:
+        """How weights are compensated, with this model's defaults."""
+        return CompensateConfig(
+            inference_steps=self.learn_steps,
+            guidance_scale=self.guidance_scale,
+            size=self.size,
+            extra=self.extra,
         )
 
     def drawing(self, steps: int | None = None, guidance_scale: float | None = None) -> dict:

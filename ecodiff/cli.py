@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from . import catalog, checkpoint
+from .compensate import compensate_
 from .errors import EcodiffError, UnsupportedModelError
 from .fidelity import compare, fidelity, generate
 from .groups import denoiser_of, find_groups, unit_parameters, unrecognised
@@ -54,6 +55,11 @@ def prune(options: argparse.Namespace) -> int:
     plan = run.scores().plan(ratio=options.ratio)
     plan.metadata["model"] = run.model
     small = variant(pipe, plan)
+    updated = {}
+    if options.compensate:
+        print("compensating", file=sys.stderr)
+        known = catalog.find(run.model)
+        updated = compensate_(small, pipe, known.prompts("calibration"), known.compensation())
     dtype = checkpoint.disk_dtype(run.model)
     out = checkpoint.save(small, options.out, dtype)
     dense, pruned = parameters(denoiser_of(pipe)), parameters(denoiser_of(small))
@@ -62,6 +68,7 @@ def prune(options: argparse.Namespace) -> int:
         "out": str(out),
         "plan": str(out / checkpoint.PLAN_FILE),
         "digest": plan.digest,
+        "compensated": sum(updated.values()),
         "params_dense": dense,
         "params_pruned": pruned,
         "bytes": checkpoint.folder_bytes(out),
@@ -71,11 +78,14 @@ def prune(options: argparse.Namespace) -> int:
     rows = [
         ("parameters", f"{dense:,} -> {pruned:,} ({1 - pruned / dense:.1%} of the denoiser removed)"),
         ("units", f"{units[0]:,} of {units[1]:,} removed ({units[0] / units[1]:.1%})"),
+        ("compensated", f"{sum(updated.values())} of {len(updated)} layers that lost units"),
         ("size on disk", megabytes(result["bytes"])),
         ("saved in", result["out"]),
         ("run", f"{result['run']}  (prune it again for another size)"),
         ("time", f"{result['seconds']:.0f} s"),
     ]
+    if options.layers:
+        rows += [(name, f"{int(keep.sum())} of {len(keep)}") for name, keep in plan.items()]
     print(table(rows))
     if options.json:
         print(json.dumps(result))
@@ -269,6 +279,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--run", metavar="DIR", help="the run's folder; an unfinished one is resumed")
     sub.add_argument("--seed", type=int, help="of prompts, noise and gates")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
+    sub.add_argument(
+        "--no-compensate",
+        dest="compensate",
+        action="store_false",
+        help="leave the weights that stay as they are",
+    )
+    sub.add_argument("--layers", action="store_true", help="list what every layer became")
 
     sub = command("generate", generate_command, "generate an image")
     sub.add_argument("model", help="MODEL or a pruned folder")

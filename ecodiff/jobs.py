@@ -13,6 +13,7 @@ from .learn import LearnState
 from .runs import Run
 
 MAX_WAITING = 16
+ACTIVE = ("queued", "loading", "learning", "calibrating")
 
 
 @dataclass
@@ -20,13 +21,13 @@ class Job:
     """A run that was handed to the worker in this process."""
 
     run: Run
-    stage: str = "queued"  # queued, loading, learning, finished, stopped, failed
+    stage: str = "queued"  # queued, loading, learning, calibrating, finished, stopped, failed
     seconds: deque = field(default_factory=lambda: deque(maxlen=8))  # of the last steps
     state: LearnState | None = None
 
     @property
     def active(self) -> bool:
-        return self.stage in ("queued", "loading", "learning")
+        return self.stage in ACTIVE
 
     @property
     def seconds_left(self) -> float | None:
@@ -110,6 +111,9 @@ class Worker:
             job.seconds.append(seconds)
 
         finished = job.run.advance(pipe, progress, DEVICE)
+        if finished:
+            job.stage = "calibrating"
+            PIPELINES.calibration(job.run.model)
         job.stage = "finished" if finished else "stopped"
 
 

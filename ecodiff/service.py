@@ -101,7 +101,7 @@ def status(run: str) -> dict:
     Returns:
         {"run", "model", "preset", "name", "created", "ratio", "stage", "step", "steps", "ahead",
         "seconds_left": measured, or None, "error", "history": one dict a step}; stage is queued,
-        loading, learning, finished, stopped, failed, or interrupted (the server was restarted).
+        loading, learning, calibrating, finished, stopped, failed, or interrupted (the server was restarted).
     """
     opened = STORE.open(run)
     job = WORKER.job(run)
@@ -192,8 +192,12 @@ def compare(
     seed: int = 0,
     steps: int | None = None,
     guidance_scale: float | None = None,
+    compensate: bool = True,
 ) -> tuple[Sample, Sample, dict]:
     """Draw one prompt with the dense and the pruned model, from the same noise, and measure.
+
+    Args:
+        compensate: let the weights that remain take over from those that went (closed form).
 
     Returns:
         dense sample, pruned sample, and `cut`'s result with latent_error, psnr, ssim, ms_dense,
@@ -206,7 +210,7 @@ def compare(
     options = known.drawing(int(steps) if steps else None, guidance_scale)
     with DEVICE:
         dense = PIPELINES.dense(made.metadata["model"])
-        small = PIPELINES.pruned(made.metadata["model"], made)
+        small = PIPELINES.pruned(made.metadata["model"], made, compensate)
         samples = []
         for pipe in (dense, small):
             generate(pipe, prompt, int(seed), **(options | {"steps": 2}))  # warm-up
@@ -216,8 +220,11 @@ def compare(
     return *samples, facts
 
 
-def export(run: str, ratio: float) -> dict:
+def export(run: str, ratio: float, compensate: bool = True) -> dict:
     """Write the pruned pipeline folder of a run at a size, as one zip file.
+
+    Args:
+        compensate: let the weights that remain take over from those that went (closed form).
 
     Returns:
         {"path", "name", "bytes", "sha256", "folder"}
@@ -225,10 +232,11 @@ def export(run: str, ratio: float) -> dict:
     made, opened = plan(run, ratio), STORE.open(run)
     model = made.metadata["model"].rpartition("/")[2]
     name = f"{model}-eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}"
+    name += "" if compensate else "-uncompensated"
     path = opened.folder / "models" / f"{name}.zip"
     with DEVICE:
         if not path.exists():
-            small = PIPELINES.pruned(made.metadata["model"], made)
+            small = PIPELINES.pruned(made.metadata["model"], made, compensate)
             assert plan_of(denoiser_of(small)).digest == made.digest
             dtype = checkpoint.disk_dtype(made.metadata["model"])
             folder = checkpoint.save(small, opened.folder / "models" / name, dtype)

@@ -12,7 +12,8 @@ out, so the model has fewer parameters in memory and on disk.
 The method is EcoDiff: Zhang et al., *Learnable Sparsity for Vision Generative Models*
 ([arXiv 2412.02852](https://arxiv.org/abs/2412.02852)), with hard-concrete gates (Louizos et al. 2018)
 and time step gradient checkpointing. ecodiff starts the gates from a Gauss-Newton estimate of what
-each one is worth, and steers to a size that you choose.
+each one is worth, steers to a size that you choose, and lets the weights that stay take over from
+those that went (a closed-form update of each layer, as in Optimal Brain Surgeon: no training).
 
 ### What it does not do
 - The ratio is of the denoiser's parameters. Time saved is less than that: convolutions are not cut,

@@ -49,31 +49,36 @@ def build() -> None:
     ratio = gr.Number(visible=False)
     prompt = gr.Textbox(visible=False)
     seed, steps = gr.Number(0, precision=0, visible=False), gr.Number(None, precision=0, visible=False)
-    guidance = gr.Number(None, visible=False)
+    guidance, compensated = gr.Number(None, visible=False), gr.Checkbox(True, visible=False)
     dense = gr.Image(visible=False, format="png")
     pruned = gr.Image(visible=False, format="png")
     facts, file, trigger = gr.JSON(visible=False), gr.File(visible=False), gr.Button(visible=False)
 
     @told
-    def compare(run, ratio, prompt, seed, steps, guidance_scale):
-        a, b, found = service.compare(run, ratio, prompt, seed or 0, steps or None, guidance_scale)
+    def compare(run, ratio, prompt, seed, steps, guidance_scale, compensate=True):
+        asked = (run, ratio, prompt, seed or 0, steps or None, guidance_scale, compensate)
+        a, b, found = service.compare(*asked)
         return a.image, b.image, found
 
     trigger.click(
         compare,
-        [run, ratio, prompt, seed, steps, guidance],
+        [run, ratio, prompt, seed, steps, guidance, compensated],
         [dense, pruned, facts],
         api_name="compare",
         api_description=service.compare.__doc__,
     )
 
     @told
-    def download(run, ratio):
-        made = service.export(run, ratio)
+    def download(run, ratio, compensate=True):
+        made = service.export(run, ratio, compensate)
         return made["path"], {key: made[key] for key in ("name", "folder", "bytes", "sha256")}
 
     trigger.click(
-        download, [run, ratio], [file, facts], api_name="download", api_description=service.export.__doc__
+        download,
+        [run, ratio, compensated],
+        [file, facts],
+        api_name="download",
+        api_description=service.export.__doc__,
     )
 
     @told

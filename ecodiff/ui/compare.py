@@ -25,6 +25,11 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
             ratio = gr.Slider(1, 66, value=20, step=1, label="Remove", info="% of the denoiser's parameters")
             prompt = gr.Textbox("red apple", label="Prompt", max_length=400)
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
+            compensate = gr.Checkbox(
+                True,
+                label="Compensate",
+                info="What stays takes over from what went: closer images, same size",
+            )
             known = catalog.MODELS["emoji-sdxl"]
             with gr.Accordion("Advanced", open=False):
                 steps = gr.Slider(1, 100, value=known.steps, step=1, label="Time steps")
@@ -46,10 +51,11 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     )
 
     @told
-    def compare(run, percent, prompt, seed, steps, guidance, history):
+    def compare(run, percent, prompt, seed, steps, guidance, compensate, history):
         if not run:
             raise gr.Error("Prune a model first, in the Prune tab.", duration=8)
-        dense, pruned, facts = service.compare(run, percent / 100, prompt, seed or 0, steps, guidance)
+        asked = (run, percent / 100, prompt, seed or 0, steps, guidance, compensate)
+        dense, pruned, facts = service.compare(*asked)
         pair = tuple(for_the_eye(sample.image) for sample in (dense, pruned))
         title = f"{prompt} · seed {seed or 0}"
         shown = [(pair[0], f"{title} · dense"), (pair[1], f"{title} · −{percent} %")]
@@ -57,7 +63,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
 
     draw.click(
         compare,
-        [run, ratio, prompt, seed, steps, guidance, history],
+        [run, ratio, prompt, seed, steps, guidance, compensate, history],
         [slider, figures, history],
         api_visibility="private",
     )

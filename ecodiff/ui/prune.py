@@ -7,6 +7,7 @@ import pandas as pd
 
 from .. import service
 from ..errors import EcodiffError, RunError
+from ..jobs import ACTIVE
 from ..measure import megabytes
 from . import show
 from .common import MODELS, PRESETS, told
@@ -49,6 +50,9 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
         size = gr.Slider(1, 66, value=20, step=1, label="Remove", info="% of the denoiser's parameters")
         figures = gr.HTML()
         layers = gr.HTML(label="Kept in each layer")
+        compensate = gr.Checkbox(
+            True, label="Compensate", info="What stays takes over from what went: closer images, same size"
+        )
         with gr.Row():
             pack = gr.Button("Make the download", variant="primary")
             download = gr.DownloadButton("Download", interactive=False)
@@ -78,7 +82,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
                 "removed": [100 * row["expected"] for row in rows],
             }
         )
-        active = found["stage"] in ("queued", "loading", "learning")
+        active = found["stage"] in ACTIVE
         can_resume = found["stage"] in ("stopped", "failed", "interrupted")
         return (
             gr.update(visible=True),
@@ -109,7 +113,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
                 if seen != before:
                     yield view(found)
                     before = seen
-                if found["stage"] not in ("queued", "loading", "learning"):
+                if found["stage"] not in ACTIVE:
                     return
                 time.sleep(POLL_SECONDS)
         except RunError:
@@ -129,8 +133,8 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
         )
 
     @told
-    def make(run, percent):
-        made = service.export(run, percent / 100)
+    def make(run, percent, compensate):
+        made = service.export(run, percent / 100, compensate)
         return (
             gr.DownloadButton(f"Download {made['name']}", value=made["path"], interactive=True),
             f"**{made['name']}** · {megabytes(made['bytes'])} · SHA-256 `{made['sha256']}`\n\n"
@@ -157,7 +161,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     for event in (ended, resumed):
         event.then(recut, [current, size], cut_out, show_progress="hidden", **private)
     size.release(recut, [current, size], cut_out, show_progress="hidden", **private)
-    pack.click(make, [current, size], [download, packed, code], **private)
+    pack.click(make, [current, size, compensate], [download, packed, code], **private)
     return {
         "model": model,
         "ratio": ratio,

@@ -10,6 +10,7 @@ STAGES = {
     "queued": "Waiting",
     "loading": "Loading the model",
     "learning": "Learning",
+    "calibrating": "Preparing compensation",
     "finished": "Finished",
     "stopped": "Stopped",
     "failed": "Failed",
@@ -135,10 +136,14 @@ def comparison(facts: dict) -> str:
 
 def layers(kept: dict[str, float]) -> str:
     """One cell a layer, filled as far as it is kept; a row for each kind of layer."""
-    rows = {"Self-attention": {}, "Cross-attention": {}, "Feed-forward": {}}
+    rows = {label: {} for label in ("Attention", "Cross-attention", "Feed-forward", "ResNet channels")}
     for name, share in kept.items():
         tail = name.rpartition(".")[2]
-        label = {"attn1": "Self-attention", "attn2": "Cross-attention"}.get(tail, "Feed-forward")
+        label = "Feed-forward"
+        if tail.startswith("attn"):
+            label = "Cross-attention" if tail == "attn2" else "Attention"
+        elif tail.isdigit():
+            label = "ResNet channels"
         rows[label][name] = share
     lines = ""
     for label, cells in rows.items():
