@@ -50,7 +50,9 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
         index = model_index(source)
         components = {}
         for name, entry in index.items():
-            if isinstance(entry, list) and entry[0] == ecodiff_sliced_v1.NAME:
+            if isinstance(entry, list) and entry[0] is None:
+                components[name] = None  # SD3 without its T5: diffusers wants to be told
+            elif isinstance(entry, list) and entry[0] == ecodiff_sliced_v1.NAME:
                 cls = getattr(ecodiff_sliced_v1, str(entry[1]))
                 components[name] = cls.from_pretrained(source, subfolder=name, dtype=dtype)
         pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **components)

@@ -6,13 +6,11 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from . import catalog, checkpoint
 from .compensate import compensate_
 from .errors import EcodiffError, UnsupportedModelError
 from .fidelity import compare, fidelity, generate
-from .groups import denoiser_of, find_groups, unit_parameters, unrecognised
+from .groups import ALL_KINDS, WORDS, denoiser_of, find_groups, unit_parameters, unrecognised
 from .learn import PRESETS
 from .logs import be_quiet
 from .measure import megabytes, parameters
@@ -95,11 +93,11 @@ def prune(options: argparse.Namespace) -> int:
 def _open_or_create(options: argparse.Namespace, pipe) -> Run:
     model = catalog.find(options.model)
     changes = {} if options.seed is None else {"seed": options.seed}
+    if options.kinds:
+        changes["kinds"] = tuple(options.kinds)
     config = model.learn_config(options.preset, options.ratio, **changes)
-    ceiling = Scores.of(
-        denoiser_of(pipe), {g.name: torch.zeros(g.size) for g in find_groups(denoiser_of(pipe))}
-    )
-    ceiling.plan(ratio=options.ratio)  # refuse an impossible size before learning, not after
+    # Refuse an impossible size before learning, not after.
+    Scores.unranked(denoiser_of(pipe), config.kinds).plan(ratio=options.ratio)
     folder = Path(options.run) if options.run else RunStore().new_folder()
     if (folder / "run.json").is_file():
         run = Run.open(folder)
@@ -202,31 +200,35 @@ def _save_image(image, out: Path) -> None:
 def info(options: argparse.Namespace) -> int:
     """What a model is made of and what of it can be pruned, from its configuration alone."""
     denoiser = checkpoint.empty_denoiser(options.model)
-    groups = find_groups(denoiser)
+    groups = find_groups(denoiser, ALL_KINDS)
     total = parameters(denoiser)
     plan = plan_of(denoiser)
+    scores = Scores.unranked(denoiser)
+    count = {kind: sum(g.size for g in groups if g.kind == kind) for kind in ALL_KINDS}
     share = {
-        kind: sum(g.size * unit_parameters(denoiser, g) for g in groups if g.kind == kind)
-        for kind in ("heads", "ffn")
+        kind: sum(g.size * unit_parameters(denoiser, g) for g in groups if g.kind == kind) / total
+        for kind in ALL_KINDS
     }
-    scores = Scores.of(denoiser, {g.name: torch.zeros(g.size) for g in groups})
     facts = {
         "model": options.model,
         "denoiser": type(denoiser).__name__,
         "params": total,
-        "heads": sum(g.size for g in groups if g.kind == "heads"),
-        "neurons": sum(g.size for g in groups if g.kind == "ffn"),
-        "share_heads": share["heads"] / total,
-        "share_ffn": share["ffn"] / total,
+        "heads": count["heads"],
+        "neurons": count["ffn"],
+        "resnet_groups": count["resnet"],
+        "share_heads": share["heads"],
+        "share_ffn": share["ffn"],
+        "share_resnet": share["resnet"],
+        "share_modulation": share["modulation"],
         "ceiling": scores.ceiling,
         "left_alone": unrecognised(denoiser, groups),
         "pruned": plan is not None,
     }
+    words = WORDS | {"resnet": "ResNet channel groups"}
     rows = [
         ("denoiser", facts["denoiser"]),
         ("parameters", f"{total:,}"),
-        ("heads", f"{facts['heads']:,} ({facts['share_heads']:.1%} of the parameters)"),
-        ("FFN neurons", f"{facts['neurons']:,} ({facts['share_ffn']:.1%})"),
+        *((words[k], f"{count[k]:,} ({share[k]:.1%} of the parameters)") for k in ALL_KINDS if count[k]),
         ("can be removed", f"at most {scores.ceiling:.1%}"),
         ("left alone", ", ".join(f"{k} {v / total:.1%}" for k, v in facts["left_alone"].items())),
     ]
@@ -277,6 +279,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--preset", choices=list(PRESETS), default="balanced")
     sub.add_argument("--out", required=True, metavar="DIR", help="folder of the pruned pipeline")
     sub.add_argument("--run", metavar="DIR", help="the run's folder; an unfinished one is resumed")
+    sub.add_argument("--kinds", nargs="+", choices=ALL_KINDS, help="what may go (default: heads ffn resnet)")
     sub.add_argument("--seed", type=int, help="of prompts, noise and gates")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
     sub.add_argument(

@@ -280,7 +280,7 @@ def _kept_features(dense: nn.Module, plan: Mapping[str, Tensor]) -> dict[str, Te
     kept: dict[str, Tensor] = {}
     for group in find_groups(dense, ALL_KINDS):
         for slot in group.consumers:
-            if group.name in plan and not plan[group.name].all():
+            if slot.axis == "in" and group.name in plan and not plan[group.name].all():
                 weight = dense.get_submodule(slot.module).weight
                 features = kept.setdefault(slot.module, torch.ones(weight.shape[1], dtype=torch.bool))
                 features[slot.index[~plan[group.name]].flatten()] = False

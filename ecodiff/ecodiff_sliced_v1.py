@@ -7,6 +7,7 @@ config has one more entry, "ecodiff", which says by which shapes and attributes 
 differs from a fresh one. Nothing else is done: no network, no files but this one.
 """
 
+import base64
 import inspect
 import os
 import shutil
@@ -22,17 +23,53 @@ FORMAT = 1
 
 
 class EmptiedAttnProcessor:
-    """Attention without heads: nothing is attended to, the output projection's bias remains."""
+    """Attention without heads: nothing is attended to, the output projections' biases remain.
+
+    Without output projections (FLUX's single blocks) the output has no features at all.
+    """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
-        bias = attn.to_out[0](hidden_states.new_zeros(1, 0))
-        if hidden_states.ndim == 4:
-            output = bias.view(1, -1, 1, 1).expand(len(hidden_states), -1, *hidden_states.shape[2:])
-        else:
-            output = bias.expand(*hidden_states.shape[:-1], -1)
-        if attn.residual_connection:
+        if getattr(attn, "to_out", None) is None:
+            return hidden_states[..., :0]
+        output = self.bias(attn.to_out[0], hidden_states)
+        if getattr(attn, "residual_connection", False):
             output = output + hidden_states
-        return output / attn.rescale_output_factor
+        output = output / getattr(attn, "rescale_output_factor", 1.0)
+        if getattr(attn, "add_q_proj", None) is None:
+            return output
+        if getattr(attn, "to_add_out", None) is None:
+            return output, encoder_hidden_states
+        return output, self.bias(attn.to_add_out, encoder_hidden_states)
+
+    def bias(self, projection, hidden_states):
+        bias = projection(hidden_states.new_zeros(1, 0))
+        if hidden_states.ndim == 4:
+            return bias.view(1, -1, 1, 1).expand(len(hidden_states), -1, *hidden_states.shape[2:])
+        return bias.expand(*hidden_states.shape[:-1], -1)
+
+
+class ScatteredLinear(nn.Linear):
+    """A Linear that computes some rows of its output; the others are zeros."""
+
+    def forward(self, x):
+        output = x.new_zeros(*x.shape[:-1], self.width)
+        return output.index_copy(-1, self.rows, super().forward(x).to(x.dtype))
+
+
+def scatter(linear: nn.Linear, rows: torch.Tensor, width: int) -> None:
+    """Make `linear`, in place, one whose outputs are `rows` of `width` features."""
+    linear.__class__ = ScatteredLinear
+    linear.register_buffer("rows", rows, persistent=False)
+    linear.width = width
+
+
+def unpacked(bits: list) -> torch.Tensor:
+    """Indices from [size, base64 of the bits], most significant bit first."""
+    size, text = bits
+    data = base64.b64decode(text)
+    if type(size) is not int or len(data) != -(-size // 8):
+        raise ValueError(f"{len(data)} bytes are not {size!r} bits.")
+    return torch.tensor([i for i in range(size) if data[i // 8] >> (7 - i % 8) & 1], dtype=torch.long)
 
 
 def apply(model: nn.Module, description: dict) -> None:
@@ -63,6 +100,11 @@ def apply(model: nn.Module, description: dict) -> None:
             if type(value) is not int or type(old) is not int or not 0 <= value <= old:
                 raise ValueError(f"{path}.{name} cannot change from {old!r} to {value!r}.")
             setattr(modules[path], name, value)
+    for path, bits in description.get("scattered", {}).items():
+        linear, rows = modules[path], unpacked(bits)
+        if not isinstance(linear, nn.Linear) or len(rows) != len(linear.weight):
+            raise ValueError(f"{path} has {len(rows)} rows in the description, not in the model.")
+        scatter(linear, rows, bits[0])
     for path in description["emptied"]:
         modules[path].set_processor(EmptiedAttnProcessor())
 

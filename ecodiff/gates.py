@@ -8,6 +8,7 @@ from math import log
 import torch
 from torch import Tensor, nn
 
+from .ecodiff_sliced_v1 import ScatteredLinear
 from .errors import PlanError
 from .groups import ALL_KINDS, PruneGroup, find_groups
 
@@ -45,8 +46,8 @@ def _stretch(s: Tensor) -> Tensor:
 
 
 def _factors(denoiser: nn.Module, groups: list[PruneGroup], masks: Mapping[str, Tensor]):
-    """One factor per input feature for every consumer, (features,) or (rows, features)."""
-    factors: dict[str, Tensor] = {}
+    """One factor a feature that a consumer reads, or gives: (features,) or (rows, features)."""
+    factors: dict[tuple[str, str], Tensor] = {}
     for group in groups:
         mask = masks.get(group.name)
         if mask is None:
@@ -60,9 +61,10 @@ def _factors(denoiser: nn.Module, groups: list[PruneGroup], masks: Mapping[str, 
             mask = mask.to(weight.device, torch.promote_types(torch.float32, mask.dtype))
             index = slot.index.to(weight.device)
             spread = mask.repeat_interleave(index.shape[1], dim=-1)
-            whole = spread.new_ones(*mask.shape[:-1], weight.shape[1])
+            whole = spread.new_ones(*mask.shape[:-1], weight.shape[1 if slot.axis == "in" else 0])
             factor = whole.index_copy(-1, index.flatten(), spread)
-            factors[slot.module] = factors.get(slot.module, 1) * factor
+            key = (slot.module, slot.axis)
+            factors[key] = factors.get(key, 1) * factor
     return factors
 
 
@@ -88,10 +90,13 @@ def masked(denoiser: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
             f"{f' (and {len(unknown) - 1} more)' if len(unknown) > 1 else ''}. "
             "Was the plan made for another model?"
         )
-    handles = [
-        denoiser.get_submodule(name).register_forward_pre_hook(partial(_multiply, factor))
-        for name, factor in _factors(denoiser, groups, masks).items()
-    ]
+    handles = []
+    for (name, axis), factor in _factors(denoiser, groups, masks).items():
+        module = denoiser.get_submodule(name)
+        if axis == "in":
+            handles.append(module.register_forward_pre_hook(partial(_multiply_input, factor)))
+        else:
+            handles.append(module.register_forward_hook(partial(_multiply_output, factor)))
     try:
         yield
     finally:
@@ -99,11 +104,22 @@ def masked(denoiser: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
             handle.remove()
 
 
-def _multiply(factor: Tensor, module: nn.Module, inputs: tuple) -> tuple:
-    x = inputs[0]
+def _multiply_input(factor: Tensor, module: nn.Module, inputs: tuple) -> tuple:
+    features = 1 if isinstance(module, nn.Conv2d) else inputs[0].ndim - 1
+    return (_times(inputs[0], factor, features), *inputs[1:])
+
+
+def _multiply_output(factor: Tensor, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    if isinstance(module, ScatteredLinear):
+        whole = factor.new_zeros(*factor.shape[:-1], module.width)
+        factor = whole.index_copy(-1, module.rows, factor)
+    return _times(output, factor, output.ndim - 1)
+
+
+def _times(x: Tensor, factor: Tensor, features: int) -> Tensor:
+    shape = [1] * x.ndim
+    shape[features] = factor.shape[-1]
     if factor.ndim == 2:  # guidance stacks the whole batch again for the empty prompt
         factor = factor.repeat(x.shape[0] // factor.shape[0], 1)
-    features = 1 if isinstance(module, nn.Conv2d) else x.ndim - 1
-    shape = [1] * x.ndim
-    shape[0], shape[features] = (factor.shape[0] if factor.ndim == 2 else 1), factor.shape[-1]
-    return (x * factor.view(shape).to(x.dtype), *inputs[1:])
+        shape[0] = x.shape[0]
+    return x * factor.view(shape).to(x.dtype)

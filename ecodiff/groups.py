@@ -5,6 +5,9 @@ group says through which Linears and convolutions it runs: the *producers* whose
 to the units, and the *consumers* whose input columns do. Multiplying a unit's consumer input by
 zero is the same as deleting those rows and columns; gates, slicing and the cost of a unit all
 follow from that one description, and nothing else in ecodiff knows an architecture.
+
+Modulation rows (of the Linear that turns the time embedding into a block's shifts, scales and gates)
+are units without a consumer: a row that is gone is read as zero (`Slot.scattered`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,10 +19,18 @@ from torch import LongTensor, nn
 
 from .errors import UnsupportedModelError
 
-Kind = Literal["heads", "ffn", "resnet"]
-ALL_KINDS: tuple[Kind, ...] = ("heads", "ffn", "resnet")
-KINDS: tuple[Kind, ...] = ("heads", "ffn")  # the paper's, and the default
-FLOORS: dict[Kind, int] = {"heads": 0, "ffn": 0, "resnet": 1}  # a norm of no channels cannot run
+Kind = Literal["heads", "ffn", "resnet", "modulation"]
+ALL_KINDS: tuple[Kind, ...] = ("heads", "ffn", "resnet", "modulation")
+KINDS: tuple[Kind, ...] = ("heads", "ffn")  # the paper's
+PRESET_KINDS: tuple[Kind, ...] = ("heads", "ffn", "resnet")  # modulation rows buy memory, but no time
+WORDS: dict[Kind, str] = {
+    "heads": "heads",
+    "ffn": "FFN neurons",
+    "resnet": "ResNet channels",
+    "modulation": "modulation rows",
+}
+# A norm of no channels cannot run.
+FLOORS: dict[Kind, int] = {"heads": 0, "ffn": 0, "resnet": 1, "modulation": 0}
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,7 @@ class Slot:
     module: str
     axis: Literal["in", "out"]
     index: LongTensor
+    scattered: bool = False  # the output keeps its width; rows that are gone are zeros in it
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ class PruneGroup:
     name: str
     kind: Kind
     size: int
-    consumers: tuple[Slot, ...]
+    consumers: tuple[Slot, ...]  # where a mask is applied: to inputs, or to scattered outputs
     producers: tuple[Slot, ...]
     attributes: tuple[Attribute, ...] = ()
 
@@ -74,35 +86,38 @@ def units(count: int, width: int = 1, copies: int = 1) -> LongTensor:
     return torch.cat([block + copy * count * width for copy in range(copies)], dim=1)
 
 
-def attention(path: str, module: nn.Module) -> PruneGroup | None:
+def attention(path: str, module: nn.Module) -> Iterator[PruneGroup]:
     """Heads of diffusers' attention layers: to_q, to_k, to_v in, to_out[0] (and to_add_out) out."""
-    if not all(isinstance(getattr(module, n, None), nn.Linear) for n in ("to_q", "to_k", "to_v")):
-        return None
     out = getattr(module, "to_out", None)
-    heads = getattr(module, "heads", 0)
-    inner = module.to_q.out_features
-    consumes = isinstance(out, nn.ModuleList) and len(out) > 0 and isinstance(out[0], nn.Linear)
-    if not consumes or not heads or inner % heads or out[0].in_features != inner:
-        return None
-    normed_across_heads = any(
-        getattr(getattr(module, name, None), "normalized_shape", (0,))[-1] == inner != inner // heads
-        for name in ("norm_q", "norm_k")
-    )
-    if module.to_k.out_features != inner or normed_across_heads:
-        return None  # grouped-query attention and norms across heads need an adapter of their own
+    if not isinstance(out, nn.ModuleList) or len(out) == 0 or not isinstance(out[0], nn.Linear):
+        return
+    consumers = [f"{path}.to_out.0"]
+    if isinstance(getattr(module, "to_add_out", None), nn.Linear):
+        consumers.append(f"{path}.to_add_out")
+    yield from _heads(path, module, consumers, out[0].in_features)
+
+
+def _heads(path: str, module: nn.Module, consumers: list[str], width: int) -> Iterator[PruneGroup]:
+    """Heads of an attention whose output is the first `width` columns that `consumers` read."""
+    if not all(isinstance(getattr(module, n, None), nn.Linear) for n in ("to_q", "to_k", "to_v")):
+        return
+    heads, inner = getattr(module, "heads", 0), module.to_q.out_features
+    if not heads or inner % heads or inner != width:
+        return
+    norms = [getattr(getattr(module, name, None), "weight", None) for name in ("norm_q", "norm_k")]
+    across_heads = heads > 1 and any(weight is not None and weight.numel() == inner for weight in norms)
+    if module.to_k.out_features != inner or across_heads:
+        return  # grouped-query attention and norms across heads need an adapter of their own
     names = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
     linears = [n for n in names if isinstance(getattr(module, n, None), nn.Linear)]
-    consumers = ["to_out.0"]
-    if isinstance(getattr(module, "to_add_out", None), nn.Linear):
-        consumers.append("to_add_out")
     index = units(heads, inner // heads)
     per_unit = {"heads": 1, "sliceable_head_dim": 1}
     per_unit |= {"inner_dim": inner // heads, "inner_kv_dim": inner // heads}
-    return PruneGroup(
+    yield PruneGroup(
         name=path,
         kind="heads",
         size=heads,
-        consumers=tuple(Slot(f"{path}.{name}", "in", index) for name in consumers),
+        consumers=tuple(Slot(name, "in", index) for name in consumers),
         producers=tuple(Slot(f"{path}.{name}", "out", index) for name in linears),
         attributes=tuple(
             Attribute(path, name, value) for name, value in per_unit.items() if hasattr(module, name)
@@ -110,18 +125,18 @@ def attention(path: str, module: nn.Module) -> PruneGroup | None:
     )
 
 
-def feed_forward(path: str, module: nn.Module) -> PruneGroup | None:
+def feed_forward(path: str, module: nn.Module) -> Iterator[PruneGroup]:
     """Neurons of diffusers' FeedForward: net[0].proj in (twice as wide if gated), net[2] out."""
     net = getattr(module, "net", None)
     if not isinstance(net, nn.ModuleList) or len(net) < 3:
-        return None
+        return
     proj, out = getattr(net[0], "proj", None), net[2]
     if not isinstance(proj, nn.Linear) or not isinstance(out, nn.Linear):
-        return None
+        return
     hidden = out.in_features
     if proj.out_features not in (hidden, 2 * hidden):
-        return None
-    return PruneGroup(
+        return
+    yield PruneGroup(
         name=path,
         kind="ffn",
         size=hidden,
@@ -130,7 +145,35 @@ def feed_forward(path: str, module: nn.Module) -> PruneGroup | None:
     )
 
 
-def resnet(path: str, module: nn.Module) -> PruneGroup | None:
+def single_stream(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+    """FLUX's single blocks: proj_out reads the attention and the MLP side by side."""
+    attn, mlp, out = (getattr(module, name, None) for name in ("attn", "proj_mlp", "proj_out"))
+    if attn is None or not isinstance(mlp, nn.Linear) or not isinstance(out, nn.Linear):
+        return
+    hidden, inner = mlp.out_features, out.in_features - mlp.out_features
+    if inner != getattr(getattr(attn, "to_q", None), "out_features", None):
+        return
+    yield from _heads(f"{path}.attn", attn, [f"{path}.proj_out"], inner)
+    yield PruneGroup(
+        name=f"{path}.proj_mlp",
+        kind="ffn",
+        size=hidden,
+        consumers=(Slot(f"{path}.proj_out", "in", units(hidden) + inner),),
+        producers=(Slot(f"{path}.proj_mlp", "out", units(hidden)),),
+        attributes=(Attribute(path, "mlp_hidden_dim", 1),) if hasattr(module, "mlp_hidden_dim") else (),
+    )
+
+
+def modulation(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+    """Rows of the AdaLayerNormZero family: the Linear behind the time embedding, read as zero if gone."""
+    linear = getattr(module, "linear", None)
+    if not type(module).__name__.startswith("AdaLayerNormZero") or not isinstance(linear, nn.Linear):
+        return
+    slot = Slot(f"{path}.linear", "out", units(linear.out_features), scattered=True)
+    yield PruneGroup(path, "modulation", linear.out_features, consumers=(slot,), producers=())
+
+
+def resnet(path: str, module: nn.Module) -> Iterator[PruneGroup]:
     """Inner channels of diffusers' ResnetBlock2D, by groups of norm2: conv1 in, conv2 out.
 
     A group norm treats its groups apart, so removing whole ones leaves the others as they were.
@@ -142,18 +185,18 @@ def resnet(path: str, module: nn.Module) -> PruneGroup | None:
         or not isinstance(conv2, nn.Conv2d)
         or not isinstance(norm, nn.GroupNorm)
     ):
-        return None
+        return
     channels, count = norm.num_channels, norm.num_groups
     if not conv1.out_channels == channels == conv2.in_channels or not conv1.groups == conv2.groups == 1:
-        return None
+        return
     index = units(count, channels // count)
     producers = [Slot(f"{path}.conv1", "out", index), Slot(f"{path}.norm2", "out", index)]
     if isinstance(time, nn.Linear):
         if time.out_features not in (channels, 2 * channels):
-            return None
+            return
         copies = time.out_features // channels  # two: scale and shift
         producers.append(Slot(f"{path}.time_emb_proj", "out", units(count, channels // count, copies)))
-    return PruneGroup(
+    yield PruneGroup(
         name=path,
         kind="resnet",
         size=count,
@@ -166,7 +209,13 @@ def resnet(path: str, module: nn.Module) -> PruneGroup | None:
     )
 
 
-ADAPTERS: tuple[Callable[[str, nn.Module], PruneGroup | None], ...] = (attention, feed_forward, resnet)
+ADAPTERS: tuple[Callable[[str, nn.Module], Iterator[PruneGroup]], ...] = (
+    attention,
+    feed_forward,
+    single_stream,
+    resnet,
+    modulation,
+)
 
 
 def _repeated(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -196,13 +245,13 @@ def find_groups(denoiser: nn.Module, kinds: Iterable[Kind] = KINDS) -> list[Prun
         256
     """
     wanted = set(kinds)
-    found = [adapter(path, m) for path, m in _repeated(denoiser) for adapter in ADAPTERS]
-    groups = [group for group in found if group is not None and group.kind in wanted]
+    found = [group for path, m in _repeated(denoiser) for adapter in ADAPTERS for group in adapter(path, m)]
+    groups = [group for group in found if group.kind in wanted]
     if not groups:
         raise UnsupportedModelError(
             f"{type(denoiser).__name__} has no {' or '.join(sorted(wanted))} that ecodiff "
             "recognises. Supported: denoisers built of diffusers' Attention and FeedForward layers, "
-            "such as the UNets of Stable Diffusion 1.5, 2 and XL."
+            "such as Stable Diffusion 1.5, 2 and XL, Stable Diffusion 3 and FLUX.1."
         )
     return groups
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import gates, measure, saliency
 from .errors import BudgetError, CheckpointError, LearningError
-from .groups import blocks, denoiser_of, find_groups, unit_parameters
+from .groups import ALL_KINDS, PRESET_KINDS, WORDS, blocks, denoiser_of, find_groups, unit_parameters
 from .plan import Scores
 from .trajectory import call_options, prompt_rows, trajectory
 
@@ -43,8 +43,8 @@ class LearnConfig:
         extra: more arguments of the pipeline's call.
         rate: Adam's learning rate on log-alpha.
         seed: of prompts, latents and gates.
-        kinds: which units may go: "heads", "ffn", "resnet", and "blocks" (whole transformer blocks,
-            each with a gate of its own on top of its units').
+        kinds: which units may go: "heads", "ffn", "resnet", "modulation" (rows of AdaLN: memory, no
+            time), and "blocks" (whole transformer blocks, each with a gate on top of its units').
         cost: what the budget counts, "params" or "macs"; `ratio` is a share of that.
         penalty: None steers the expected size to the budget. A number is the paper's own objective
             instead: gates start from a constant, none warm, and this weighs the mean |log-alpha|.
@@ -62,7 +62,7 @@ class LearnConfig:
     extra: dict = field(default_factory=dict)
     rate: float = 0.05
     seed: int = 0
-    kinds: tuple[str, ...] = ("heads", "ffn")
+    kinds: tuple[str, ...] = PRESET_KINDS
     cost: str = "params"
     penalty: float | None = None
     checkpoint: bool = True
@@ -75,6 +75,9 @@ class LearnConfig:
             raise BudgetError("Give at least one warm step (or a penalty, and steps to learn with it).")
         if self.cost not in ("params", "macs"):
             raise BudgetError(f"cost is 'params' or 'macs', not {self.cost!r}.")
+        unknown = set(self.kinds) - {*ALL_KINDS, "blocks"}
+        if unknown or not set(self.kinds) & set(ALL_KINDS):
+            raise BudgetError(f"kinds are some of {', '.join(ALL_KINDS)} and blocks, not {self.kinds}.")
 
     @classmethod
     def preset(cls, name: str, **changes) -> "LearnConfig":
@@ -88,14 +91,20 @@ class LearnConfig:
         return self.warm_steps + self.steps
 
 
-# The paper makes 100 updates of 4 trajectories. On emoji-sdxl samples for the warm start are worth more
-# than learning steps: at 20 %, 16 batches instead of 8 cut the error to a third.
+# "paper" takes as many trajectories as the paper: 100 steps of 4. How they are divided, and what fewer
+# cost, is in benchmarks/ablation.json: samples for the warm start are worth more than learning steps.
 PRESETS: dict[str, dict] = {
-    "fast": {"warm_steps": 16, "steps": 8},
-    "balanced": {"warm_steps": 32, "steps": 25},
-    "paper": {"warm_steps": 64, "steps": 100},
-    # As published: the official configuration for SDXL (method and numbers: PUBLISHED below).
-    "ecodiff": {"warm_steps": 0, "steps": 100, "penalty": 0.5, "rate": 0.1, "trajectories": 400},
+    "fast": {"warm_steps": 12, "steps": 4},
+    "balanced": {"warm_steps": 20, "steps": 5},
+    "paper": {"warm_steps": 36, "steps": 64},
+    "ecodiff": {  # as published: the official configuration for SDXL
+        "warm_steps": 0,
+        "steps": 100,
+        "penalty": 0.5,
+        "rate": 0.1,
+        "trajectories": 400,
+        "kinds": ("heads", "ffn"),
+    },
 }
 
 # Of the official SDXL configuration: log-alpha at the start, temperature of the gates, and eps,
@@ -171,9 +180,10 @@ class _Learner:
         ceiling = float(self.shares.sum())
         self.budget = ceiling - config.ratio  # share of the denoiser that units may keep
         if not 0 < config.ratio < ceiling:
+            words = " or ".join(WORDS[kind] for kind in WORDS if kind in config.kinds)
             raise BudgetError(
                 f"This model can give up between 0 and {ceiling:.1%} of its {config.cost} (the rest "
-                f"is not in {', '.join(config.kinds)}); {config.ratio:.1%} was asked for."
+                f"is not in {words}); {config.ratio:.1%} was asked for."
             )
 
     @property

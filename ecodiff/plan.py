@@ -7,7 +7,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import BoolTensor, Tensor, nn
 
 from .errors import BudgetError, CheckpointError, PlanError
-from .groups import ALL_KINDS, FLOORS, find_groups, unit_parameters
+from .groups import ALL_KINDS, FLOORS, PRESET_KINDS, WORDS, Kind, find_groups, unit_parameters
 
 PLAN_FORMAT = "ecodiff.plan.1"
 SCORES_FORMAT = "ecodiff.scores.2"
@@ -190,6 +190,13 @@ class Scores:
             itemsize=next(denoiser.parameters()).element_size(),
         )
 
+    @classmethod
+    def unranked(cls, denoiser: nn.Module, kinds: Iterable[Kind] = PRESET_KINDS) -> "Scores":
+        """All units alike: what they cost, and how much can be removed at most."""
+        return cls.of(
+            denoiser, {group.name: torch.zeros(group.size) for group in find_groups(denoiser, kinds)}
+        )
+
     @property
     def ceiling(self) -> float:
         """The largest ratio that can be asked for: the share of parameters that units hold."""
@@ -302,8 +309,7 @@ class Scores:
         return plan
 
     def _kinds_in_words(self) -> str:
-        words = {"heads": "heads", "ffn": "FFN neurons", "resnet": "ResNet channels"}
-        return " or ".join(words[kind] for kind in words if kind in self.kinds.values())
+        return " or ".join(WORDS[kind] for kind in WORDS if kind in self.kinds.values())
 
     def _moves(self, name: str, costs: Mapping[str, int], align: bool) -> Iterator[tuple[float, dict]]:
         """Units of a group in the order in which they go: (worth per cost, {name: members}).

@@ -103,8 +103,9 @@ def taylor(pipe, calls: Iterable[dict], threshold: float = 0.05, seed: int = 0) 
                     .square()
                     .mean()
                 )
-                largest = max(largest, float(loss))
-                if float(loss) < threshold * largest:
+                size = float(loss.detach())
+                largest = max(largest, size)
+                if size < threshold * largest:
                     break
                 found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
             for name, gradient in zip(gates, found, strict=True):
@@ -115,14 +116,19 @@ def taylor(pipe, calls: Iterable[dict], threshold: float = 0.05, seed: int = 0) 
 
 def _noised(scheduler, z0: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
     """The denoiser's input at a time step, made of z_0 and noise, and what it should answer."""
-    scheduler._step_index = None
-    sigma = scheduler.sigmas[scheduler.index_for_timestep(time)].to(z0)
-    if not hasattr(scheduler, "scale_model_input"):  # flow matching: a straight line, and its velocity
-        return (1 - sigma) * z0 + sigma * noise, noise - z0
-    noisy = scheduler.scale_model_input(z0 + sigma * noise, time)
+    if hasattr(scheduler, "sigmas"):
+        sigma = scheduler.sigmas[scheduler.index_for_timestep(time)].to(z0)
+        if not hasattr(scheduler, "scale_model_input"):  # flow matching: a straight line, its velocity
+            return (1 - sigma) * z0 + sigma * noise, noise - z0
+        signal = 1 / (1 + sigma**2).sqrt()
+        spread = sigma * signal
+    else:
+        kept = scheduler.alphas_cumprod[int(time)].to(z0)
+        signal, spread = kept.sqrt(), (1 - kept).sqrt()
+    noisy = signal * z0 + spread * noise
     if scheduler.config.prediction_type == "epsilon":
         return noisy, noise
-    return noisy, (noise - sigma * z0) / (1 + sigma**2).sqrt()
+    return noisy, signal * noise - spread * z0
 
 
 def _with_sample(args: tuple, kwargs: dict, noisy: Tensor) -> tuple[tuple, dict]:

@@ -6,6 +6,7 @@ The id of a run is its only key: whoever has it may watch, cut, compare and down
 import hashlib
 import os
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from . import catalog, checkpoint
 from .errors import BudgetError, CheckpointError, ModelNotFoundError, RunError
 from .fidelity import Sample, fidelity, generate
 from .gpu import DEVICE, PIPELINES
-from .groups import denoiser_of, find_groups
+from .groups import PRESET_KINDS, denoiser_of
 from .jobs import WORKER
 from .plan import PrunePlan, Scores
 from .runs import Run, RunStore
@@ -30,7 +31,7 @@ EXPIRY_SECONDS = 24 * 3600  # on a Space; at home runs are kept
 def _sizes(model: str) -> tuple[Scores, int, int]:
     """Unit costs of a model, bytes of a weight in its files, bytes of all its weights."""
     denoiser = checkpoint.empty_denoiser(model)
-    scores = Scores.of(denoiser, {g.name: torch.zeros(g.size) for g in find_groups(denoiser)})
+    scores = Scores.unranked(denoiser)
     itemsize = (checkpoint.disk_dtype(model) or torch.float16).itemsize
     source = Path(catalog.find(model).source)
     weights = sum(file.stat().st_size for file in source.rglob("*.safetensors"))
@@ -69,26 +70,34 @@ def predict(model: str, ratio: float) -> dict:
 def _checked(ratio: float, ceiling: float) -> float:
     if not 0 < ratio <= ceiling:
         raise BudgetError(
-            f"Between 0 and {ceiling:.1%} of this model's parameters can be removed (the rest is "
-            f"not in heads or FFN neurons); {ratio:.1%} was asked for."
+            f"Between 0 and {ceiling:.1%} of this model's parameters can be removed (the rest is not "
+            f"in heads, FFN neurons or ResNet channels); {ratio:.1%} was asked for."
         )
     return ratio
 
 
-def start(model: str, ratio: float = 0.2, preset: str = "fast", seed: int = 0) -> dict:
+def start(
+    model: str,
+    ratio: float = 0.2,
+    preset: str = "fast",
+    seed: int = 0,
+    kinds: Sequence[str] | None = None,
+) -> dict:
     """Start learning which units of a model matter. Returns the status of the new run.
 
     Args:
         model: embedded name, folder or Hub id.
         ratio: fraction of the denoiser's parameters to remove; learning steers to it.
-        preset: "fast", "balanced" or "paper".
+        preset: "fast", "balanced", "paper" or "ecodiff" (as published).
         seed: of prompts, noise and gates.
+        kinds: which units may go, of "heads", "ffn", "resnet", "modulation"; None: the preset's.
     """
     known = _known(model)
     _checked(ratio, _sizes(model)[0].ceiling)
     if os.environ.get("SPACE_ID"):
         STORE.sweep(EXPIRY_SECONDS)
-    config = known.learn_config(preset, ratio, seed=int(seed))
+    changes = {"kinds": tuple(kinds)} if kinds and set(kinds) != set(PRESET_KINDS) else {}
+    config = known.learn_config(preset, ratio, seed=int(seed), **changes)
     prompts = known.prompts("calibration")
     run = Run.create(STORE.new_folder(), model, config, prompts, preset)
     WORKER.submit(run)

@@ -7,7 +7,14 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from .ecodiff_sliced_v1 import FORMAT, EmptiedAttnProcessor, set_features, sliced_class
+from .ecodiff_sliced_v1 import (
+    FORMAT,
+    EmptiedAttnProcessor,
+    ScatteredLinear,
+    scatter,
+    set_features,
+    sliced_class,
+)
 from .groups import ALL_KINDS, PruneGroup, denoiser_name, find_groups
 from .plan import PrunePlan
 
@@ -41,6 +48,8 @@ def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Mo
     for (module, axis), rows in kept.items():
         if not rows.all():
             _cut(denoiser.get_submodule(module), axis, rows)
+    for name in {slot.module for group in groups for slot in group.slots if slot.scattered}:
+        _scatter(denoiser.get_submodule(name), kept[name, "out"])
     for group in groups:
         _set_attributes(denoiser, group, int(plan[group.name].sum()))
     if isinstance(denoiser, ModelMixin):
@@ -56,6 +65,14 @@ def _cut(module: nn.Module, axis: str, rows: Tensor) -> None:
         cut = parameter.detach().index_select(1 if axis == "in" else 0, index)
         setattr(module, name, nn.Parameter(cut, requires_grad=parameter.requires_grad))
     set_features(module)
+
+
+def _scatter(linear: nn.Linear, rows: Tensor) -> None:
+    """Let a Linear that lost rows give zeros in their place; `rows` are those it had before."""
+    before = getattr(linear, "rows", torch.arange(len(rows)))
+    if not rows.all():
+        kept = before.cpu()[rows].to(linear.weight.device)
+        scatter(linear, kept, getattr(linear, "width", len(rows)))
 
 
 def _set_attributes(denoiser: nn.Module, group: PruneGroup, count: int) -> None:
@@ -81,11 +98,19 @@ def _describe(denoiser: ModelMixin, plan: PrunePlan, groups: list[PruneGroup], c
             attributes.setdefault(attribute.module, {})[attribute.name] = getattr(module, attribute.name)
     emptied = {g.name for g in groups if g.kind == "heads" and not plan[g.name].any()}
     description["emptied"] = sorted(emptied.union(description.get("emptied", [])))
+    scattered = {n: m for n, m in denoiser.named_modules() if isinstance(m, ScatteredLinear)}
+    description["scattered"] = {name: _packed_rows(module) for name, module in scattered.items()}
     whole = _composed(PrunePlan.unpacked(description["plan"]["units"]), plan)
     description["plan"] = {"units": whole.packed(), "metadata": plan.metadata}
     if before is None:
         denoiser.__class__ = sliced_class(type(denoiser))
     denoiser.register_to_config(ecodiff=description)
+
+
+def _packed_rows(linear: ScatteredLinear) -> list:
+    bits = torch.zeros(linear.width, dtype=torch.bool)
+    bits[linear.rows.cpu()] = True
+    return PrunePlan({"rows": bits}).packed()["rows"]
 
 
 def _composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:

@@ -1,6 +1,8 @@
 """Tiny pipelines of the real classes, with random weights, built without a network."""
 
 import os
+import tempfile
+from functools import cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,16 +12,34 @@ import torch
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from ecodiff.catalog import EMBEDDED
 
 PROMPT = "red apple"
+# What keeps a run tiny, by pipeline.
+SHORT = {
+    FluxPipeline: {"max_sequence_length": 16, "height": 16, "width": 16},
+    StableDiffusion3Pipeline: {"max_sequence_length": 16},
+}
 
 
 def randomise(module: torch.nn.Module) -> torch.nn.Module:
@@ -35,8 +55,9 @@ def randomise(module: torch.nn.Module) -> torch.nn.Module:
     return module.eval()
 
 
-def tiny_vae() -> AutoencoderKL:
+def tiny_vae(**changes) -> AutoencoderKL:
     return AutoencoderKL(
+        **changes,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 8),
@@ -112,9 +133,77 @@ def stable_diffusion(**unet) -> StableDiffusionPipeline:
     )
 
 
+@cache
+def tokenizer_5() -> T5Tokenizer:
+    """Of single characters: enough for any prompt, and nothing to download."""
+    with tempfile.TemporaryDirectory() as folder:
+        letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+        letters += [(chr(code), -3.0) for code in range(ord("a"), ord("z") + 1)]
+        T5Tokenizer(vocab=letters, extra_ids=0).save_pretrained(folder)
+        return T5Tokenizer.from_pretrained(folder)
+
+
+def t5(width: int = 16) -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=64, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+
+
+def flux(**changes) -> FluxPipeline:
+    options = {
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 16,
+        "pooled_projection_dim": 16,
+        "axes_dims_rope": (2, 2, 4),
+    }
+    return FluxPipeline(
+        vae=randomise(tiny_vae(shift_factor=0.0)),
+        text_encoder=randomise(CLIPTextModel(text_config(16))),
+        text_encoder_2=randomise(t5()),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer_5(),
+        transformer=randomise(FluxTransformer2DModel(**(options | changes))),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )
+
+
+def sd3() -> StableDiffusion3Pipeline:
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        out_channels=4,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+        pos_embed_max_size=8,
+    )
+    return StableDiffusion3Pipeline(
+        vae=randomise(tiny_vae(shift_factor=0.0)),
+        text_encoder=randomise(CLIPTextModelWithProjection(text_config(16))),
+        text_encoder_2=randomise(CLIPTextModelWithProjection(text_config(16))),
+        text_encoder_3=randomise(t5(32)),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        tokenizer_3=tokenizer_5(),
+        transformer=randomise(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
 PIPELINES = {
     "sdxl": sdxl,
     "sd-1.5": stable_diffusion,
+    "flux-dev": lambda: flux(guidance_embeds=True),
+    "flux-schnell": flux,
+    "sd3.5": sd3,
     "sd-2": lambda: stable_diffusion(attention_head_dim=[2, 4], use_linear_projection=True),
 }
 
@@ -133,11 +222,17 @@ def tiny_sdxl():
     return built
 
 
+def short(pipe) -> dict:
+    """Arguments of the pipeline's call that keep a run tiny."""
+    return SHORT.get(type(pipe), {})
+
+
 def latents(pipe, steps: int = 3, **options) -> torch.Tensor:
     """The final latents of one run."""
     with torch.no_grad():
         return pipe(
             PROMPT,
+            **short(pipe),
             num_inference_steps=steps,
             generator=torch.Generator().manual_seed(0),
             output_type="latent",

@@ -93,9 +93,9 @@ def test_the_main_job(client, tmp_path):
     [
         (("nothing", 0.2), "/predict", "no model 'nothing'"),
         (("somebody/something", 0.2), "/predict", "no network"),
-        (("emoji-sdxl", 0.9), "/predict", "66.3%"),
+        (("emoji-sdxl", 0.95), "/predict", "90.7%"),
         (("emoji-sdxl", 0.2, "magic", 0), "/prune_start", "preset"),
-        (("emoji-sdxl", 0.9, "fast", 0), "/prune_start", "66.3%"),
+        (("emoji-sdxl", 0.95, "fast", 0), "/prune_start", "90.7%"),
         (("../../etc/passwd",), "/prune_status", "not the id of a run"),
         (("0" * 32,), "/prune_stop", "no such run"),
         (("0" * 32, 0.2), "/download", "no such run"),

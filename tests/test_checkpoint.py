@@ -9,9 +9,10 @@ import torch
 import ecodiff
 from ecodiff.checkpoint import PLAN_FILE
 from ecodiff.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from ecodiff.groups import ALL_KINDS, denoiser_of
 from ecodiff.slicing import plan_of
 
-from .conftest import PROMPT, latents
+from .conftest import PROMPT, latents, short
 
 PLAIN = """
 import sys
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 def draw(folder):
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     generator = torch.Generator().manual_seed(0)
-    options = dict(num_inference_steps=3, generator=generator, output_type="latent")
+    options = dict(num_inference_steps=3, generator=generator, output_type="latent", **{short})
     return pipe, pipe("{prompt}", **options).images
 
 pipe, latents = draw("{folder}")
@@ -36,9 +37,11 @@ save_file({{"latents": latents.contiguous(), "again": again.contiguous()}}, "{fo
 
 def some_plan(pipe, seed=0, empty=True):
     generator = torch.Generator().manual_seed(seed)
-    groups = ecodiff.find_groups(pipe.unet)
+    groups = ecodiff.find_groups(denoiser_of(pipe), ALL_KINDS)
     keep = {g.name: torch.rand(g.size, generator=generator) > 0.3 for g in groups}
-    for group in groups[:2] if empty else []:
+    for group in groups:
+        keep[group.name][: group.floor] = True
+    for group in [group for group in groups if not group.floor][:2] if empty else []:
         keep[group.name][:] = False
     return ecodiff.PrunePlan(keep)
 
@@ -50,13 +53,16 @@ def test_reloads_bit_exactly_both_ways_and_again(pipe, tmp_path):
     pipe = ecodiff.load(tmp_path / "dense")
     small = ecodiff.variant(pipe, some_plan(pipe))
     folder = ecodiff.save(small, tmp_path / "small")
-    expected = latents(small)
     loaded = ecodiff.load(folder)
-    assert torch.equal(latents(loaded), expected)
-    assert plan_of(loaded.unet).digest == plan_of(small.unet).digest
-    assert ecodiff.PrunePlan.load(folder / PLAN_FILE).digest == plan_of(small.unet).digest
+    weights = denoiser_of(small).state_dict()
+    assert all(torch.equal(weights[name], p) for name, p in denoiser_of(loaded).state_dict().items())
+    # Equal weights at other addresses may be summed in another order: the last bit of a matrix product.
+    expected = latents(loaded)
+    torch.testing.assert_close(expected, latents(small), rtol=1e-5, atol=1e-5)
+    assert plan_of(denoiser_of(loaded)).digest == plan_of(denoiser_of(small)).digest
+    assert ecodiff.PrunePlan.load(folder / PLAN_FILE).digest == plan_of(denoiser_of(small)).digest
 
-    script = PLAIN.format(folder=folder, prompt=PROMPT, threads=torch.get_num_threads())
+    script = PLAIN.format(folder=folder, prompt=PROMPT, short=short(pipe), threads=torch.get_num_threads())
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     from safetensors.torch import load_file

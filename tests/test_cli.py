@@ -7,13 +7,17 @@ import torch
 from PIL import Image
 
 import ecodiff
-from ecodiff import cli, learn
+from ecodiff import catalog, cli, learn
+from ecodiff.compensate import CompensateConfig
 from ecodiff.slicing import plan_of
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch, tmp_path):
     monkeypatch.setitem(learn.PRESETS, "fast", {"warm_steps": 1, "steps": 1, "batch": 2})
+    monkeypatch.setattr(
+        catalog.Model, "compensation", lambda model: CompensateConfig(8, 4, 4, 2, inference_steps=4)
+    )
     monkeypatch.setenv("ECODIFF_HOME", str(tmp_path / "home"))
 
 
@@ -48,7 +52,9 @@ def test_prune_recut_generate_compare(capsys, tmp_path):
     code, _, err = run(capsys, "prune", "emoji-sdxl", "--ratio", 0.3, "--out", out, "--run", result["run"])
     assert code == 1 and "another --run" in err
     # another size from the run
-    code, text, _ = run(capsys, "prune", result["run"], "--ratio", 0.4, "--out", tmp_path / "s", "--json")
+    again = ["prune", result["run"], "--ratio", 0.4, "--out", tmp_path / "s", "--no-compensate", "--layers"]
+    code, text, _ = run(capsys, *again, "--json")
+    assert "mid_block.resnets.0" in text and last_json(text)["compensated"] == 0 < result["compensated"]
     assert code == 0 and last_json(text)["params_pruned"] / 8_327_876 == pytest.approx(0.6, abs=1e-3)
 
     image = tmp_path / "apple.png"
@@ -69,16 +75,18 @@ def test_info_of_the_embedded_model(capsys):
     code, out, _ = run(capsys, "info", "emoji-sdxl", "--json")
     facts = last_json(out)
     assert code == 0 and facts["params"] == 8_327_876
-    assert facts["ceiling"] >= 0.65 and facts["left_alone"]
+    assert (
+        facts["share_heads"] + facts["share_ffn"] >= 0.65 and facts["ceiling"] > 0.9 and facts["left_alone"]
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["prune", "no-such-model", "--out", "x"], "There is no model 'no-such-model'"),
-        (["prune", "emoji-sdxl", "--ratio", "0.9", "--out", "x"], "At most 66.3%"),
-        (["prune", "emoji-sdxl", "--ratio", "-1", "--out", "x"], "from 0 to 0.663"),
-        (["prune", "emoji-sdxl", "--ratio", "nan", "--out", "x"], "from 0 to 0.663"),
+        (["prune", "emoji-sdxl", "--ratio", "0.95", "--out", "x"], "At most 90.7%"),
+        (["prune", "emoji-sdxl", "--ratio", "-1", "--out", "x"], "from 0 to 0.907"),
+        (["prune", "emoji-sdxl", "--ratio", "nan", "--out", "x"], "from 0 to 0.907"),
         (["info", "somebody/something"], "no network"),
         (["generate", "/etc", "cat"], "model_index.json"),
         (["compare", "emoji-sdxl"], "is not pruned"),

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 import ecodiff
+from ecodiff import measure
 from ecodiff.errors import BudgetError, CheckpointError, PlanError
 from ecodiff.measure import parameters
 from ecodiff.plan import PLAN_FORMAT, Scores
@@ -28,6 +29,32 @@ def test_the_size_is_what_was_asked_and_what_was_predicted(tiny_sdxl, scores, ra
 
 def test_params_is_the_same_budget(scores):
     assert scores.plan(params=round(0.7 * scores.total)).digest == scores.plan(ratio=0.3).digest
+
+
+def test_bytes_and_macs_are_budgets_too(tiny_sdxl, scores):
+    assert scores.plan(bytes=round(0.7 * 4 * scores.total)).digest == scores.plan(ratio=0.3).digest
+    call = {"prompt": "red apple", "num_inference_steps": 2}
+    by_unit, total = measure.unit_macs(tiny_sdxl, call)
+    counted = Scores.of(tiny_sdxl.unet, scores.values, (by_unit, total))
+    plan = counted.plan(macs=round(0.75 * total))
+    left = measure.unit_macs(ecodiff.variant(tiny_sdxl, plan), call)[1]
+    assert left == plan.metadata["macs_pruned"] and abs(left / total - 0.75) < 0.02
+    with pytest.raises(BudgetError, match="do not know the MACs"):
+        scores.plan(macs=1)
+
+
+def test_milliseconds_are_a_budget(scores):
+    size = lambda plan: plan.metadata["params_pruned"] / scores.total  # noqa: E731 - stands in for a clock
+    plan = scores.plan(latency_ms=0.8, measured=size)
+    assert 0.78 <= size(plan) <= 0.8
+    with pytest.raises(BudgetError, match="smallest"):
+        scores.plan(latency_ms=1e-6, measured=size)
+
+
+def test_a_worthless_block_goes_whole(tiny_sdxl, scores):
+    block = "mid_block.attentions.0.transformer_blocks.0"
+    plan = Scores.of(tiny_sdxl.unet, scores.values, blocks={block: -1.0}).plan(ratio=0.2)
+    assert not any(keep.any() for name, keep in plan.items() if name.startswith(block + "."))
 
 
 def test_larger_plans_remove_what_smaller_ones_do(scores):

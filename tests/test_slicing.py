@@ -1,48 +1,53 @@
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 import ecodiff
 from ecodiff.errors import PlanError
+from ecodiff.groups import ALL_KINDS, FLOORS, PRESET_KINDS, denoiser_of
 from ecodiff.measure import parameters
 from ecodiff.plan import Scores
 from ecodiff.slicing import plan_of
+from ecodiff.trajectory import denoiser_calls
 
-from .conftest import latents
+from .conftest import PROMPT, latents, short
 
 GENERATOR = torch.Generator().manual_seed(3)
 
 
-def some(size):
-    keep = torch.rand(size, generator=GENERATOR) > 0.4
+def some(group):
+    keep = torch.rand(group.size, generator=GENERATOR) > 0.4
     keep[0] = True
     return keep
 
 
 CUTS = {
     "partial": some,
-    "one unit left": lambda size: torch.arange(size) == size // 2,
-    "none left": lambda size: torch.zeros(size, dtype=torch.bool),
+    "one unit left": lambda group: torch.arange(group.size) == group.size // 2,
+    "none left": lambda group: torch.arange(group.size) < FLOORS[group.kind],
 }
 
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_masked_equals_sliced(pipe, cut):
-    plan = ecodiff.PrunePlan({g.name: CUTS[cut](g.size) for g in ecodiff.find_groups(pipe.unet)})
+    # Without any modulation no branch is open, and nothing else would matter.
+    kinds = ALL_KINDS if cut == "partial" else PRESET_KINDS
+    plan = ecodiff.PrunePlan({g.name: CUTS[cut](g) for g in ecodiff.find_groups(denoiser_of(pipe), kinds)})
     dense = latents(pipe)
-    with ecodiff.masked(pipe.unet, plan):
+    with ecodiff.masked(denoiser_of(pipe), plan):
         masked = latents(pipe)
     small = ecodiff.variant(pipe, plan)
     scale = float(masked.abs().max())
     torch.testing.assert_close(latents(small) / scale, masked / scale, atol=1e-5, rtol=0)
     assert (masked - dense).abs().max() > 1e-3 * scale, "the mask did nothing"
-    assert parameters(small.unet) < parameters(pipe.unet)
+    assert parameters(denoiser_of(small)) < parameters(denoiser_of(pipe))
     assert torch.equal(latents(pipe), dense), "the dense pipeline was changed"
 
 
 @pytest.mark.parametrize("left", [0, 1])
 def test_each_group_alone(tiny_sdxl, left):
-    for group in ecodiff.find_groups(tiny_sdxl.unet):
-        plan = ecodiff.PrunePlan({group.name: torch.arange(group.size) < left})
+    for group in ecodiff.find_groups(tiny_sdxl.unet, ALL_KINDS):
+        plan = ecodiff.PrunePlan({group.name: torch.arange(group.size) < max(left, group.floor)})
         with ecodiff.masked(tiny_sdxl.unet, plan):
             masked = latents(tiny_sdxl, steps=1)
         sliced = latents(ecodiff.variant(tiny_sdxl, plan), steps=1)
@@ -50,29 +55,37 @@ def test_each_group_alone(tiny_sdxl, left):
         torch.testing.assert_close(sliced / scale, masked / scale, atol=1e-5, rtol=0)
 
 
+def is_float(leaf):
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
 def test_dead_parameters_are_exactly_the_removed_ones(pipe):
     """With the mask on, what gets no gradient must be what slicing removes: no more, no less."""
-    unet = pipe.unet.double().requires_grad_(True)
-    groups = ecodiff.find_groups(unet)
-    plan = ecodiff.PrunePlan({g.name: some(g.size) for g in groups})
-    extra = {}
-    if unet.config.addition_embed_type:
-        extra = {"text_embeds": torch.randn(2, 16).double(), "time_ids": torch.rand(2, 6).double()}
-    with ecodiff.masked(unet, plan):
-        out = unet(
-            torch.randn(2, 4, 8, 8).double(),
-            torch.tensor([10, 500]),
-            torch.randn(2, 5, 32).double(),
-            added_cond_kwargs=extra or None,
-        ).sample
+    denoiser = denoiser_of(pipe.to(torch.float64)).requires_grad_(True)
+    # Modulation aside: without a gate, all of a branch behind it is dead, and rightly stays.
+    groups = ecodiff.find_groups(denoiser, PRESET_KINDS)
+    plan = ecodiff.PrunePlan({g.name: some(g) for g in groups})
+    call = denoiser_calls(pipe, {"prompt": [PROMPT] * 2, "num_inference_steps": 2} | short(pipe))[0]
+    jitter = lambda leaf: leaf + torch.rand_like(leaf) if is_float(leaf) else leaf  # noqa: E731 - no zeros
+    args, kwargs = tree_map(jitter, call)
+    with ecodiff.masked(denoiser, plan):
+        out = denoiser(*args, **kwargs)
+        out = out[0] if isinstance(out, tuple) else out.sample
         (out * torch.randn_like(out)).sum().backward()
     dead = {
         name: int((p.grad == 0).sum()) if p.grad is not None else p.numel()
-        for name, p in unet.named_parameters()
+        for name, p in denoiser.named_parameters()
     }
-    sizes = {name: p.numel() for name, p in unet.named_parameters()}
-    ecodiff.slice_(unet, plan)
-    removed = {name: sizes[name] - p.numel() for name, p in unet.named_parameters()}
+    sizes = {name: p.numel() for name, p in denoiser.named_parameters()}
+    ecodiff.slice_(denoiser, plan)
+    removed = {name: sizes[name] - p.numel() for name, p in denoiser.named_parameters()}
+    # Nothing reads what the text of a last block attends to (SD3): dead in the dense model too.
+    unread = [n for n, m in denoiser.named_modules() if getattr(m, "context_pre_only", None) is True]
+    idle = [f"{name}.{part}" for name in unread for part in ("add_q_proj", "norm_added_q")]
+    dead, removed = (
+        {name: n for name, n in counts.items() if not name.startswith(tuple(idle) or ("-",))}
+        for counts in (dead, removed)
+    )
     # A key's bias moves all scores of a query alike, so softmax gives it no gradient; diffusers'
     # keys have none here, and every dead element is one that slicing removes.
     assert dead == removed
@@ -90,16 +103,22 @@ def test_what_is_not_cut_is_shared(tiny_sdxl):
     assert small.scheduler is not tiny_sdxl.scheduler, "schedulers have state"
 
 
-def test_slicing_twice_is_slicing_once(tiny_sdxl):
-    groups = ecodiff.find_groups(tiny_sdxl.unet)
-    scores = Scores.of(tiny_sdxl.unet, {g.name: torch.rand(g.size, generator=GENERATOR) for g in groups})
-    first, both = scores.plan(ratio=0.1, align=False), scores.plan(ratio=0.3, align=False)
-    small = ecodiff.variant(tiny_sdxl, first)
+def test_a_resnet_keeps_a_norm_group(tiny_sdxl):
+    group = ecodiff.find_groups(tiny_sdxl.unet, ("resnet",))[0]
+    with pytest.raises(PlanError, match="at least 1"):
+        ecodiff.variant(tiny_sdxl, {group.name: torch.zeros(group.size, dtype=torch.bool)})
+
+
+def test_slicing_twice_is_slicing_once(pipe):
+    groups = ecodiff.find_groups(denoiser_of(pipe), ALL_KINDS)
+    scores = Scores.of(denoiser_of(pipe), {g.name: torch.rand(g.size, generator=GENERATOR) for g in groups})
+    first, both = (scores.plan(ratio=ratio, align=False) for ratio in (0.1, 0.3))
+    small = ecodiff.variant(pipe, first)
     second = {name: keep[first[name]] for name, keep in both.items() if first[name].any()}
     twice = ecodiff.variant(small, second)
-    once = ecodiff.variant(tiny_sdxl, both)
+    once = ecodiff.variant(pipe, both)
     assert torch.equal(latents(twice), latents(once))
-    assert plan_of(twice.unet).digest == plan_of(once.unet).digest == both.digest
+    assert plan_of(denoiser_of(twice)).digest == plan_of(denoiser_of(once)).digest == both.digest
 
 
 def test_a_plan_of_another_model_is_refused(tiny_sdxl):

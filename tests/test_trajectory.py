@@ -4,14 +4,16 @@ from diffusers import DDIMScheduler
 
 import ecodiff
 from ecodiff import gates
+from ecodiff.groups import denoiser_of
 
-from .conftest import PROMPT, latents
+from .conftest import PROMPT, latents, short
 
 
 def gate_gradients(pipe, masks, checkpoint: bool, steps: int = 8):
-    with gates.masked(pipe.unet, masks), ecodiff.trajectory(pipe, checkpoint=checkpoint) as run:
+    with gates.masked(denoiser_of(pipe), masks), ecodiff.trajectory(pipe, checkpoint=checkpoint) as run:
         z0 = run(
             PROMPT,
+            **short(pipe),
             num_inference_steps=steps,
             guidance_scale=5.0,
             generator=torch.Generator().manual_seed(0),
@@ -27,7 +29,7 @@ def random_gates(unet, dtype=torch.float64) -> dict[str, torch.Tensor]:
 
 def test_checkpointed_gradients_equal_plain_backpropagation(pipe):
     pipe.to(torch.float64)
-    masks = random_gates(pipe.unet)
+    masks = random_gates(denoiser_of(pipe))
     z_a, checkpointed = gate_gradients(pipe, masks, checkpoint=True)
     z_b, plain = gate_gradients(pipe, masks, checkpoint=False)
     assert z_a.dtype == torch.float64 and torch.equal(z_a, z_b)

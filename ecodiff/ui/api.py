@@ -13,9 +13,13 @@ def build() -> None:
         return service.predict(model, ratio)
 
     def prune_start(
-        model: str = "emoji-sdxl", ratio: float = 0.2, preset: str = "fast", seed: int = 0
+        model: str = "emoji-sdxl",
+        ratio: float = 0.2,
+        preset: str = "fast",
+        seed: int = 0,
+        kinds: list[str] | None = None,
     ) -> dict:
-        return service.start(model, ratio, preset, seed)
+        return service.start(model, ratio, preset, seed, kinds)
 
     def prune_status(run: str) -> dict:
         return service.status(run)

@@ -8,13 +8,17 @@ import gradio as gr
 
 from .. import catalog, service
 from ..errors import EcodiffError
+from ..groups import WORDS
 
 MODELS = [(model.title, model.name) for model in catalog.MODELS.values()]
 PRESETS = [
     ("Fast: a minute or two on the small model", "fast"),
     ("Balanced", "balanced"),
-    ("Paper: as many steps as the paper", "paper"),
+    ("Paper: as many trajectories as the paper", "paper"),
+    ("EcoDiff as published, to compare with", "ecodiff"),
 ]
+COMPENSATE = "What stays takes over from what went: closer images, same size"
+KINDS = [(word[0].upper() + word[1:], kind) for kind, word in WORDS.items()]
 
 
 def told(function: Callable) -> Callable:

@@ -22,7 +22,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             run = gr.Dropdown([], label="Pruned model", info="Your runs, newest first")
-            ratio = gr.Slider(1, 66, value=20, step=1, label="Remove", info="% of the denoiser's parameters")
+            ratio = gr.Slider(1, 90, value=20, step=1, label="Remove", info="% of the denoiser's parameters")
             prompt = gr.Textbox("red apple", label="Prompt", max_length=400)
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
             compensate = gr.Checkbox(

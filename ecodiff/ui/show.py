@@ -59,7 +59,11 @@ def prediction(facts: dict) -> str:
                 megabytes(facts["bytes_pruned"]),
                 f"predicted; dense {megabytes(facts['bytes_dense'])}",
             ),
-            ("Can be removed at most", f"{facts['ceiling']:.0%}", "what heads and neurons hold"),
+            (
+                "Can be removed at most",
+                f"{facts['ceiling']:.0%}",
+                "what heads, neurons and ResNet channels hold",
+            ),
         ]
     )
 
@@ -107,7 +111,7 @@ def size(facts: dict) -> str:
                 f"dense {megabytes(facts['bytes_dense'])}",
             ),
             (
-                "Heads and neurons removed",
+                "Heads, neurons, channels removed",
                 f"{facts['units_removed']:,}",
                 f"of {facts['units']:,}",
             ),
@@ -170,3 +174,24 @@ def snippet(name: str) -> str:
         f'pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)\n'
         'image = pipe("a red apple").images[0]'
     )
+
+
+def benchmark(found: dict) -> str:
+    """Markdown of what benchmarks/fidelity.py measured: latent error, method by size."""
+    ratios = sorted({row["ratio"] for row in found["rows"]})
+    cells = {(row["method"], row["ratio"]): row for row in found["rows"]}
+    methods = list(dict.fromkeys(row["method"] for row in found["rows"]))
+    methods.sort(key=lambda method: -cells[method, ratios[-1]]["latent_error"][0])
+    lines = [
+        "| method | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " | top-1 at 40 % | trajectories |",
+        "|---" * (len(ratios) + 3) + "|",
+    ]
+    for method in methods:
+        errors = " | ".join(_error(cells[method, ratio]["latent_error"][0]) for ratio in ratios)
+        right = cells.get((method, 0.4), {}).get("top1", [float("nan")])[0]
+        lines.append(f"| {method} | {errors} | {right:.2f} | {cells[method, ratios[0]]['trajectories']} |")
+    return "\n".join(lines)
+
+
+def _error(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.1 else f"{value:.2g}" if value >= 1e-4 else f"{value:.5f}"

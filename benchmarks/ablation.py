@@ -1,0 +1,136 @@
+"""What each part of the method is worth, and how much learning is enough.
+
+    python benchmarks/ablation.py            prints both tables, writes benchmarks/ablation.json
+
+One run of the "paper" preset is cut after every so many steps: error against the cost of learning.
+Then parts are left out or changed one at a time, from a warm start of 12 batches. Latent error as in
+fidelity.py; latents only, nothing is decoded.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import ecodiff
+from ecodiff import catalog
+from ecodiff.compensate import Calibration, compensate_
+from ecodiff.fidelity import latent_error
+from ecodiff.groups import ALL_KINDS
+from ecodiff.learn import learn
+from ecodiff.trajectory import call_options, prompt_rows
+
+BATCH = 8
+CUT_AT = (4, 8, 12, 20, 25, 36, 41, 56, 76, 100)
+
+
+class Judge:
+    """Error of a variant against the dense model on held-out prompts, a seed each."""
+
+    def __init__(self, pipe, model: catalog.Model, pairs: int, steps: int | None = None):
+        self.prompts, self.seed = model.prompts("heldout")[:pairs], 1  # other noise than calibration's
+        self.options = (
+            call_options(pipe, steps or model.steps, model.guidance_scale, model.size) | model.extra
+        )
+        self.dense = self.draw(pipe)
+
+    @torch.inference_mode()
+    def draw(self, pipe) -> torch.Tensor:
+        parts = [range(i, min(i + BATCH, len(self.prompts))) for i in range(0, len(self.prompts), BATCH)]
+        calls = [prompt_rows(self.prompts, rows, self.seed) | self.options for rows in parts]
+        return torch.cat([pipe(**call, output_type="latent").images.float() for call in calls]).clone()
+
+    def __call__(self, small) -> float:
+        pairs = zip(self.dense, self.draw(small), strict=True)
+        return float(np.mean([latent_error(dense, pruned) for dense, pruned in pairs]))
+
+
+def learning_curve(pipe, model, judge, calibration, ratios, learn_ratio) -> Iterator[dict]:
+    """Error after so many steps of one run of the paper preset."""
+    config = model.learn_config("paper", learn_ratio)
+    for state, scores in learn(pipe, model.prompts("calibration"), config):
+        if state.step not in CUT_AT:
+            continue
+        for ratio in ratios:
+            small = ecodiff.variant(pipe, scores.plan(ratio=ratio))
+            row = {"steps": state.step, "learned": max(0, state.step - config.warm_steps), "ratio": ratio}
+            row["plain"] = judge(small)
+            compensate_(small, pipe, calibration=calibration)
+            yield (
+                row
+                | {"compensated": judge(small)}
+                | {key: state.history[-1][key] for key in ("relaxed", "hardened") if key in state.history[-1]}
+            )
+
+
+def parts(pipe, model, pairs, judge, calibration, ratio) -> Iterator[dict]:
+    """One thing changed at a time."""
+    prompts = model.prompts("calibration")
+    base = replace(model.learn_config("fast", ratio), warm_steps=12, steps=0)
+
+    def scores(**changes) -> ecodiff.Scores:
+        return ecodiff.learn_masks(pipe, prompts, replace(base, **changes))
+
+    def row(name, scores, calibration=calibration, judge=judge, align=True) -> dict:
+        small = ecodiff.variant(pipe, scores.plan(ratio=ratio, align=align))
+        if calibration is not None:
+            compensate_(small, pipe, calibration=calibration)
+        return {"part": name, "ratio": ratio, "error": judge(small)}
+
+    whole = scores()
+    yield row("warm start of 12 batches, compensated", whole)
+    yield row("without compensation", whole, None)
+    for name, changes in (
+        ("compensation in network order, 8 turns", {"passes": 8}),
+        ("compensation weighted by time step, 1 to 0.5", {"last_weight": 0.5}),
+        ("compensation damped by 0.01 instead of 0.05", {"damping": 0.01}),
+        ("compensation from 12 trajectories instead of 32", {"trajectories": 20}),
+    ):
+        yield row(name, whole, Calibration(pipe, prompts, replace(model.compensation(), **changes)))
+    yield row("widths not aligned", whole, align=False)
+    yield row("heads and FFN only", scores(kinds=("heads", "ffn")))
+    yield row("whole blocks too", scores(kinds=(*ALL_KINDS, "blocks")))
+    yield row("8 calibration trajectories instead of 48", scores(trajectories=8))
+    yield row("other calibration noise and order", scores(seed=1))
+    for steps in (6, 20):
+        yield row(
+            f"learned on {steps} time steps instead of {base.inference_steps}", scores(inference_steps=steps)
+        )
+    yield row("judged on 50 time steps", whole, judge=Judge(pipe, model, pairs, steps=50))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="emoji-sdxl")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.4])
+    parser.add_argument("--learn-ratio", type=float, default=0.3)
+    parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model, pipe = catalog.find(options.model), ecodiff.load(options.model)
+    pipe.set_progress_bar_config(disable=True)
+    judge = Judge(pipe, model, options.pairs)
+    calibration = Calibration(pipe, model.prompts("calibration"), model.compensation())
+    found = {"model": options.model, "pairs": options.pairs, "curve": [], "parts": []}
+    common = (pipe, model, options.pairs, judge, calibration, options.ratios[-1])
+    for row in parts(*common):
+        found["parts"].append(row)
+        print(f"{row['part']:<52}{row['ratio']:>6.0%}{row['error']:>10.5f}", flush=True)
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"\n{'steps':>5}{'of them learning':>18}{'removed':>9}{'plain':>10}{'compensated':>13}")
+    for row in learning_curve(pipe, model, judge, calibration, options.ratios, options.learn_ratio):
+        found["curve"].append(row)
+        cells = f"{row['steps']:>5}{row['learned']:>18}{row['ratio']:>9.0%}"
+        print(f"{cells}{row['plain']:>10.5f}{row['compensated']:>13.5f}", flush=True)
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
