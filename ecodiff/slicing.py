@@ -71,7 +71,8 @@ def _scatter(linear: nn.Linear, rows: Tensor) -> None:
     """Let a Linear that lost rows give zeros in their place; `rows` are those it had before."""
     before = getattr(linear, "rows", torch.arange(len(rows)))
     if not rows.all():
-        kept = before.cpu()[rows].to(linear.weight.device)
+        device = linear.weight.device
+        kept = before.cpu()[rows].to("cpu" if device.type == "meta" else device)  # not data but shape
         scatter(linear, kept, getattr(linear, "width", len(rows)))
 
 
