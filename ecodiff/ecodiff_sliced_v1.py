@@ -25,16 +25,24 @@ FORMAT = 1
 class EmptiedAttnProcessor:
     """Attention without heads: nothing is attended to, the output projections' biases remain.
 
-    Without output projections (FLUX's single blocks) the output has no features at all.
+    Without output projections (FLUX's single blocks) the output has no features at all. Some
+    processors attend to image and text together and give both (`joint`).
     """
+
+    def __init__(self, joint: bool = False):
+        self.joint = joint
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
         if getattr(attn, "to_out", None) is None:
             return hidden_states[..., :0]
+        if hasattr(attn, "to_qkv_mlp_proj"):  # FLUX.2: the MLP beside it goes on
+            return attn.to_out(attn.mlp_act_fn(attn.to_qkv_mlp_proj(hidden_states)))
         output = self.bias(attn.to_out[0], hidden_states)
         if getattr(attn, "residual_connection", False):
             output = output + hidden_states
         output = output / getattr(attn, "rescale_output_factor", 1.0)
+        if self.joint:
+            return output, self.bias(attn.to_out[0], encoder_hidden_states)
         if getattr(attn, "add_q_proj", None) is None:
             return output
         if getattr(attn, "to_add_out", None) is None:
@@ -46,6 +54,14 @@ class EmptiedAttnProcessor:
         if hidden_states.ndim == 4:
             return bias.view(1, -1, 1, 1).expand(len(hidden_states), -1, *hidden_states.shape[2:])
         return bias.expand(*hidden_states.shape[:-1], -1)
+
+
+def empty(attention: nn.Module) -> None:
+    """Let an attention that has no heads left go without."""
+    before = type(attention.processor).__name__
+    attention.set_processor(
+        EmptiedAttnProcessor(joint=before.startswith(("CogView", "CogVideoX", "GlmImage")))
+    )
 
 
 class ScatteredLinear(nn.Linear):
@@ -106,7 +122,7 @@ def apply(model: nn.Module, description: dict) -> None:
             raise ValueError(f"{path} has {len(rows)} rows in the description, not in the model.")
         scatter(linear, rows, bits[0])
     for path in description["emptied"]:
-        modules[path].set_processor(EmptiedAttnProcessor())
+        empty(modules[path])
 
 
 def set_features(module: nn.Module) -> None:

@@ -19,18 +19,19 @@ from torch import LongTensor, nn
 
 from .errors import UnsupportedModelError
 
-Kind = Literal["heads", "ffn", "resnet", "modulation"]
-ALL_KINDS: tuple[Kind, ...] = ("heads", "ffn", "resnet", "modulation")
-KINDS: tuple[Kind, ...] = ("heads", "ffn")  # the paper's
-PRESET_KINDS: tuple[Kind, ...] = ("heads", "ffn", "resnet")  # modulation rows buy memory, but no time
+Kind = Literal["heads", "ffn", "conv_ffn", "resnet", "modulation"]
+ALL_KINDS: tuple[Kind, ...] = ("heads", "ffn", "conv_ffn", "resnet", "modulation")
+KINDS: tuple[Kind, ...] = ("heads", "ffn", "conv_ffn")  # the paper's
+PRESET_KINDS: tuple[Kind, ...] = (*KINDS, "resnet")  # modulation rows buy memory, but no time
 WORDS: dict[Kind, str] = {
     "heads": "heads",
     "ffn": "FFN neurons",
+    "conv_ffn": "FFN channels",
     "resnet": "ResNet channels",
     "modulation": "modulation rows",
 }
-# A norm of no channels cannot run.
-FLOORS: dict[Kind, int] = {"heads": 0, "ffn": 0, "resnet": 1, "modulation": 0}
+# Norms and depthwise convolutions of no channels cannot run.
+FLOORS: dict[Kind, int] = {"heads": 0, "ffn": 0, "conv_ffn": 1, "resnet": 1, "modulation": 0}
 
 
 @dataclass(frozen=True)
@@ -106,19 +107,23 @@ def _heads(path: str, module: nn.Module, consumers: list[str], width: int) -> It
         return
     norms = [getattr(getattr(module, name, None), "weight", None) for name in ("norm_q", "norm_k")]
     across_heads = heads > 1 and any(weight is not None and weight.numel() == inner for weight in norms)
-    if module.to_k.out_features != inner or across_heads:
-        return  # grouped-query attention and norms across heads need an adapter of their own
-    names = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-    linears = [n for n in names if isinstance(getattr(module, n, None), nn.Linear)]
-    index = units(heads, inner // heads)
-    per_unit = {"heads": 1, "sliceable_head_dim": 1}
-    per_unit |= {"inner_dim": inner // heads, "inner_kv_dim": inner // heads}
+    kv_inner = module.to_k.out_features
+    if across_heads or inner % kv_inner or kv_inner % (inner // heads):
+        return  # norms across heads need an adapter of their own
+    # Grouped-query attention: a unit is a key-value head with the query heads that read it.
+    size, width = kv_inner * heads // inner, inner // heads
+    index = {"q": units(size, heads // size * width), "kv": units(size, width)}
+    parts = {"to_q": "q", "to_k": "kv", "to_v": "kv"}
+    parts |= {"add_q_proj": "q", "add_k_proj": "kv", "add_v_proj": "kv"}
+    linears = {n: index[part] for n, part in parts.items() if isinstance(getattr(module, n, None), nn.Linear)}
+    per_unit = {"heads": heads // size, "sliceable_head_dim": heads // size, "num_kv_heads": 1}
+    per_unit |= {"inner_dim": heads // size * width, "inner_kv_dim": width}
     yield PruneGroup(
         name=path,
         kind="heads",
-        size=heads,
-        consumers=tuple(Slot(name, "in", index) for name in consumers),
-        producers=tuple(Slot(f"{path}.{name}", "out", index) for name in linears),
+        size=size,
+        consumers=tuple(Slot(name, "in", index["q"]) for name in consumers),
+        producers=tuple(Slot(f"{path}.{name}", "out", rows) for name, rows in linears.items()),
         attributes=tuple(
             Attribute(path, name, value) for name, value in per_unit.items() if hasattr(module, name)
         ),
@@ -142,6 +147,80 @@ def feed_forward(path: str, module: nn.Module) -> Iterator[PruneGroup]:
         size=hidden,
         consumers=(Slot(f"{path}.net.2", "in", units(hidden)),),
         producers=(Slot(f"{path}.net.0.proj", "out", units(hidden, copies=proj.out_features // hidden)),),
+    )
+
+
+# Feed-forwards by the names of their Linears: those that read the input, and the one that is read last.
+FEED_FORWARDS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("w1", "w3"), "w2"),  # Z-Image, HiDream
+    (("linear_1", "linear_3"), "linear_2"),  # Lumina 2
+    (("linear_1", "linear_2"), "out_projection"),  # AuraFlow
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("gate_proj", "up_proj"), "linear_fc2"),  # ERNIE-Image
+    (("gate_up_proj",), "down_proj"),  # OmniGen
+    (("gate", "up"), "down"),  # Krea 2
+    (("linear_in",), "linear_out"),  # FLUX.2
+)
+
+
+def named_feed_forward(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+    """Neurons of gated feed-forwards that are no FeedForward of diffusers', known by their names."""
+    for names, last in FEED_FORWARDS:
+        linears = [getattr(module, name, None) for name in (*names, last)]
+        if not all(isinstance(linear, nn.Linear) for linear in linears):
+            continue
+        hidden = linears[-1].in_features
+        copies = {linear.out_features / hidden for linear in linears[:-1]}
+        if copies in ({1.0}, {2.0}):
+            index = units(hidden, copies=int(copies.pop()))
+            producers = tuple(Slot(f"{path}.{name}", "out", index) for name in names)
+            yield PruneGroup(path, "ffn", hidden, (Slot(f"{path}.{last}", "in", units(hidden)),), producers)
+            return
+
+
+def gated_convolutions(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+    """Channels of Sana's GLUMBConv: inverted (value and gate), depthwise, and pointwise convolutions."""
+    names = ("conv_inverted", "conv_depth", "conv_point")
+    if not all(isinstance(getattr(module, name, None), nn.Conv2d) for name in names):
+        return
+    hidden = module.conv_point.in_channels
+    if not module.conv_inverted.out_channels == module.conv_depth.groups == 2 * hidden:
+        return
+    index = units(hidden, copies=2)
+    yield PruneGroup(
+        name=path,
+        kind="conv_ffn",
+        size=hidden,
+        consumers=(Slot(f"{path}.conv_point", "in", units(hidden)),),
+        producers=tuple(Slot(f"{path}.{name}", "out", index) for name in names[:2]),
+        attributes=(Attribute(f"{path}.conv_depth", "groups", 2),),
+    )
+
+
+def parallel_attention(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+    """FLUX.2's single blocks: one Linear gives q, k, v and the gated MLP, another reads both."""
+    fused, out = getattr(module, "to_qkv_mlp_proj", None), getattr(module, "to_out", None)
+    if not isinstance(fused, nn.Linear) or not isinstance(out, nn.Linear):
+        return
+    heads, inner, hidden = module.heads, module.inner_dim, module.mlp_hidden_dim
+    copies = module.mlp_mult_factor
+    if not heads or fused.out_features != 3 * inner + copies * hidden or out.in_features != inner + hidden:
+        return
+    yield PruneGroup(
+        name=path,
+        kind="heads",
+        size=heads,
+        consumers=(Slot(f"{path}.to_out", "in", units(heads, inner // heads)),),
+        producers=(Slot(f"{path}.to_qkv_mlp_proj", "out", units(heads, inner // heads, copies=3)),),
+        attributes=(Attribute(path, "heads", 1), Attribute(path, "inner_dim", inner // heads)),
+    )
+    yield PruneGroup(
+        name=f"{path}.mlp",
+        kind="ffn",
+        size=hidden,
+        consumers=(Slot(f"{path}.to_out", "in", units(hidden) + inner),),
+        producers=(Slot(f"{path}.to_qkv_mlp_proj", "out", units(hidden, copies=copies) + 3 * inner),),
+        attributes=(Attribute(path, "mlp_hidden_dim", 1),),
     )
 
 
@@ -212,7 +291,10 @@ def resnet(path: str, module: nn.Module) -> Iterator[PruneGroup]:
 ADAPTERS: tuple[Callable[[str, nn.Module], Iterator[PruneGroup]], ...] = (
     attention,
     feed_forward,
+    named_feed_forward,
+    gated_convolutions,
     single_stream,
+    parallel_attention,
     resnet,
     modulation,
 )

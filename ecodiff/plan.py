@@ -322,7 +322,7 @@ class Scores:
         floor = FLOORS[self.kinds[name]]
         ranked, order = ranked[: len(ranked) - floor], order[: len(order) - floor]
         width = 1
-        if align and self.kinds[name] == "ffn":
+        if align and self.kinds[name] in ("ffn", "conv_ffn"):
             width = 64 if len(values) >= 1024 else min(8, len(values))
         first = len(ranked) % width
         sizes = [first] * (first > 0) + [width] * (len(ranked) // width)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from .ecodiff_sliced_v1 import (
     FORMAT,
-    EmptiedAttnProcessor,
     ScatteredLinear,
+    empty,
     scatter,
     set_features,
     sliced_class,
@@ -81,7 +81,7 @@ def _set_attributes(denoiser: nn.Module, group: PruneGroup, count: int) -> None:
         module = denoiser.get_submodule(attribute.module)
         setattr(module, attribute.name, count * attribute.per_unit)
     if group.kind == "heads" and count == 0:
-        denoiser.get_submodule(group.name).set_processor(EmptiedAttnProcessor())
+        empty(denoiser.get_submodule(group.name))
 
 
 def _describe(denoiser: ModelMixin, plan: PrunePlan, groups: list[PruneGroup], cut: set[str]) -> None:

@@ -180,7 +180,8 @@ def benchmark(found: dict) -> str:
     """Markdown of what benchmarks/fidelity.py measured: latent error, method by size."""
     ratios = sorted({row["ratio"] for row in found["rows"]})
     cells = {(row["method"], row["ratio"]): row for row in found["rows"]}
-    methods = list(dict.fromkeys(row["method"] for row in found["rows"]))
+    methods = dict.fromkeys(row["method"] for row in found["rows"])
+    methods = [method for method in methods if all((method, ratio) in cells for ratio in ratios)]
     methods.sort(key=lambda method: -cells[method, ratios[-1]]["latent_error"][0])
     lines = [
         "| method | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " | top-1 at 40 % | trajectories |",
