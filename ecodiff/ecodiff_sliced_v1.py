@@ -56,7 +56,7 @@ class EmptiedAttnProcessor:
         return bias.expand(*hidden_states.shape[:-1], -1)
 
 
-def empty(attention: nn.Module) -> None:
+def empty_attention(attention: nn.Module) -> None:
     """Let an attention that has no heads left go without."""
     before = type(attention.processor).__name__
     attention.set_processor(
@@ -122,7 +122,7 @@ def apply(model: nn.Module, description: dict) -> None:
             raise ValueError(f"{path} has {len(rows)} rows in the description, not in the model.")
         scatter(linear, rows, bits[0])
     for path in description["emptied"]:
-        empty(modules[path])
+        empty_attention(modules[path])
 
 
 def set_features(module: nn.Module) -> None:

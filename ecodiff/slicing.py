@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .ecodiff_sliced_v1 import (
     FORMAT,
     ScatteredLinear,
-    empty,
+    empty_attention,
     scatter,
     set_features,
     sliced_class,
@@ -81,7 +81,7 @@ def _set_attributes(denoiser: nn.Module, group: PruneGroup, count: int) -> None:
         module = denoiser.get_submodule(attribute.module)
         setattr(module, attribute.name, count * attribute.per_unit)
     if group.kind == "heads" and count == 0:
-        empty(denoiser.get_submodule(group.name))
+        empty_attention(denoiser.get_submodule(group.name))
 
 
 def _describe(denoiser: ModelMixin, plan: PrunePlan, groups: list[PruneGroup], cut: set[str]) -> None:
