@@ -170,7 +170,7 @@ def row(request):
 
 @pytest.mark.parametrize("cut", ["partial", "one unit left", "none left"])
 @torch.no_grad()
-def test_masked_equals_sliced(row, cut):
+def test_masked_equals_sliced_and_reloaded(row, cut, tmp_path):
     denoiser, given, kinds = row
     groups = ecodiff.find_groups(denoiser, ALL_KINDS)
     assert {group.kind for group in groups} == kinds
@@ -182,7 +182,11 @@ def test_masked_equals_sliced(row, cut):
         masked = run(denoiser, given)
     ecodiff.slice_(denoiser, plan)
     scale = float(masked.abs().max())
-    torch.testing.assert_close(run(denoiser, given) / scale, masked / scale, atol=1e-6, rtol=0)
+    sliced = run(denoiser, given)
+    torch.testing.assert_close(sliced / scale, masked / scale, atol=1e-6, rtol=0)
+    denoiser.save_pretrained(tmp_path)
+    again = type(denoiser).from_pretrained(tmp_path).double()
+    torch.testing.assert_close(run(again, given), sliced, rtol=1e-9, atol=1e-9)
     assert (dense - masked).abs().max() > 1e-3 * scale, "the mask did nothing"
     assert parameters(denoiser) < before
 
