@@ -29,7 +29,7 @@ from ecodiff.compensate import Calibration, CompensateConfig, compensate_
 from ecodiff.embedded.recipe import data, evaluate
 from ecodiff.fidelity import Sample, fidelity
 from ecodiff.groups import denoiser_of
-from ecodiff.learn import PRESETS
+from ecodiff.state import PRESETS
 from ecodiff.trajectory import call_options, prompt_rows
 
 HERE = Path(__file__).parent

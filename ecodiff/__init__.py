@@ -14,9 +14,11 @@ from .errors import EcodiffError
 from .fidelity import compare
 from .gates import masked
 from .groups import PruneGroup, find_groups
-from .learn import LearnConfig, LearnState, learn_masks
-from .plan import PrunePlan, Scores
+from .learn import learn_masks
+from .plan import PrunePlan
+from .scores import Scores
 from .slicing import slice_, variant
+from .state import LearnConfig, LearnState
 from .trajectory import trajectory
 
 __all__ = [

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .compensate import CompensateConfig
-from .learn import LearnConfig
+from .state import LearnConfig
 
 EMBEDDED = Path(__file__).parent / "embedded"
 

@@ -11,12 +11,13 @@ from .compensate import compensate_
 from .errors import EcodiffError, UnsupportedModelError
 from .fidelity import compare, fidelity, generate
 from .groups import ALL_KINDS, WORDS, denoiser_of, find_groups, unit_parameters, unrecognised
-from .learn import PRESETS
 from .logs import be_quiet
 from .measure import megabytes, parameters
-from .plan import PrunePlan, Scores
+from .plan import PrunePlan
 from .runs import Run, RunStore
+from .scores import Scores
 from .slicing import plan_of, variant
+from .state import PRESETS
 
 EXAMPLES = """examples:
   python -m ecodiff prune emoji-sdxl --ratio 0.2 --preset fast --out small

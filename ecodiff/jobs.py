@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from .errors import EcodiffError, RunError
 from .gpu import DEVICE, PIPELINES
-from .learn import LearnState
 from .runs import Run
+from .state import LearnState
 
 MAX_WAITING = 16
 ACTIVE = ("queued", "loading", "learning", "calibrating")

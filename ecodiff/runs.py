@@ -21,8 +21,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .errors import CheckpointError, EcodiffError, LearningError, RunError
-from .learn import LearnConfig, LearnState, learn
-from .plan import Scores
+from .learn import learn
+from .scores import Scores
+from .state import LearnConfig, LearnState
 
 RUN_FORMAT = "ecodiff.run.1"
 SAVE_SECONDS = 2.0  # a state is saved after the first step that ends this long after the last save

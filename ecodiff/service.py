@@ -19,8 +19,9 @@ from .fidelity import Sample, fidelity, generate
 from .gpu import DEVICE, PIPELINES
 from .groups import PRESET_KINDS, denoiser_of
 from .jobs import WORKER
-from .plan import PrunePlan, Scores
+from .plan import PrunePlan
 from .runs import Run, RunStore
+from .scores import Scores
 from .slicing import plan_of
 
 STORE = RunStore()

@@ -8,7 +8,7 @@ import ecodiff
 from ecodiff.compensate import Calibration, CompensateConfig, Statistics, solve
 from ecodiff.errors import BudgetError
 from ecodiff.groups import PRESET_KINDS, denoiser_of
-from ecodiff.plan import Scores
+from ecodiff.scores import Scores
 
 from .conftest import PROMPT, short
 

@@ -7,7 +7,7 @@ import ecodiff
 from ecodiff.errors import UnsupportedModelError
 from ecodiff.groups import ALL_KINDS, blocks, unit_parameters, unrecognised
 from ecodiff.measure import parameters
-from ecodiff.plan import Scores
+from ecodiff.scores import Scores
 
 SDXL = {
     "sample_size": 128,
@@ -97,5 +97,5 @@ def test_kinds_are_chosen(tiny_sdxl):
 
 
 def test_a_model_without_units_is_refused():
-    with pytest.raises(UnsupportedModelError, match="no ffn or heads"):
+    with pytest.raises(UnsupportedModelError, match="no heads or FFN neurons"):
         ecodiff.find_groups(torch.nn.Sequential(torch.nn.Linear(3, 3)))

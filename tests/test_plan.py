@@ -8,7 +8,8 @@ import ecodiff
 from ecodiff import measure
 from ecodiff.errors import BudgetError, CheckpointError, PlanError
 from ecodiff.measure import parameters
-from ecodiff.plan import PLAN_FORMAT, Scores
+from ecodiff.plan import PLAN_FORMAT
+from ecodiff.scores import Scores
 
 
 @pytest.fixture

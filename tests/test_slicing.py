@@ -6,7 +6,7 @@ import ecodiff
 from ecodiff.errors import PlanError
 from ecodiff.groups import ALL_KINDS, FLOORS, PRESET_KINDS, denoiser_of
 from ecodiff.measure import parameters
-from ecodiff.plan import Scores
+from ecodiff.scores import Scores
 from ecodiff.slicing import plan_of
 from ecodiff.trajectory import denoiser_calls
 
