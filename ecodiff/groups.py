@@ -67,9 +67,9 @@ def find_groups(denoiser: nn.Module, kinds: Iterable[Kind] = KINDS) -> list[Prun
     found = [group for path, m in _repeated(denoiser) for adapter in ADAPTERS for group in adapter(path, m)]
     groups = [group for group in found if group.kind in wanted]
     if not groups:
+        words = " or ".join(WORDS[kind] for kind in WORDS if kind in wanted)
         raise UnsupportedModelError(
-            f"{type(denoiser).__name__} has no {' or '.join(WORDS[k] for k in WORDS if k in wanted)} that ecodiff "
-            "recognises. Supported: denoisers built of diffusers' Attention and FeedForward layers, "
+            f"{type(denoiser).__name__} has no {words} that ecodiff recognises. Supported: denoisers built of diffusers' Attention and FeedForward layers, "
             "such as Stable Diffusion 1.5, 2 and XL, Stable Diffusion 3 and FLUX.1."
         )
     return groups
