@@ -69,8 +69,8 @@ def find_groups(denoiser: nn.Module, kinds: Iterable[Kind] = KINDS) -> list[Prun
     if not groups:
         words = " or ".join(WORDS[kind] for kind in WORDS if kind in wanted)
         raise UnsupportedModelError(
-            f"{type(denoiser).__name__} has no {words} that ecodiff recognises. Supported: denoisers built of diffusers' Attention and FeedForward layers, "
-            "such as Stable Diffusion 1.5, 2 and XL, Stable Diffusion 3 and FLUX.1."
+            f"{type(denoiser).__name__} has no {words} that ecodiff recognises. Supported: denoisers "
+            "built of the layers of Stable Diffusion 1.5 to 3.5, FLUX and their like."
         )
     return groups
 
