@@ -19,7 +19,9 @@ lint: .venv/test
 	.venv/bin/ruff format --check .
 
 bench: .venv/app
+	$(PIP) -e ".[bench]"
 	.venv/bin/python benchmarks/fidelity.py
+	.venv/bin/python benchmarks/ablation.py
 
 .venv/app: requirements.txt pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

@@ -148,6 +148,7 @@ def figure(found: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     drawing, axes = pyplot.subplots(figsize=(8, 5), dpi=150)
+    axes.set_prop_cycle(color=[*pyplot.get_cmap("tab10").colors, "black", "olive"])
     for method in dict.fromkeys(row["method"] for row in found["rows"] if row["method"].endswith("+")):
         rows = [row for row in found["rows"] if row["method"] == method]
         ours = method.split()[0] in PRESETS and not method.startswith("ecodiff")

@@ -47,5 +47,6 @@ def build() -> None:
             "learned on, by the share of the denoiser's parameters removed; 0 is identical, 1 is "
             "unrelated. A + means compensated. Fast, balanced and paper are ecodiff's presets, ecodiff "
             f"is the method as published.\n\n{show.benchmark(found)}\n\n"
-            f"`python benchmarks/fidelity.py`, {found['model']}, {found['machine']}."
+            f"`python benchmarks/fidelity.py`, {found['model']}, {found['machine']}.",
+            elem_id="measured",
         )

@@ -1,0 +1,32 @@
+"""What is claimed is what the benchmarks wrote."""
+
+import json
+from pathlib import Path
+
+from ecodiff.ui import show
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIDELITY = json.loads((ROOT / "benchmarks" / "fidelity.json").read_text())
+
+
+def error(method: str, ratio: float) -> float:
+    found = [row for row in FIDELITY["rows"] if row["method"] == method and row["ratio"] == ratio]
+    return found[0]["latent_error"][0]
+
+
+def test_the_table_is_as_measured():
+    assert show.benchmark(FIDELITY) in README
+    for row in json.loads((ROOT / "benchmarks" / "ablation.json").read_text())["parts"]:
+        assert f"| {row['part']} | {row['error']:.4f} |" in README
+
+
+def test_the_presets_win_their_table():
+    baselines = {row["method"] for row in FIDELITY["rows"]} - {
+        f"{name}{plus}" for name in ("fast", "balanced", "paper", "gauss-newton") for plus in ("", " +")
+    }
+    for ratio in (0.1, 0.2, 0.3, 0.4):
+        best = min(error(method, ratio) for method in baselines)
+        for preset in ("fast +", "balanced +"):
+            assert error(preset, ratio) <= 0.5 * error("ecodiff +", ratio)
+            assert error(preset, ratio) <= 0.8 * best
