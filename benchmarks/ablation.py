@@ -1,6 +1,7 @@
 """What each part of the method is worth, and how much learning is enough.
 
-    python benchmarks/ablation.py            prints both tables, writes benchmarks/ablation.json
+    python benchmarks/ablation.py            both tables, benchmarks/ablation.json, and the figure
+    python benchmarks/ablation.py --figure   only draws the figure again
 
 Parts are left out or changed one at a time, from a warm start of 12 batches. Then one run of 12 warm
 and 48 learning steps is cut after every so many: error against the cost of learning. Latent error as in
@@ -103,6 +104,29 @@ def parts(pipe, model, pairs, judge, calibration, ratio) -> Iterator[dict]:
     yield row("judged on 50 time steps", whole, judge=Judge(pipe, model, pairs, steps=50))
 
 
+def figure(found: dict, path: Path) -> None:
+    """Error against steps of learning."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawing, axes = pyplot.subplots(figsize=(8, 4), dpi=150)
+    for ratio in sorted({row["ratio"] for row in found["curve"]}):
+        rows = [row for row in found["curve"] if row["ratio"] == ratio]
+        for style, kind in (("o--", "plain"), ("o-", "compensated")):
+            axes.plot(
+                [r["steps"] for r in rows], [r[kind] for r in rows], style, label=f"{ratio:.0%}, {kind}"
+            )
+    warm = max(row["steps"] for row in found["curve"] if not row["learned"])
+    axes.axvline(warm, color="grey", lw=0.8, ls=":", label="learning begins")
+    axes.set(yscale="log", xlabel="steps of 4 trajectories", ylabel="latent error")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8, ncols=2)
+    drawing.tight_layout()
+    drawing.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="emoji-sdxl")
@@ -111,7 +135,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--figure", action="store_true", help="draw the figure of --out, measure nothing")
     options = parser.parse_args()
+    if options.figure:
+        figure(json.loads(options.out.read_text()), options.out.with_suffix(".png"))
+        return
     if options.threads:
         torch.set_num_threads(options.threads)
     model, pipe = catalog.find(options.model), ecodiff.load(options.model)
@@ -130,6 +158,7 @@ def main() -> None:
         cells = f"{row['steps']:>5}{row['learned']:>18}{row['ratio']:>9.0%}"
         print(f"{cells}{row['plain']:>10.5f}{row['compensated']:>13.5f}", flush=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n")
+    figure(found, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
