@@ -99,6 +99,7 @@ def apply(model: nn.Module, description: dict) -> None:
             f"this is format {FORMAT}. Use the newer ecodiff."
         )
     modules = dict(model.named_modules())
+    widths = {path: modules[path].out_features for path in description.get("scattered", {})}
     for path, shapes in description["shapes"].items():
         module = modules[path]
         for name, shape in shapes.items():
@@ -118,8 +119,8 @@ def apply(model: nn.Module, description: dict) -> None:
             setattr(modules[path], name, value)
     for path, bits in description.get("scattered", {}).items():
         linear, rows = modules[path], unpacked(bits)
-        if not isinstance(linear, nn.Linear) or len(rows) != len(linear.weight):
-            raise ValueError(f"{path} has {len(rows)} rows in the description, not in the model.")
+        if not isinstance(linear, nn.Linear) or len(rows) != len(linear.weight) or bits[0] != widths[path]:
+            raise ValueError(f"{path} does not have {len(rows)} of {bits[0]} rows.")
         scatter(linear, rows, bits[0])
     for path in description["emptied"]:
         empty_attention(modules[path])

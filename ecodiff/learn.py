@@ -25,6 +25,9 @@ from .trajectory import call_options, prompt_rows, trajectory
 PUBLISHED_START, PUBLISHED_TEMPERATURE, PUBLISHED_EPS = 3.0, 0.83, 0.5
 
 
+OPEN = 6.0  # log-alpha at which a gate is as good as open; closed at minus that
+
+
 class _Learner:
     """A pipeline, its groups and the prompts: computes one step from the state before it."""
 
@@ -120,19 +123,22 @@ class _Learner:
         shares = torch.cat([self.shares, whole[: len(self.blocks)]])
         return state.vectors["saliency"] / max(1, min(state.step, self.config.warm_steps)) / shares
 
-    def _start_gates(self, state: LearnState) -> None:
-        """Log-alphas and the multiplier from the saliency.
+    def _prior(self, state: LearnState) -> tuple[Tensor, float]:
+        """Log of each unit's worth in units of the budget's price, and the price.
 
-        A unit is worth keeping if removing it costs more, per parameter, than the budget's price.
-        The price is that of the first unit that stays; log-alpha is the log of the ratio, shifted
-        so that the expected size is the budget.
+        A unit is worth keeping if removing it costs more, per parameter, than the price, which is
+        what the first unit that stays is worth.
         """
         worth = self._worth(state)
         ranked, order = worth[: len(self.shares)].sort(stable=True)
         gone = self.shares[order].cumsum(0) < self.config.ratio
         price = float(ranked[int(gone.sum())].clamp_min(1e-20))
-        state.multiplier = price
-        start = (worth.clamp_min(1e-20).log() - log(price)).clamp(-6, 6)
+        return worth.clamp_min(1e-20).log() - log(price), price
+
+    def _start_gates(self, state: LearnState) -> None:
+        """Log-alphas from the prior, shifted so that the expected size is the budget."""
+        prior, state.multiplier = self._prior(state)
+        start = prior.clamp(-OPEN, OPEN)
         low, high = -12.0, 12.0
         for _ in range(40):
             shift = (low + high) / 2
@@ -210,7 +216,11 @@ class _Learner:
         """The ranking so far. Log-alphas become worths: the exponential keeps their order."""
         config = self.config
         if state.step > config.warm_steps:
-            return self._cut(state.vectors["log_alpha"], steps=state.step)
+            log_alpha = state.vectors["log_alpha"]
+            if config.warm_steps:  # what was beyond reach of learning still has its order
+                prior, _ = self._prior(state)
+                log_alpha = log_alpha + (prior - prior.clamp(-OPEN, OPEN))
+            return self._cut(log_alpha, steps=state.step)
         worth = self._worth(state)
         return self._scores(worth, method="gauss-newton", steps=state.step)
 

@@ -6,6 +6,8 @@ import torch
 import ecodiff
 from ecodiff import gates, saliency
 from ecodiff.groups import ALL_KINDS, blocks, denoiser_of
+from ecodiff.learn import _Learner
+from ecodiff.state import LearnState
 
 from .conftest import PROMPT, short
 
@@ -106,3 +108,17 @@ def test_the_published_method_starts_from_a_constant(tiny_sdxl):
         "heads",
         "ffn",
     }
+
+
+def test_what_is_beyond_reach_of_learning_keeps_its_order(tiny_sdxl):
+    """Worths over thirty orders of magnitude: no ties, whatever size is cut."""
+    config = ecodiff.LearnConfig(ratio=0.3, warm_steps=1, steps=1, batch=1, inference_steps=2)
+    learner = _Learner(tiny_sdxl, [PROMPT], config, None)
+    state = LearnState.start(learner.variables)
+    state.vectors["saliency"] = learner.shares * torch.logspace(-15, 15, learner.variables)
+    state.step = 1
+    learner._start_gates(state)
+    state = learner.advance(state)
+    values = torch.cat(list(learner.scores(state).values.values()))
+    assert len(values.unique()) == len(values)
+    assert (values[:20].diff() > 0).all() and (values[-20:].diff() > 0).all()
