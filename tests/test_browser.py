@@ -126,6 +126,6 @@ def test_every_tab_fits(browser, url, look, width):
         page.wait_for_timeout(700)
         overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
         assert overflow <= 0, f"{tab} is {overflow} px too wide"
-        assert not page.get_by_text("24/24").count()
+        assert not page.get_by_text("16/16").count()
         shot(page, f"{look}-{width}-{tab.lower()}")
     page.close()
