@@ -1,10 +1,10 @@
 """OBS-Diff's structured pruning (Zhu et al., ICLR 2026, arXiv 2510.06751), as a baseline.
 
-Layer by layer in packages, in network order: the Hessian H = sum of w_t x x^T over calibration
-calls, earlier time steps weighing more; a unit costs sum ||W_j||^2 / [H^-1]_jj over its columns;
-the same share of units goes in every layer; W is updated in closed form; then the next package,
-which sees what became of the ones before. Dampening 1 %, as in their code. The weights' fall with
-the logarithm is theirs, its end point (0.5) ours: the paper's constants were not at hand.
+Layer by layer in packages, in network order: the Hessian H = sum of x x^T over calibration calls; a
+unit costs sum ||W_j||^2 / [H^-1]_jj over its columns; the same share of units goes in every layer; W is
+updated in closed form; then the next package, which sees what became of the ones before. Dampening 1 %,
+as in their code. The paper weighs earlier time steps more, by a falling logarithm whose constants were
+not at hand: all weigh alike here (ablation.py: such weights change our own compensation by nothing).
 """
 
 import torch
