@@ -175,6 +175,8 @@ def save(pipe, folder: str | Path, dtype: torch.dtype | None = None, card: str =
     taken = folder.exists() and (folder.is_file() or any(folder.iterdir()))
     if taken and not (folder / PLAN_FILE).is_file():
         raise CheckpointError(f"{folder} exists and holds something else. Name a new or an empty folder.")
+    # A denoiser that was sliced in place changed its class after the pipeline had noted it down.
+    pipe.register_modules(**{denoiser_name(pipe): denoiser_of(pipe)})
     if dtype is not None and dtype != denoiser_of(pipe).dtype:
         pipe = _cast(pipe, dtype)
     try:

@@ -73,6 +73,12 @@ def test_reloads_bit_exactly_both_ways_and_again(pipe, tmp_path):
     assert suffixes <= {".safetensors", ".json", ".py", ".md", ".txt"}, "no pickles"
 
 
+def test_a_pipeline_sliced_in_place_opens_too(pipe, tmp_path):
+    ecodiff.slice_(denoiser_of(pipe), some_plan(pipe))
+    loaded = ecodiff.load(ecodiff.save(pipe, tmp_path / "small"))
+    torch.testing.assert_close(latents(loaded), latents(pipe), rtol=1e-4, atol=1e-4)
+
+
 def test_half_precision_files_hold_the_half_precision_model(tiny_sdxl, tmp_path):
     small = ecodiff.variant(tiny_sdxl, some_plan(tiny_sdxl))
     folder = ecodiff.save(small, tmp_path / "small", dtype=torch.float16)

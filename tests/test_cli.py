@@ -7,14 +7,14 @@ import torch
 from PIL import Image
 
 import ecodiff
-from ecodiff import catalog, cli, learn
+from ecodiff import catalog, cli, state
 from ecodiff.compensate import CompensateConfig
 from ecodiff.slicing import plan_of
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch, tmp_path):
-    monkeypatch.setitem(learn.PRESETS, "fast", {"warm_steps": 1, "steps": 1, "batch": 2})
+    monkeypatch.setitem(state.PRESETS, "fast", {"warm_steps": 1, "steps": 1, "batch": 2})
     monkeypatch.setattr(
         catalog.Model, "compensation", lambda model: CompensateConfig(8, 4, 4, 2, inference_steps=4)
     )
