@@ -11,6 +11,7 @@ fidelity.py; latents only, nothing is decoded.
 import argparse
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import ecodiff
 from ecodiff import catalog
 from ecodiff.compensate import Calibration, compensate_
 from ecodiff.fidelity import latent_error
-from ecodiff.groups import ALL_KINDS
+from ecodiff.groups import ALL_KINDS, denoiser_of
 from ecodiff.learn import learn
 from ecodiff.trajectory import call_options, prompt_rows
 
@@ -68,6 +69,17 @@ def learning_curve(pipe, model, judge, calibration, ratios, learn_ratio) -> Iter
             )
 
 
+@contextmanager
+def detached(pipe) -> Iterator[None]:
+    """Gradients stop between time steps: each sees what it does to z_0 directly, not to later steps."""
+    denoiser, forward = denoiser_of(pipe), denoiser_of(pipe).forward
+    denoiser.forward = lambda sample, *args, **kwargs: forward(sample.detach(), *args, **kwargs)
+    try:
+        yield
+    finally:
+        del denoiser.forward
+
+
 def parts(pipe, model, pairs, judge, calibration, ratio) -> Iterator[dict]:
     """One thing changed at a time."""
     prompts = model.prompts("calibration")
@@ -95,6 +107,9 @@ def parts(pipe, model, pairs, judge, calibration, ratio) -> Iterator[dict]:
     yield row("widths not aligned", whole, align=False)
     yield row("heads and FFN only", scores(kinds=("heads", "ffn")))
     yield row("whole blocks too", scores(kinds=(*ALL_KINDS, "blocks")))
+    with detached(pipe):
+        short_sighted = scores()
+    yield row("gradient not through the trajectory", short_sighted)
     yield row("8 calibration trajectories instead of 48", scores(trajectories=8))
     yield row("other calibration noise and order", scores(seed=1))
     for steps in (6, 20):

@@ -43,6 +43,9 @@ class _Learner:
         self.params = {g.name: unit_parameters(self.denoiser, g) for g in self.groups}
         self.macs = measure.unit_macs(pipe, self._call(0), self.groups) if config.cost == "macs" else None
         costs, total = self.macs or (self.params, measure.parameters(self.denoiser))
+        if config.cost == "ms":
+            costs, total = measure.unit_milliseconds(pipe, self._call(0), self.groups)
+        self.costs = costs
         shares = torch.tensor([costs[g.name] for g in self.groups], dtype=torch.float32) / total
         self.shares = shares.repeat_interleave(torch.tensor(self.sizes))  # of the denoiser, a unit
         names = [g.name for g in self.groups for _ in range(g.size)]
@@ -121,7 +124,11 @@ class _Learner:
         """Saliency per share of the cost, of units and blocks."""
         whole = self.shares.new_zeros(len(self.blocks) + 1).index_add_(0, self.block_of, self.shares)
         shares = torch.cat([self.shares, whole[: len(self.blocks)]])
-        return state.vectors["saliency"] / max(1, min(state.step, self.config.warm_steps)) / shares
+        return (
+            state.vectors["saliency"]
+            / max(1, min(state.step, self.config.warm_steps))
+            / shares.clamp_min(1e-12)
+        )
 
     def _prior(self, state: LearnState) -> tuple[Tensor, float]:
         """Log of each unit's worth in units of the budget's price, and the price.
@@ -229,8 +236,8 @@ class _Learner:
         return self._scores(log_alpha.exp(), method=method, **facts)
 
     def _scores(self, worth: Tensor, **facts) -> Scores:
-        if self.macs:  # worth per MAC to worth per parameter, which is what Scores hold
-            per_unit = torch.tensor([self.macs[0][n] / self.params[n] for n in self.names])
+        if self.costs is not self.params:  # worth per MAC or ms to worth per parameter, as Scores hold it
+            per_unit = torch.tensor([self.costs[n] / self.params[n] for n in self.names])
             worth = worth.clone()
             worth[: len(self.shares)] *= per_unit.repeat_interleave(torch.tensor(self.sizes))
         parts = dict(zip(self.names, worth[: len(self.shares)].split(self.sizes), strict=True))

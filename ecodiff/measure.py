@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import nn
@@ -82,6 +83,63 @@ def _attention_macs(group: PruneGroup, tokens: dict[str, tuple[int, int]]) -> in
         elif read and slot.module.endswith(("to_k", "add_k_proj")):
             keys += read[1]
     return 2 * batch * queries * keys * width
+
+
+@torch.no_grad()
+def unit_milliseconds(
+    pipe, call: dict, groups: Iterable[PruneGroup] | None = None, repeats: int = 3
+) -> tuple[dict[str, float], float]:
+    """Milliseconds of one unit in one denoiser call, by group, and of the whole call.
+
+    The median time of every module that a group runs through, shared out by its features. What runs
+    between them (attention itself, norms) is in the total only.
+
+    Args:
+        call: the pipeline's arguments; they fix the image size, the prompts and guidance.
+    """
+    denoiser = denoiser_of(pipe)
+    groups = find_groups(denoiser, ALL_KINDS) if groups is None else list(groups)
+    names = {slot.module for group in groups for slot in group.slots}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    started: dict[str, float] = {}
+
+    device = denoiser.device  # finding it out costs more than a small layer
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return 1000 * time.perf_counter()
+
+    def start(name, *_):
+        started[name] = now()
+
+    def stop(name, *_):
+        times[name].append(now() - started[name])
+
+    handles = []
+    for name in names:
+        module = denoiser.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(partial(start, name)))
+        handles.append(module.register_forward_hook(partial(stop, name)))
+    args, kwargs = moved(denoiser_calls(pipe, call, limit=1)[0], denoiser.device)
+    try:
+        denoiser(*args, **kwargs)
+        for spent in times.values():
+            spent.clear()  # that was the warm-up
+        for _ in range(repeats):
+            denoiser(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    by_unit = {}
+    for group in groups:
+        by_unit[group.name] = sum(
+            statistics.median(times[slot.module] or [0.0])
+            * slot.index.shape[1]
+            / denoiser.get_submodule(slot.module).weight.shape[1 if slot.axis == "in" else 0]
+            for slot in group.slots
+        )
+    return by_unit, latency(pipe, call, repeats)
 
 
 @torch.no_grad()

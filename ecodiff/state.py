@@ -34,7 +34,9 @@ class LearnConfig:
         seed: of prompts, latents and gates.
         kinds: which units may go: "heads", "ffn", "resnet", "modulation" (rows of AdaLN: memory, no
             time), and "blocks" (whole transformer blocks, each with a gate on top of its units').
-        cost: what the budget counts, "params" or "macs"; `ratio` is a share of that.
+        cost: what the budget counts, "params", "bytes" (the same share), "macs" or "ms" (measured on
+            this machine when the run starts or resumes: such a run is not repeatable to the bit);
+            `ratio` is a share of that.
         penalty: None steers the expected size to the budget. A number is the paper's own objective
             instead: gates start from a constant, none warm, and this weighs the mean |log-alpha|.
         checkpoint: recompute each time step in the backward pass (memory does not grow with steps).
@@ -62,8 +64,8 @@ class LearnConfig:
             raise BudgetError("batch and trajectories must be at least 1, steps at least 0.")
         if self.warm_steps < 1 and (self.penalty is None or self.steps < 1):
             raise BudgetError("Give at least one warm step (or a penalty, and steps to learn with it).")
-        if self.cost not in ("params", "macs"):
-            raise BudgetError(f"cost is 'params' or 'macs', not {self.cost!r}.")
+        if self.cost not in ("params", "bytes", "macs", "ms"):
+            raise BudgetError(f"cost is 'params', 'bytes', 'macs' or 'ms', not {self.cost!r}.")
         unknown = set(self.kinds) - {*ALL_KINDS, "blocks"}
         if unknown or not set(self.kinds) & set(ALL_KINDS):
             raise BudgetError(f"kinds are some of {', '.join(ALL_KINDS)} and blocks, not {self.kinds}.")

@@ -3,7 +3,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ecodiff import measure
-from ecodiff.groups import denoiser_of
+from ecodiff.groups import ALL_KINDS, denoiser_of, find_groups
 from ecodiff.trajectory import denoiser_calls
 
 from .conftest import short
@@ -20,3 +20,10 @@ def test_macs_are_those_that_torch_counts(pipe):
 
 def test_latency_is_positive(tiny_sdxl):
     assert measure.latency(tiny_sdxl, {"prompt": "red apple", "num_inference_steps": 2}, repeats=2) > 0
+
+
+def test_milliseconds_of_units_are_part_of_the_call(tiny_sdxl):
+    by_unit, total = measure.unit_milliseconds(tiny_sdxl, {"prompt": "red apple", "num_inference_steps": 2})
+    sizes = {group.name: group.size for group in find_groups(tiny_sdxl.unet, ALL_KINDS)}
+    assert set(by_unit) == set(sizes) and min(by_unit.values()) > 0
+    assert 0 < sum(by_unit[name] * size for name, size in sizes.items()) < 3 * total

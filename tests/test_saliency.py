@@ -98,6 +98,15 @@ def test_learning_can_steer_to_macs(tiny_sdxl):
     assert abs(plan.metadata["macs_pruned"] / scores.total_macs - 0.7) < 0.02
 
 
+@pytest.mark.parametrize("cost", ["bytes", "ms"])
+def test_learning_can_steer_to_bytes_and_milliseconds(tiny_sdxl, cost):
+    config = ecodiff.LearnConfig(ratio=0.2, warm_steps=1, steps=1, batch=1, inference_steps=2, cost=cost)
+    states = []
+    scores = ecodiff.learn_masks(tiny_sdxl, [PROMPT], config, states.append)
+    assert states[-1].history[-1]["expected"] == pytest.approx(0.2, abs=0.02)
+    assert scores.plan(ratio=0.2).metadata["params_pruned"] < scores.total
+
+
 def test_the_published_method_starts_from_a_constant(tiny_sdxl):
     preset = vars(ecodiff.LearnConfig.preset("ecodiff")) | {"steps": 2, "batch": 1, "inference_steps": 3}
     states = []
