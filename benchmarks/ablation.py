@@ -8,7 +8,6 @@ and 48 learning steps is cut after every so many: error against the cost of lear
 fidelity.py; latents only, nothing is decoded.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fidelity import arguments, results_file
 
 import ecodiff
 from ecodiff import catalog
@@ -143,17 +143,10 @@ def figure(found: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="emoji-sdxl")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.4])
-    parser.add_argument("--learn-ratio", type=float, default=0.3)
-    parser.add_argument("--pairs", type=int, default=24)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
-    parser.add_argument("--figure", action="store_true", help="draw the figure of --out, measure nothing")
-    options = parser.parse_args()
+    options = arguments(__doc__, [0.2, 0.4], 24).parse_args()
+    out = results_file("ablation", options)
     if options.figure:
-        figure(json.loads(options.out.read_text()), options.out.with_suffix(".png"))
+        figure(json.loads(out.read_text()), out.with_suffix(".png"))
         return
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -166,14 +159,14 @@ def main() -> None:
     for row in parts(*common):
         found["parts"].append(row)
         print(f"{row['part']:<52}{row['ratio']:>6.0%}{row['error']:>10.5f}", flush=True)
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        out.write_text(json.dumps(found, indent=1) + "\n")
     print(f"\n{'steps':>5}{'of them learning':>18}{'removed':>9}{'plain':>10}{'compensated':>13}")
     for row in learning_curve(pipe, model, judge, calibration, options.ratios, options.learn_ratio):
         found["curve"].append(row)
         cells = f"{row['steps']:>5}{row['learned']:>18}{row['ratio']:>9.0%}"
         print(f"{cells}{row['plain']:>10.5f}{row['compensated']:>13.5f}", flush=True)
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
-    figure(found, options.out.with_suffix(".png"))
+        out.write_text(json.dumps(found, indent=1) + "\n")
+    figure(found, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -163,19 +163,30 @@ def figure(found: dict, path: Path) -> None:
     drawing.savefig(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def arguments(about: str, ratios: list[float], pairs: int) -> argparse.ArgumentParser:
+    """What this benchmark and benchmarks/ablation.py are told alike."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="emoji-sdxl")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5])
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--ratios", type=float, nargs="+", default=ratios)
     parser.add_argument("--learn-ratio", type=float, default=0.3, help="the size that presets steer to")
-    parser.add_argument("--pairs", type=int, default=32, help="held-out prompts, a seed each")
+    parser.add_argument("--pairs", type=int, default=pairs, help="held-out prompts, a seed each")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path, help="default: fidelity.json (or fidelity-<model>.json)")
+    parser.add_argument("--out", type=Path, help="default: beside this script, with the model's name")
     parser.add_argument("--figure", action="store_true", help="draw the figure of --out, measure nothing")
+    return parser
+
+
+def results_file(name: str, options: argparse.Namespace) -> Path:
+    """Where the results go: `--out`, or beside the scripts."""
+    of_model = "" if options.model == "emoji-sdxl" else f"-{options.model}"
+    return options.out or HERE / f"{name}{of_model}.json"
+
+
+def main() -> None:
+    parser = arguments(__doc__, [0.1, 0.2, 0.3, 0.4, 0.5], 32)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     options = parser.parse_args()
-    name = "fidelity" if options.model == "emoji-sdxl" else f"fidelity-{options.model}"
-    out = options.out or HERE / f"{name}.json"
+    out = results_file("fidelity", options)
     if options.figure:
         figure(json.loads(out.read_text()), out.with_suffix(".png"))
         return

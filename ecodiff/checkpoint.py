@@ -60,8 +60,8 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
         raise
     except SafetensorError as error:
         raise _damaged(source, error) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise _unreachable(source, error) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError):
+        raise _unreachable(source) from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise _damaged(source, error) from None
     denoiser_of(pipe)
@@ -95,7 +95,7 @@ def model_index(source: str) -> dict:
     except (OSError, ValueError) as error:
         if os.path.isdir(source):
             raise _damaged(source, error) from None
-        raise _unreachable(source, error) from None
+        raise _unreachable(source) from None
 
 
 def empty_denoiser(source: str) -> nn.Module:
@@ -120,7 +120,7 @@ def empty_denoiser(source: str) -> nn.Module:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if os.path.isdir(source):
             raise _damaged(source, error) from None
-        raise _unreachable(source, error) from None
+        raise _unreachable(source) from None
 
 
 def disk_dtype(source: str) -> torch.dtype | None:
@@ -133,7 +133,7 @@ def disk_dtype(source: str) -> torch.dtype | None:
     return _WORDS.get(catalog.find(source).dtype)
 
 
-def _unreachable(source: str, error: Exception) -> ModelNotFoundError:
+def _unreachable(source: str) -> ModelNotFoundError:
     return ModelNotFoundError(
         f"Could not get {source} from the Hugging Face Hub: no network, no such repository, or no "
         "access (a gated model needs its licence accepted and a token). Check the id and the "

@@ -244,36 +244,27 @@ def info(options: argparse.Namespace) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """The arguments of every command."""
-    root = argparse.ArgumentParser(
-        prog="python -m ecodiff",
-        description="Make diffusion models smaller by learning which heads and neurons matter.",
+def _command(commands, name: str, function, text: str) -> argparse.ArgumentParser:
+    sub = commands.add_parser(
+        name,
+        help=text,
+        description=text,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = root.add_subparsers(dest="command", required=True)
+    sub.set_defaults(function=function)
+    sub.add_argument("--json", action="store_true", help="print one JSON object as last line")
+    return sub
 
-    def command(name, function, text):
-        sub = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=EXAMPLES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.set_defaults(function=function)
-        sub.add_argument("--json", action="store_true", help="print one JSON object as last line")
-        return sub
 
-    def drawing(sub):
-        sub.add_argument("--seed", type=int, default=0)
-        sub.add_argument("--steps", type=int, help="time steps (default: the model's)")
-        sub.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
-        sub.add_argument("--out", metavar="PNG", help="where to save the image")
+def _drawing(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--steps", type=int, help="time steps (default: the model's)")
+    sub.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
+    sub.add_argument("--out", metavar="PNG", help="where to save the image")
 
-    sub = command("prune", prune, "learn which units matter, remove the rest, save the model")
-    sub.add_argument("model", help="MODEL, or the folder of a finished run")
+
+def _pruning(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--ratio", type=float, default=0.2, help="fraction of the denoiser's parameters to remove"
     )
@@ -291,19 +282,34 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--layers", action="store_true", help="list what every layer became")
 
-    sub = command("generate", generate_command, "generate an image")
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of every command."""
+    root = argparse.ArgumentParser(
+        prog="python -m ecodiff",
+        description="Make diffusion models smaller by learning which heads and neurons matter.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = root.add_subparsers(dest="command", required=True)
+
+    sub = _command(commands, "prune", prune, "learn which units matter, remove the rest, save the model")
+    sub.add_argument("model", help="MODEL, or the folder of a finished run")
+    _pruning(sub)
+
+    sub = _command(commands, "generate", generate_command, "generate an image")
     sub.add_argument("model", help="MODEL or a pruned folder")
     sub.add_argument("prompt")
-    drawing(sub)
+    _drawing(sub)
 
-    sub = command("compare", compare_command, "measure a pruned model against its dense one")
+    sub = _command(commands, "compare", compare_command, "measure a pruned model against its dense one")
     sub.add_argument("model", help="a pruned folder")
     sub.add_argument("prompt", nargs="?", help="one prompt (default: held-out prompts)")
     sub.add_argument("--dense", help="the dense model (default: the one that the plan names)")
     sub.add_argument("--count", type=int, default=16, help="how many held-out prompts")
-    drawing(sub)
+    _drawing(sub)
 
-    sub = command("info", info, "show what can be pruned, without downloading weights")
+    sub = _command(commands, "info", info, "show what can be pruned, without downloading weights")
     sub.add_argument("model", help="MODEL or a pruned folder")
     return root
 

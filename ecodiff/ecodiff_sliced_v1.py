@@ -33,10 +33,10 @@ class EmptiedAttnProcessor:
         self.joint = joint
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
-        if getattr(attn, "to_out", None) is None:
-            return hidden_states[..., :0]
         if hasattr(attn, "to_qkv_mlp_proj"):  # FLUX.2: the MLP beside it goes on
             return attn.to_out(attn.mlp_act_fn(attn.to_qkv_mlp_proj(hidden_states)))
+        if getattr(attn, "to_out", None) is None:
+            return hidden_states[..., :0]
         output = self.bias(attn.to_out[0], hidden_states)
         if getattr(attn, "residual_connection", False):
             output = output + hidden_states
@@ -131,7 +131,8 @@ def set_features(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.Conv2d):
-        module.out_channels, module.in_channels = module.weight.shape[:2]
+        module.out_channels = module.weight.shape[0]
+        module.in_channels = module.weight.shape[1] * (1 if module.groups == 1 else module.weight.shape[0])
 
 
 @cache

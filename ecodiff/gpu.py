@@ -49,11 +49,7 @@ class Pipelines:
         """The dense pipeline of a model, loaded if another one was in use."""
         with DEVICE:
             if model != self._name:
-                self._name, self._dense, self._calibration = (
-                    None,
-                    None,
-                    None,
-                )  # free the old one before the new one loads
+                self._name = self._dense = self._calibration = None  # free it before the new one loads
                 self._variants.clear()
                 self._dense = checkpoint.load(model)
                 self._dense.set_progress_bar_config(disable=True)

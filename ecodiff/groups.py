@@ -1,10 +1,10 @@
 """What can be pruned: groups of units, found by the structure of the denoiser.
 
-A unit is one attention head, one FFN neuron, or one norm group of a ResNet's inner channels. Its
-group says through which Linears and convolutions it runs: the *producers* whose output rows belong
-to the units, and the *consumers* whose input columns do. Multiplying a unit's consumer input by
-zero is the same as deleting those rows and columns; gates, slicing and the cost of a unit all
-follow from that one description, and nothing else in ecodiff knows an architecture.
+A unit is one attention head, one FFN neuron (or channel), or one norm group of a ResNet's inner
+channels. Its group says through which Linears and convolutions it runs: the *producers* whose
+output rows belong to the units, and the *consumers* whose input columns do. Multiplying a unit's
+consumer input by zero is the same as deleting those rows and columns; gates, slicing and the cost
+of a unit all follow from that one description, and nothing else in ecodiff knows an architecture.
 
 Modulation rows (of the Linear that turns the time embedding into a block's shifts, scales and gates)
 are units without a consumer: a row that is gone is read as zero (`Slot.scattered`).
@@ -52,8 +52,8 @@ def find_groups(denoiser: nn.Module, kinds: Iterable[Kind] = KINDS) -> list[Prun
 
     Args:
         denoiser: `pipe.unet` or `pipe.transformer`, on any device (also "meta").
-        kinds: which units to look for: "heads", "ffn", and "resnet" (inner channels of a UNet's
-            ResNets), which is not in the paper.
+        kinds: which units to look for: "heads", "ffn" and "conv_ffn" are the paper's; "resnet" (inner
+            channels of a UNet's ResNets) and "modulation" (rows of AdaLN) are not.
 
     Raises:
         UnsupportedModelError: nothing was recognised.
@@ -87,7 +87,7 @@ def unrecognised(denoiser: nn.Module, groups: list[PruneGroup]) -> dict[str, int
 
 
 def blocks(groups: Iterable[PruneGroup]) -> dict[str, list[str]]:
-    """Heads and FFNs by the transformer block that they are in: {block: [group names]}.
+    """The paper's groups by the transformer block that they are in: {block: [group names]}.
 
     A block is what a ModuleList repeats. With all its groups gone, of its residual branches only
     the output biases remain.
@@ -96,7 +96,7 @@ def blocks(groups: Iterable[PruneGroup]) -> dict[str, list[str]]:
     for group in groups:
         parts = group.name.split(".")
         last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
-        if group.kind in ("heads", "ffn") and last >= 0:
+        if group.kind in KINDS and last >= 0:
             found.setdefault(".".join(parts[: last + 1]), []).append(group.name)
     return {block: names for block, names in found.items() if len(names) > 1}
 

@@ -23,8 +23,6 @@ from .trajectory import call_options, prompt_rows, trajectory
 # Of the official SDXL configuration: log-alpha at the start, temperature of the gates, and eps,
 # which bounds their noise to |log((u + eps) / (1 - u + eps))| <= log((1 + eps) / eps).
 PUBLISHED_START, PUBLISHED_TEMPERATURE, PUBLISHED_EPS = 3.0, 0.83, 0.5
-
-
 OPEN = 6.0  # log-alpha at which a gate is as good as open; closed at minus that
 
 

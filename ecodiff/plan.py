@@ -137,6 +137,11 @@ def _unpack_bits(name: str, size: int, packed: np.ndarray) -> BoolTensor:
 
 
 def write_small(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> Path:
+    """Write one of ecodiff's small files, whole or not at all. Returns the path.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written to.
+    """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -148,8 +153,14 @@ def write_small(path: str | Path, tensors: dict[str, Tensor], header: dict[str, 
     return path
 
 
-def read_small(path: str | Path, expected: str, dtype: torch.dtype):
-    """Header and tensors of one of ecodiff's small files, checked before anything is allocated."""
+def read_small(
+    path: str | Path, expected: str, dtype: torch.dtype
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of one of ecodiff's small files; its size is checked before it is read.
+
+    Raises:
+        CheckpointError: no such file, too large, truncated, of another format or dtype.
+    """
     path, kind = Path(path), expected.split(".")[1]
     if not path.is_file():
         raise CheckpointError(f"There is no {kind} file at {path}.")

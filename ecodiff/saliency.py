@@ -98,11 +98,7 @@ def taylor(pipe, calls: Iterable[dict], threshold: float = 0.05, seed: int = 0) 
             with masked(denoiser, gates), trajectory(pipe, checkpoint=False):
                 output = denoiser(*args, **kwargs)
                 output = output[0] if isinstance(output, tuple) else output.sample
-                loss = (
-                    (output.float() - target.repeat(len(output) // len(target), *[1] * (target.ndim - 1)))
-                    .square()
-                    .mean()
-                )
+                loss = (output.float() - _repeated(target, len(output))).square().mean()
                 size = float(loss.detach())
                 largest = max(largest, size)
                 if size < threshold * largest:
@@ -134,9 +130,13 @@ def _noised(scheduler, z0: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor,
 def _with_sample(args: tuple, kwargs: dict, noisy: Tensor) -> tuple[tuple, dict]:
     """A recorded call on other latents, repeated for guidance as the recorded ones were."""
     if args:
-        return (noisy.repeat(len(args[0]) // len(noisy), *[1] * (noisy.ndim - 1)), *args[1:]), kwargs
-    rows = len(kwargs["hidden_states"]) // len(noisy)
-    return args, kwargs | {"hidden_states": noisy.repeat(rows, *[1] * (noisy.ndim - 1))}
+        return (_repeated(noisy, len(args[0])), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": _repeated(noisy, len(kwargs["hidden_states"]))}
+
+
+def _repeated(batch: Tensor, rows: int) -> Tensor:
+    """The batch over and over until it has `rows` rows: guidance stacks it once more."""
+    return batch.repeat(rows // len(batch), *[1] * (batch.ndim - 1))
 
 
 def gauss_newton(pipe, calls: Iterable[dict], seed: int = 0) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ class Scores:
     Attributes:
         values: float32 (group.size,) a group: what a unit is worth per parameter that it holds,
             comparable across groups.
-        kinds: "heads", "ffn" or "resnet", by group.
+        kinds: one of `units.ALL_KINDS`, by group.
         costs: parameters that go with one unit, by group.
         total: parameters of the dense denoiser.
         metadata: JSON-able facts: model, method, what was spent.
@@ -161,7 +161,7 @@ class Scores:
         if ratio > ceiling:
             raise BudgetError(
                 f"At most {ceiling:.1%} of this model's {unit} can be removed: the rest is not in "
-                f"{self._kinds_in_words()}. {ratio:.1%} is too much."
+                f"{self.kinds_in_words}. {ratio:.1%} is too much."
             )
         moves = [move for name in self.values for move in self._moves(name, costs, align)]
         moves += self._whole_blocks(costs)
@@ -187,7 +187,9 @@ class Scores:
             plan.metadata |= {"macs_pruned": self.total_macs - self.removed(plan, self.macs)}
         return plan
 
-    def _kinds_in_words(self) -> str:
+    @property
+    def kinds_in_words(self) -> str:
+        """For example "heads or FFN neurons"."""
         return " or ".join(WORDS[kind] for kind in WORDS if kind in self.kinds.values())
 
     def _moves(self, name: str, costs: Mapping[str, int], align: bool) -> Iterator[tuple[float, dict]]:
@@ -228,9 +230,28 @@ class Scores:
         header, values = read_small(path, SCORES_FORMAT, torch.float32)
         try:
             about = json.loads(header["about"])
-            if set(about["kinds"]) != set(values) or set(about["costs"]) != set(values):
-                raise ValueError("its list of groups does not match its contents")
+            _check(about, values)
             ordered = {name: values[name] for name in about["kinds"]}
             return cls(ordered, **{name: about[name] for name in _ABOUT})
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a valid scores file: {error}") from None
+
+
+def _check(about: dict, values: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless a file's header fits its tensors: it may be a stranger's."""
+
+    def whole(number) -> bool:
+        return type(number) is int and 0 <= number < 1 << 50
+
+    for name in ("kinds", "costs"):
+        if set(about[name]) != set(values):
+            raise ValueError(f"its list of {name} does not match its contents")
+    if not set(about["kinds"].values()) <= set(ALL_KINDS) or not isinstance(about["metadata"], dict):
+        raise ValueError("it has kinds of units that do not exist")
+    if set(about["macs"]) not in (set(), set(values)):
+        raise ValueError("its list of MACs does not match its contents")
+    numbers = [*about["costs"].values(), *about["macs"].values(), about["total_macs"], about["itemsize"]]
+    if not all(map(whole, numbers)) or not whole(about["total"]) or about["total"] == 0:
+        raise ValueError("its costs are not whole numbers")
+    if not all(isinstance(worth, float) for worth in about["blocks"].values()):
+        raise ValueError("its blocks are not worth a number")

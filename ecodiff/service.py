@@ -29,10 +29,10 @@ EXPIRY_SECONDS = 24 * 3600  # on a Space; at home runs are kept
 
 
 @cache
-def _sizes(model: str) -> tuple[Scores, int, int]:
+def _sizes(model: str, kinds: tuple[str, ...] = PRESET_KINDS) -> tuple[Scores, int, int]:
     """Unit costs of a model, bytes of a weight in its files, bytes of all its weights."""
     denoiser = checkpoint.empty_denoiser(model)
-    scores = Scores.unranked(denoiser)
+    scores = Scores.unranked(denoiser, kinds)
     itemsize = (checkpoint.disk_dtype(model) or torch.float16).itemsize
     source = Path(catalog.find(model).source)
     weights = sum(file.stat().st_size for file in source.rglob("*.safetensors"))
@@ -58,7 +58,7 @@ def predict(model: str, ratio: float) -> dict:
         {"params_dense", "params_pruned", "bytes_dense", "bytes_pruned", "ceiling"}
     """
     scores, itemsize, dense_bytes = _sizes(_known(model).name)
-    removed = round(_checked(ratio, scores.ceiling) * scores.total)
+    removed = round(_checked(ratio, scores) * scores.total)
     return {
         "params_dense": scores.total,
         "params_pruned": scores.total - removed,
@@ -68,11 +68,11 @@ def predict(model: str, ratio: float) -> dict:
     }
 
 
-def _checked(ratio: float, ceiling: float) -> float:
-    if not 0 < ratio <= ceiling:
+def _checked(ratio: float, scores: Scores) -> float:
+    if not 0 < ratio <= scores.ceiling:
         raise BudgetError(
-            f"Between 0 and {ceiling:.1%} of this model's parameters can be removed (the rest is not "
-            f"in heads, FFN neurons or ResNet channels); {ratio:.1%} was asked for."
+            f"Between 0 and {scores.ceiling:.1%} of this model's parameters can be removed (the rest "
+            f"is not in {scores.kinds_in_words}); {ratio:.1%} was asked for."
         )
     return ratio
 
@@ -94,11 +94,11 @@ def start(
         kinds: which units may go, of "heads", "ffn", "resnet", "modulation"; None: the preset's.
     """
     known = _known(model)
-    _checked(ratio, _sizes(model)[0].ceiling)
-    if os.environ.get("SPACE_ID"):
-        STORE.sweep(EXPIRY_SECONDS)
     changes = {"kinds": tuple(kinds)} if kinds and set(kinds) != set(PRESET_KINDS) else {}
     config = known.learn_config(preset, ratio, seed=int(seed), **changes)
+    _checked(ratio, _sizes(known.name, config.kinds)[0])
+    if os.environ.get("SPACE_ID"):
+        STORE.sweep(EXPIRY_SECONDS)
     prompts = known.prompts("calibration")
     run = Run.create(STORE.new_folder(), model, config, prompts, preset)
     WORKER.submit(run)

@@ -107,13 +107,15 @@ class EnoughError(Exception):
     """Ends a run, or a forward pass, once enough of it has been seen."""
 
 
-@torch.no_grad()
 def denoiser_calls(pipe, call: dict, limit: int | None = None, on_step=None) -> list[tuple[tuple, dict]]:
     """Arguments of every call of the denoiser in one run, on the CPU: [(args, kwargs)].
 
     Args:
         call: the pipeline's arguments.
         limit: stop the run after so many calls.
+
+    Raises:
+        UnsupportedModelError: the pipeline cannot return latents.
     """
     made: list[tuple[tuple, dict]] = []
 

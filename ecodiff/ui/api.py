@@ -8,6 +8,12 @@ from .common import told
 
 def build() -> None:
     """Register the endpoints. Call inside Blocks."""
+    _plain()
+    _with_files()
+
+
+def _plain() -> None:
+    """Endpoints that take and give plain data."""
 
     def predict(model: str, ratio: float) -> dict:
         return service.predict(model, ratio)
@@ -48,7 +54,9 @@ def build() -> None:
         function.__doc__ = source.__doc__
         gr.api(told(function), api_name=function.__name__, api_description=source.__doc__)
 
-    # Files and images need components: gr.api passes plain data only.
+
+def _with_files() -> None:
+    """Endpoints that give files and images: they need components, gr.api passes plain data only."""
     run = gr.Textbox(visible=False)
     ratio = gr.Number(visible=False)
     prompt = gr.Textbox(visible=False)

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
-from . import data, evaluate, flux, sdxl, training, vae
+from . import data, evaluate, flux, sdxl, training, turbo, vae
 
 HERE = Path(__file__).parent.parent
 CACHE = Path.home() / ".cache" / "ecodiff"
@@ -47,12 +47,30 @@ def train_flux(options, emojis, images) -> None:
     _ship(flux.finished(pipe, trained), options, emojis, images, facts)
 
 
+def train_turbo(options, emojis, images) -> None:
+    """emoji-sdxl in four steps."""
+    teacher = StableDiffusionXLPipeline.from_pretrained(HERE / "emoji-sdxl", dtype=torch.float32)
+    mean, std = (torch.tensor(teacher.vae.config[f"latents_{n}"]).view(1, 4, 1, 1) for n in ("mean", "std"))
+    scaled = (vae.encode(teacher.vae.to(options.device), images) - mean) / std
+    pipe = turbo.new_pipeline(teacher)
+    trained = turbo.train(pipe, scaled, emojis, options.work, options.steps, options.device)
+    facts = {
+        "teacher": f"emoji-sdxl at guidance {turbo.GUIDANCE}",
+        "consistency distillation": f"{options.steps:,} steps of {training.BATCH} images",
+    }
+    _ship(sdxl.finished(pipe, trained), options, emojis, images, facts)
+
+
 def _ship(pipe, options, emojis, images, facts: dict[str, str]) -> None:
     pipe.save_pretrained(options.out, max_shard_size="9MB")
     evaluate.report(options.model, pipe, emojis, images, options.out, facts)
 
 
-RECIPES = {"emoji-sdxl": train_sdxl, "emoji-flux": train_flux}
+RECIPES = {  # and steps of the denoiser
+    "emoji-sdxl": (train_sdxl, 9000),
+    "emoji-flux": (train_flux, 7000),
+    "emoji-turbo": (train_turbo, 3000),
+}
 
 
 def main() -> None:
@@ -74,11 +92,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    options.steps = options.steps or {"emoji-sdxl": 9000, "emoji-flux": 7000}[options.model]
+    recipe, steps = RECIPES[options.model]
+    options.steps = options.steps or steps
     options.work = options.work or CACHE / f"train-{options.model.removeprefix('emoji-')}"
     options.out = options.out or HERE / options.model
     options.work.mkdir(parents=True, exist_ok=True)
-    RECIPES[options.model](options, *data.load(options.data))
+    recipe(options, *data.load(options.data))
 
 
 if __name__ == "__main__":

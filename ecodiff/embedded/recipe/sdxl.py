@@ -105,18 +105,23 @@ class Denoiser(nn.Module):
         self.text_encoder = pipe.text_encoder
         self.text_encoder_2 = pipe.text_encoder_2
 
-    def forward(self, noisy, times, tokens, captioned):
-        """Predicted v, (n, 4, 16, 16); where `captioned` is 0 the text is SDXL's empty prompt."""
+    def text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """States (n, tokens, 192) and pooled state (n, 128); zeros are SDXL's empty prompt."""
         first = self.text_encoder(tokens, output_hidden_states=True)
         second = self.text_encoder_2(tokens, output_hidden_states=True)
-        text = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+
+    def forward(self, noisy: Tensor, times: Tensor, states: Tensor, pooled: Tensor) -> Tensor:
+        """Predicted v, (n, 4, 16, 16)."""
         sizes = torch.tensor(SIZES, device=noisy.device, dtype=torch.float32)
-        added = {
-            "text_embeds": second.text_embeds * captioned[:, None],
-            "time_ids": sizes.expand(len(noisy), -1),
-        }
-        text = text * captioned[:, None, None]
-        return self.unet(noisy, times, text, added_cond_kwargs=added).sample
+        added = {"text_embeds": pooled, "time_ids": sizes.expand(len(noisy), -1)}
+        return self.unet(noisy, times, states, added_cond_kwargs=added).sample
+
+
+def levels(alphas: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """Signal and noise of time steps, sqrt(alpha) and sqrt(1 - alpha), each (n, 1, 1, 1)."""
+    alpha = alphas[times].view(-1, 1, 1, 1)
+    return alpha.sqrt(), (1 - alpha).sqrt()
 
 
 def train(pipe, latents, emojis, folder: Path, steps: int, device: str) -> Denoiser:
@@ -134,13 +139,14 @@ def train(pipe, latents, emojis, folder: Path, steps: int, device: str) -> Denoi
     def loss_of(draw: torch.Generator) -> Tensor:
         rows, aliased, captioned = captions.draw(draw)
         times = torch.randint(len(alphas), (len(rows),), generator=draw)
-        noise = torch.randn(len(rows), *latents.shape[1:], generator=draw)
-        signal = alphas[times].sqrt().view(-1, 1, 1, 1)
-        spread = (1 - alphas[times]).sqrt().view(-1, 1, 1, 1)
-        clean = latents[rows]
+        noise, clean = torch.randn(len(rows), *latents.shape[1:], generator=draw), latents[rows]
+        signal, spread = levels(alphas, times)
         noisy, target = signal * clean + spread * noise, signal * noise - spread * clean
-        batch = (noisy, times, tokens[aliased.long(), rows], captioned.float())
-        predicted = model(*(tensor.to(device) for tensor in batch))
+        states, pooled = model.text(tokens[aliased.long(), rows].to(device))
+        captioned = captioned.float().to(device)
+        predicted = model(
+            noisy.to(device), times.to(device), states * captioned[:, None, None], pooled * captioned[:, None]
+        )
         return F.mse_loss(predicted.float(), target.to(device))
 
     return training.fit(model, loss_of, folder, "denoiser", steps, device)

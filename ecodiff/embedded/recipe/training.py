@@ -16,9 +16,9 @@ PEAK_RATE = 1e-3
 DROPPED = 0.1  # captions that are left out, for guidance
 
 
-def rate(step: int, steps: int) -> float:
+def rate(step: int, steps: int, peak: float = PEAK_RATE) -> float:
     """Learning rate: a short warm-up, constant, and down to zero over the last 40 %."""
-    return PEAK_RATE * min((step + 1) / 200, 1.0, (steps - step) / (0.4 * steps))
+    return peak * min((step + 1) / 200, 1.0, (steps - step) / (0.4 * steps))
 
 
 class Captions:
@@ -50,15 +50,17 @@ def fit(
     steps: int,
     device: str,
     seed: int = 0,
+    peak_rate: float = PEAK_RATE,
 ) -> nn.Module:
-    """Minimise `loss_of(generator)` over `model`; resumes from `folder`/`name`.safetensors.
+    """Minimise `loss_of(generator)` over what `model` trains; resumes from `folder`/`name`.safetensors.
 
     Every step draws from a generator of its own, so a resumed training sees what an unbroken one
     would. Returns the exponential moving average of the weights, in eval mode.
     """
     average = copy.deepcopy(model)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    averaged = [p for p, q in zip(average.parameters(), model.parameters(), strict=True) if q.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     modules = {"model": model, "average": average}
     start = state.load(folder / f"{name}.safetensors", modules, optimizer)
     # On a CPU the fused kernel's backward pass costs more than all the rest of the network.
@@ -66,7 +68,7 @@ def fit(
     clock, total = time.monotonic(), 0.0
     for step in range(start, steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps)
+            group["lr"] = rate(step, steps, peak_rate)
         optimizer.zero_grad(set_to_none=True)
         with sdpa_kernel(kernels):
             with torch.autocast(device, torch.bfloat16):
@@ -76,7 +78,7 @@ def fit(
         optimizer.step()
         decay = min(0.999, (step + 1) / (step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), parameters, 1 - decay)
+            torch._foreach_lerp_(averaged, parameters, 1 - decay)
         total += loss.item()
         if (step + 1) % 100 == 0:
             seconds = time.monotonic() - clock
