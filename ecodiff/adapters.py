@@ -5,54 +5,104 @@ the name of its model. This is the only place in ecodiff that knows an architect
 function here and a row in tests/test_conformance.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 
 from .units import Attribute, PruneGroup, Slot, units
 
+# Attention by the names of its Linears, of image and of text: those that give queries (and gates on
+# the output, as wide), keys and values; those that give several of them at once, stacked; and those
+# that read the heads' outputs.
+QUERIES = ("to_q", "add_q_proj", "to_q_t", "to_query", "to_gate")
+KEYS_AND_VALUES = ("to_k", "to_v", "add_k_proj", "add_v_proj", "to_k_t", "to_v_t", "to_key", "to_value")
+STACKED = {"img_qkv_proj": 3, "txt_kv_proj": 2, "img_attn_qkv": 3, "txt_attn_qkv": 3}  # PRX, JoyImage
+OUTPUTS = ("to_out", "to_add_out", "to_out_t", "out_layer", "img_attn_proj", "txt_attn_proj")
+QUERY_NORMS = ("norm_q", "norm_added_q", "q_rms_norm", "q_rms_norm_t")
+KEY_NORMS = ("norm_k", "norm_added_k", "k_rms_norm", "k_rms_norm_t")
+HEAD_COUNTS = ("heads", "num_heads")
+# Heads that are left alone: LTX-2 gates them and gives each positions of its own, Helios scales each
+# one's keys, AnyFlow's cache has a fixed number of them, Cosmos's may attend to images besides.
+NOT_HEADS = ("LTX2Attention", "HeliosAttention", "AnyFlow", "CosmosAttention")
+
 
 def attention(path: str, module: nn.Module) -> Iterator[PruneGroup]:
-    """Heads of diffusers' attention layers: to_q, to_k, to_v in, to_out[0] (and to_add_out) out."""
-    out = getattr(module, "to_out", None)
-    if not isinstance(out, nn.ModuleList) or len(out) == 0 or not isinstance(out[0], nn.Linear):
-        return
-    consumers = [f"{path}.to_out.0"]
-    if isinstance(getattr(module, "to_add_out", None), nn.Linear):
-        consumers.append(f"{path}.to_add_out")
-    yield from _heads(path, module, consumers, out[0].in_features)
+    """Heads of an attention with output Linears of its own."""
+    outputs = _linears(module, OUTPUTS)
+    if outputs:
+        yield from _heads(path, module, [f"{path}.{name}" for name in outputs], min(outputs.values()))
+
+
+def _linears(module: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """Those of `names` that are Linears (or lists that begin with one), and what they read."""
+    found = {}
+    for name in names:
+        child = getattr(module, name, None)
+        if isinstance(child, nn.ModuleList) and len(child):
+            name, child = f"{name}.0", child[0]
+        if isinstance(child, nn.Linear):
+            found[name] = child.in_features
+    return found
 
 
 def _heads(path: str, module: nn.Module, consumers: list[str], width: int) -> Iterator[PruneGroup]:
     """Heads of an attention whose output is the first `width` columns that `consumers` read."""
-    if not all(isinstance(getattr(module, n, None), nn.Linear) for n in ("to_q", "to_k", "to_v")):
+    heads = next((getattr(module, name) for name in HEAD_COUNTS if hasattr(module, name)), 0)
+    if not isinstance(heads, int) or heads < 1 or width % heads or _fused(module):
         return
-    heads, inner = getattr(module, "heads", 0), module.to_q.out_features
-    if not heads or inner % heads or inner != width:
+    if type(module).__name__.startswith(NOT_HEADS):
         return
-    norms = [getattr(getattr(module, name, None), "weight", None) for name in ("norm_q", "norm_k")]
-    across_heads = heads > 1 and any(weight is not None and weight.numel() == inner for weight in norms)
-    kv_inner = module.to_k.out_features
-    if across_heads or inner % kv_inner or kv_inner % (inner // heads):
-        return  # norms across heads need an adapter of their own
+    stacked = _linears(module, STACKED)
+    queries, keys = _linears(module, QUERIES), _linears(module, KEYS_AND_VALUES)
+    rows = {name: getattr(module, name).out_features for name in (*queries, *keys, *stacked)}
+    kv_width = min((rows[name] for name in keys), default=width)
+    if not (stacked or (queries and keys)) or width % kv_width or kv_width % (width // heads):
+        return
+    if any(rows[n] != width for n in queries) or any(rows[n] != kv_width for n in keys):
+        return
+    if any(rows[name] != STACKED[name] * width for name in stacked):
+        return
     # Grouped-query attention: a unit is a key-value head with the query heads that read it.
-    size, width = kv_inner * heads // inner, inner // heads
-    index = {"q": units(size, heads // size * width), "kv": units(size, width)}
-    parts = {"to_q": "q", "to_k": "kv", "to_v": "kv"}
-    parts |= {"add_q_proj": "q", "add_k_proj": "kv", "add_v_proj": "kv"}
-    linears = {n: index[part] for n, part in parts.items() if isinstance(getattr(module, n, None), nn.Linear)}
-    per_unit = {"heads": heads // size, "sliceable_head_dim": heads // size, "num_kv_heads": 1}
-    per_unit |= {"inner_dim": heads // size * width, "inner_kv_dim": width}
+    head, size = width // heads, kv_width * heads // width
+    each = heads // size
+    q_index, kv_index = units(size, each * head), units(size, head)
+    norms = [*_norms(path, module, QUERY_NORMS, head, q_index)]
+    norms += _norms(path, module, KEY_NORMS, head, kv_index)
+    if None in norms:
+        return
+    producers = [Slot(f"{path}.{name}", "out", q_index) for name in queries]
+    producers += [Slot(f"{path}.{name}", "out", kv_index) for name in keys]
+    producers += [Slot(f"{path}.{n}", "out", units(heads, head, STACKED[n])) for n in stacked]
+    per_unit = {"heads": each, "num_heads": each, "sliceable_head_dim": each, "num_kv_heads": 1}
+    per_unit |= {"inner_dim": each * head, "inner_kv_dim": head, "kv_inner_dim": head}
+    if type(getattr(module, "processor", None)).__name__.startswith("OmniGen"):
+        per_unit["out_dim"] = each * head
     yield PruneGroup(
         name=path,
         kind="heads",
         size=size,
-        consumers=tuple(Slot(name, "in", index["q"]) for name in consumers),
-        producers=tuple(Slot(f"{path}.{name}", "out", rows) for name, rows in linears.items()),
-        attributes=tuple(
-            Attribute(path, name, value) for name, value in per_unit.items() if hasattr(module, name)
-        ),
+        consumers=tuple(Slot(name, "in", q_index) for name in consumers),
+        producers=tuple(producers),
+        attributes=tuple(Attribute(path, n, value) for n, value in per_unit.items() if hasattr(module, n)),
+        norms=tuple(norms),
+        rope_by_head=type(module).__name__.startswith(("LTXAttention", "MochiAttention")),
     )
+
+
+def _fused(module: nn.Module) -> bool:
+    return bool(getattr(module, "fused_projections", False))
+
+
+def _norms(path: str, module: nn.Module, names: Iterable[str], head: int, index) -> Iterator[Slot | None]:
+    """Norms of queries or keys that run across heads; None for one that ecodiff cannot follow."""
+    for name in names:
+        norm = getattr(module, name, None)
+        weight = getattr(norm, "weight", None)
+        if weight is None or weight.numel() == head:
+            continue  # a head at a time: the same weights for all
+        follows = "RMS" in type(norm).__name__ and getattr(norm, "bias", None) is None
+        fits = weight.numel() == index.numel()
+        yield Slot(f"{path}.{name}", "out", index) if follows and fits else None
 
 
 def feed_forward(path: str, module: nn.Module) -> Iterator[PruneGroup]:
@@ -85,6 +135,8 @@ FEED_FORWARDS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("gate_up_proj",), "down_proj"),  # OmniGen
     (("gate", "up"), "down"),  # Krea 2
     (("linear_in",), "linear_out"),  # FLUX.2
+    (("in_layer",), "out_layer"),  # Kandinsky 5
+    (("gate_layer", "proj"), "out"),  # Qwen-Image 2.1
 )
 
 
@@ -122,6 +174,18 @@ def gated_convolutions(path: str, module: nn.Module) -> Iterator[PruneGroup]:
     )
 
 
+def pointwise_convolutions(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+    """Channels of Kandinsky 3's feed-forwards: two 1x1 convolutions and what is between them."""
+    if not path.endswith(".feed_forward") or not isinstance(module, nn.Sequential) or len(module) != 3:
+        return
+    first, _, last = module
+    if not isinstance(first, nn.Conv2d) or not isinstance(last, nn.Conv2d):
+        return
+    index = units(last.in_channels)
+    consumers, producers = Slot(f"{path}.2", "in", index), Slot(f"{path}.0", "out", index)
+    yield PruneGroup(path, "conv_ffn", last.in_channels, (consumers,), (producers,))
+
+
 def parallel_attention(path: str, module: nn.Module) -> Iterator[PruneGroup]:
     """FLUX.2's single blocks: one Linear gives q, k, v and the gated MLP, another reads both."""
     fused, out = getattr(module, "to_qkv_mlp_proj", None), getattr(module, "to_out", None)
@@ -150,12 +214,13 @@ def parallel_attention(path: str, module: nn.Module) -> Iterator[PruneGroup]:
 
 
 def single_stream(path: str, module: nn.Module) -> Iterator[PruneGroup]:
-    """FLUX's single blocks: proj_out reads the attention and the MLP side by side."""
+    """FLUX's single blocks: proj_out reads the attention and the MLP (gated, in Ovis) side by side."""
     attn, mlp, out = (getattr(module, name, None) for name in ("attn", "proj_mlp", "proj_out"))
     if attn is None or not isinstance(mlp, nn.Linear) or not isinstance(out, nn.Linear):
         return
-    hidden, inner = mlp.out_features, out.in_features - mlp.out_features
-    if inner != getattr(getattr(attn, "to_q", None), "out_features", None):
+    inner = getattr(getattr(attn, "to_q", None), "out_features", 0)
+    hidden = out.in_features - inner
+    if not inner or mlp.out_features not in (hidden, 2 * hidden):
         return
     yield from _heads(f"{path}.attn", attn, [f"{path}.proj_out"], inner)
     yield PruneGroup(
@@ -163,17 +228,24 @@ def single_stream(path: str, module: nn.Module) -> Iterator[PruneGroup]:
         kind="ffn",
         size=hidden,
         consumers=(Slot(f"{path}.proj_out", "in", units(hidden) + inner),),
-        producers=(Slot(f"{path}.proj_mlp", "out", units(hidden)),),
+        producers=(Slot(f"{path}.proj_mlp", "out", units(hidden, copies=mlp.out_features // hidden)),),
         attributes=(Attribute(path, "mlp_hidden_dim", 1),) if hasattr(module, "mlp_hidden_dim") else (),
     )
 
 
 def modulation(path: str, module: nn.Module) -> Iterator[PruneGroup]:
-    """Rows of the AdaLayerNormZero family: the Linear behind the time embedding, read as zero if gone."""
-    linear = getattr(module, "linear", None)
-    if not type(module).__name__.startswith("AdaLayerNormZero") or not isinstance(linear, nn.Linear):
+    """Rows of the Linear that turns the time embedding into shifts, scales and gates; zero if gone.
+
+    In the AdaLayerNormZero family, and in Qwen-Image's sequences of an activation and a Linear.
+    """
+    name, linear = "linear", getattr(module, "linear", None)
+    if path.endswith(("img_mod", "txt_mod")) and isinstance(module, nn.Sequential):
+        name, linear = str(len(module) - 1), module[-1]
+    elif "AdaLayerNormZero" not in type(module).__name__:
         return
-    slot = Slot(f"{path}.linear", "out", units(linear.out_features), scattered=True)
+    if not isinstance(linear, nn.Linear):
+        return
+    slot = Slot(f"{path}.{name}", "out", units(linear.out_features), scattered=True)
     yield PruneGroup(path, "modulation", linear.out_features, consumers=(slot,), producers=())
 
 
@@ -218,6 +290,7 @@ ADAPTERS: tuple[Callable[[str, nn.Module], Iterator[PruneGroup]], ...] = (
     feed_forward,
     named_feed_forward,
     gated_convolutions,
+    pointwise_convolutions,
     single_stream,
     parallel_attention,
     resnet,

@@ -16,6 +16,7 @@ from functools import cache
 import diffusers
 import torch
 from diffusers import ModelMixin
+from diffusers.models.attention_processor import AttnAddedKVProcessor
 from torch import nn
 
 NAME = "ecodiff_sliced_v1"
@@ -26,28 +27,34 @@ class EmptiedAttnProcessor:
     """Attention without heads: nothing is attended to, the output projections' biases remain.
 
     Without output projections (FLUX's single blocks) the output has no features at all. Some
-    processors attend to image and text together and give both (`joint`).
+    processors attend to image and text together and give both (`joint`); some add what they were
+    given whatever the module says (`residual`).
     """
 
-    def __init__(self, joint: bool = False):
-        self.joint = joint
+    def __init__(self, joint: bool = False, residual: bool = False):
+        self.joint, self.residual = joint, residual
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
         if hasattr(attn, "to_qkv_mlp_proj"):  # FLUX.2: the MLP beside it goes on
             return attn.to_out(attn.mlp_act_fn(attn.to_qkv_mlp_proj(hidden_states)))
-        if getattr(attn, "to_out", None) is None:
-            return hidden_states[..., :0]
-        output = self.bias(attn.to_out[0], hidden_states)
-        if getattr(attn, "residual_connection", False):
+        own = self.projection(attn, ("to_out", "out_layer", "img_attn_proj"))
+        if own is None:
+            none = hidden_states[..., :0]
+            return none if encoder_hidden_states is None else (none, encoder_hidden_states[..., :0])
+        output = self.bias(own, hidden_states)
+        if self.residual or getattr(attn, "residual_connection", False):
             output = output + hidden_states
         output = output / getattr(attn, "rescale_output_factor", 1.0)
         if self.joint:
-            return output, self.bias(attn.to_out[0], encoder_hidden_states)
-        if getattr(attn, "add_q_proj", None) is None:
-            return output
-        if getattr(attn, "to_add_out", None) is None:
-            return output, encoder_hidden_states
-        return output, self.bias(attn.to_add_out, encoder_hidden_states)
+            return output, self.bias(own, encoder_hidden_states)
+        other = self.projection(attn, ("to_add_out", "to_out_t", "txt_attn_proj"))
+        if other is not None:
+            return output, self.bias(other, encoder_hidden_states)
+        return output if getattr(attn, "add_q_proj", None) is None else (output, encoder_hidden_states)
+
+    def projection(self, attn, names):
+        found = next((getattr(attn, n) for n in names if getattr(attn, n, None) is not None), None)
+        return found[0] if isinstance(found, nn.ModuleList) else found
 
     def bias(self, projection, hidden_states):
         bias = projection(hidden_states.new_zeros(1, 0))
@@ -56,12 +63,36 @@ class EmptiedAttnProcessor:
         return bias.expand(*hidden_states.shape[:-1], -1)
 
 
-def empty_attention(attention: nn.Module) -> None:
-    """Let an attention that has no heads left go without."""
-    before = type(attention.processor).__name__
-    attention.set_processor(
-        EmptiedAttnProcessor(joint=before.startswith(("CogView", "CogVideoX", "GlmImage")))
-    )
+def fit_processor(attention: nn.Module) -> None:
+    """Give an attention that lost heads a processor that can do without them."""
+    processor = getattr(attention, "processor", None)
+    before = type(processor).__name__
+    if getattr(attention, "heads", getattr(attention, "num_heads", None)) == 0:
+        joint = before.startswith(("CogView", "CogVideoX", "GlmImage"))
+        attention.processor = EmptiedAttnProcessor(joint, residual=before.startswith("AttnAddedKV"))
+    elif before == "AttnAddedKVProcessor2_0":  # it takes the heads' width for the residual's
+        attention.processor = AttnAddedKVProcessor()
+
+
+def gather_rope(attention: nn.Module, heads: torch.Tensor, count: int) -> None:
+    """Let an attention that kept `heads` of `count` read its own part of every head's positions."""
+    attention.register_buffer("rope_heads", heads, persistent=False)
+    if not hasattr(attention, "rope_count"):
+        attention.register_forward_pre_hook(_own_rope, with_kwargs=True)
+    attention.rope_count = count
+
+
+def _own_rope(attention, args, kwargs):
+    heads, count = attention.rope_heads, attention.rope_count
+
+    def own(table):  # (..., heads, features), or (..., heads * features)
+        if table.shape[-2] == count:
+            return table.index_select(-2, heads)
+        return table.unflatten(-1, (count, -1)).index_select(-2, heads).flatten(-2)
+
+    if kwargs.get("image_rotary_emb") is not None:
+        kwargs = kwargs | {"image_rotary_emb": tuple(own(table) for table in kwargs["image_rotary_emb"])}
+    return args, kwargs
 
 
 class ScatteredLinear(nn.Linear):
@@ -122,14 +153,21 @@ def apply(model: nn.Module, description: dict) -> None:
         if not isinstance(linear, nn.Linear) or len(rows) != len(linear.weight) or bits[0] != widths[path]:
             raise ValueError(f"{path} does not have {len(rows)} of {bits[0]} rows.")
         scatter(linear, rows, bits[0])
-    for path in description["emptied"]:
-        empty_attention(modules[path])
+    for path in description["attributes"]:
+        fit_processor(modules[path])
+    for path, bits in description.get("ropes", {}).items():
+        heads = unpacked(bits)
+        if len(heads) != modules[path].heads:
+            raise ValueError(f"{path} does not have {len(heads)} of {bits[0]} heads.")
+        gather_rope(modules[path], heads, bits[0])
 
 
 def set_features(module: nn.Module) -> None:
-    """Let a Linear or a convolution say the shape that its weight has."""
+    """Let a Linear, a convolution or a norm say the shape that its weight has."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.RMSNorm):
+        module.normalized_shape = tuple(module.weight.shape)
     elif isinstance(module, nn.Conv2d):
         module.out_channels = module.weight.shape[0]
         module.in_channels = module.weight.shape[1] * (1 if module.groups == 1 else module.weight.shape[0])

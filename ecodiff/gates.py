@@ -56,14 +56,14 @@ def _factors(denoiser: nn.Module, groups: list[PruneGroup], masks: Mapping[str, 
             raise PlanError(
                 f"The mask of {group.name} has shape {tuple(mask.shape)}; it has {group.size} units."
             )
-        for slot in group.consumers:
+        for slot in (*group.consumers, *group.norms):
             weight = denoiser.get_submodule(slot.module).weight
             mask = mask.to(weight.device, torch.promote_types(torch.float32, mask.dtype))
             index = slot.index.to(weight.device)
             spread = mask.repeat_interleave(index.shape[1], dim=-1)
             whole = spread.new_ones(*mask.shape[:-1], weight.shape[1 if slot.axis == "in" else 0])
             factor = whole.index_copy(-1, index.flatten(), spread)
-            key = (slot.module, slot.axis)
+            key = (slot.module, "norm" if slot in group.norms else slot.axis)
             factors[key] = factors.get(key, 1) * factor
     return factors
 
@@ -96,7 +96,8 @@ def masked(denoiser: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
         if axis == "in":
             handles.append(module.register_forward_pre_hook(partial(_multiply_input, factor)))
         else:
-            handles.append(module.register_forward_hook(partial(_multiply_output, factor)))
+            hook = _renormalise if axis == "norm" else _multiply_output
+            handles.append(module.register_forward_hook(partial(hook, factor)))
     try:
         yield
     finally:
@@ -116,10 +117,28 @@ def _multiply_output(factor: Tensor, module: nn.Module, inputs: tuple, output: T
     return _times(output, factor, output.ndim - 1)
 
 
+def _renormalise(factor: Tensor, norm: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    """The norm with its mean square over what is kept, sum(m x^2) / sum(m): its own at m = 1.
+
+    A norm that is sliced takes its mean over the features that are left. A mask that is learned
+    under any other reading would not be that of the model that is cut from it.
+    """
+    x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
+    factor = _spread(factor, x, x.ndim - 1)
+    kept = (factor * x.square()).sum(-1, keepdim=True) / factor.sum(-1, keepdim=True).clamp_min(1e-12)
+    eps = torch.finfo(inputs[0].dtype).eps if norm.eps is None else norm.eps
+    return (x * (kept + eps).rsqrt() * norm.weight).to(output.dtype)
+
+
 def _times(x: Tensor, factor: Tensor, features: int) -> Tensor:
+    return x * _spread(factor, x, features).to(x.dtype)
+
+
+def _spread(factor: Tensor, x: Tensor, features: int) -> Tensor:
+    """The factor in a shape that can be multiplied by x, along its axis `features`."""
     shape = [1] * x.ndim
     shape[features] = factor.shape[-1]
     if factor.ndim == 2:  # guidance stacks the whole batch again for the empty prompt
         factor = factor.repeat(x.shape[0] // factor.shape[0], 1)
         shape[0] = x.shape[0]
-    return x * factor.view(shape).to(x.dtype)
+    return factor.view(shape)

@@ -27,8 +27,8 @@ def magnitude(denoiser: nn.Module, norm: int = 2) -> dict[str, Tensor]:
         powers = torch.zeros(group.size)
         for slot in group.slots:
             weight = denoiser.get_submodule(slot.module).weight.detach().float().cpu()
-            per_feature = weight.abs().pow(norm).sum(0 if slot.axis == "in" else 1)
-            powers += per_feature[slot.index].sum(1)
+            weight = weight.movedim(1 if slot.axis == "in" else 0, 0)
+            powers += weight.reshape(len(weight), -1).abs().pow(norm).sum(1)[slot.index].sum(1)
         values[group.name] = _relative(powers.pow(1 / norm))
     return values
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from .ecodiff_sliced_v1 import (
     FORMAT,
     ScatteredLinear,
-    empty_attention,
+    fit_processor,
+    gather_rope,
     scatter,
     set_features,
     sliced_class,
@@ -51,7 +52,7 @@ def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Mo
     for name in {slot.module for group in groups for slot in group.slots if slot.scattered}:
         _scatter(denoiser.get_submodule(name), kept[name, "out"])
     for group in groups:
-        _set_attributes(denoiser, group, int(plan[group.name].sum()))
+        _set_attributes(denoiser, group, plan[group.name])
     if isinstance(denoiser, ModelMixin):
         _describe(denoiser, plan, groups, {module for (module, _), r in kept.items() if not r.all()})
     return denoiser
@@ -76,12 +77,18 @@ def _scatter(linear: nn.Linear, rows: Tensor) -> None:
         scatter(linear, kept, getattr(linear, "width", len(rows)))
 
 
-def _set_attributes(denoiser: nn.Module, group: PruneGroup, count: int) -> None:
+def _set_attributes(denoiser: nn.Module, group: PruneGroup, keep: Tensor) -> None:
     for attribute in group.attributes:
         module = denoiser.get_submodule(attribute.module)
-        setattr(module, attribute.name, count * attribute.per_unit)
-    if group.kind == "heads" and count == 0:
-        empty_attention(denoiser.get_submodule(group.name))
+        setattr(module, attribute.name, int(keep.sum()) * attribute.per_unit)
+    if group.kind != "heads" or keep.all():
+        return
+    attention = denoiser.get_submodule(group.name)
+    fit_processor(attention)
+    if group.rope_by_head:
+        before = getattr(attention, "rope_heads", torch.arange(len(keep)))
+        heads = before.cpu()[keep].to(attention.to_q.weight.device)
+        gather_rope(attention, heads, getattr(attention, "rope_count", len(keep)))
 
 
 def _describe(denoiser: ModelMixin, plan: PrunePlan, groups: list[PruneGroup], cut: set[str]) -> None:
@@ -97,10 +104,11 @@ def _describe(denoiser: ModelMixin, plan: PrunePlan, groups: list[PruneGroup], c
         for attribute in group.attributes:
             module = denoiser.get_submodule(attribute.module)
             attributes.setdefault(attribute.module, {})[attribute.name] = getattr(module, attribute.name)
-    emptied = {g.name for g in groups if g.kind == "heads" and not plan[g.name].any()}
-    description["emptied"] = sorted(emptied.union(description.get("emptied", [])))
-    scattered = {n: m for n, m in denoiser.named_modules() if isinstance(m, ScatteredLinear)}
-    description["scattered"] = {name: _packed_rows(module) for name, module in scattered.items()}
+    modules = dict(denoiser.named_modules())
+    scattered = {n: (m.rows, m.width) for n, m in modules.items() if isinstance(m, ScatteredLinear)}
+    ropes = {n: (m.rope_heads, m.rope_count) for n, m in modules.items() if hasattr(m, "rope_heads")}
+    for name, found in (("scattered", scattered), ("ropes", ropes)):
+        description[name] = {path: _packed_rows(*kept) for path, kept in found.items()}
     whole = _composed(PrunePlan.unpacked(description["plan"]["units"]), plan)
     description["plan"] = {"units": whole.packed(), "metadata": plan.metadata}
     if before is None:
@@ -108,9 +116,9 @@ def _describe(denoiser: ModelMixin, plan: PrunePlan, groups: list[PruneGroup], c
     denoiser.register_to_config(ecodiff=description)
 
 
-def _packed_rows(linear: ScatteredLinear) -> list:
-    bits = torch.zeros(linear.width, dtype=torch.bool)
-    bits[linear.rows.cpu()] = True
+def _packed_rows(rows: Tensor, width: int) -> list:
+    bits = torch.zeros(width, dtype=torch.bool)
+    bits[rows.cpu()] = True
     return PrunePlan({"rows": bits}).packed()["rows"]
 
 

@@ -87,6 +87,9 @@ def trajectory(
     was_training = denoiser.training
     progress_bar = getattr(pipe, "_progress_bar_config", {})
     denoiser.requires_grad_(False).eval()
+    for module in denoiser.modules():  # HiDream: experts have gradients in training mode only
+        if hasattr(module, "moe_infer"):
+            module.training = True
     denoiser.forward = checkpointed_step if checkpoint else step
     pipe.set_progress_bar_config(disable=True)
     try:

@@ -54,6 +54,8 @@ class PruneGroup:
     consumers: tuple[Slot, ...]  # where a mask is applied: to inputs, or to scattered outputs
     producers: tuple[Slot, ...]
     attributes: tuple[Attribute, ...] = ()
+    norms: tuple[Slot, ...] = ()  # RMS norms across units: their mean runs over what the mask keeps
+    rope_by_head: bool = False  # each head has rotary positions of its own
 
     @property
     def floor(self) -> int:
@@ -62,7 +64,7 @@ class PruneGroup:
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        return self.consumers + self.producers
+        return self.consumers + self.producers + self.norms
 
 
 def units(count: int, width: int = 1, copies: int = 1) -> LongTensor:

@@ -69,7 +69,7 @@ def _ship(pipe, options, emojis, images, facts: dict[str, str]) -> None:
 RECIPES = {  # and steps of the denoiser
     "emoji-sdxl": (train_sdxl, 9000),
     "emoji-flux": (train_flux, 7000),
-    "emoji-turbo": (train_turbo, 3000),
+    "emoji-turbo": (train_turbo, 1600),
 }
 
 
