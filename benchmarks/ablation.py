@@ -43,7 +43,7 @@ class Judge:
     @torch.inference_mode()
     def draw(self, pipe) -> torch.Tensor:
         parts = [range(i, min(i + BATCH, len(self.prompts))) for i in range(0, len(self.prompts), BATCH)]
-        calls = [prompt_rows(self.prompts, rows, self.seed) | self.options for rows in parts]
+        calls = [prompt_rows(self.prompts, rows, self.seed, self.options) for rows in parts]
         return torch.cat([pipe(**call, output_type="latent").images.float() for call in calls]).clone()
 
     def __call__(self, small) -> float:

@@ -92,7 +92,7 @@ def rank(method: str, pipe, model: catalog.Model, ratio: float, seed: int) -> tu
         return scores, 4 * config.total_steps * config.batch + dense
     options = call_options(pipe, model.learn_steps, model.guidance_scale, model.size) | model.extra
     calls = [
-        prompt_rows(prompts, range(first, first + 4), seed) | options for first in range(0, CALIBRATION, 4)
+        prompt_rows(prompts, range(first, first + 4), seed, options) for first in range(0, CALIBRATION, 4)
     ]
     values, cost = {
         "random": lambda: (saliency.random(denoiser, seed), 0),

@@ -16,34 +16,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import ecodiff
+from ecodiff import checkpoint
 from ecodiff.catalog import EMBEDDED
 from ecodiff.measure import parameters
-
-SDXL = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 def random_unet() -> UNet2DConditionModel:
     """The UNet in bfloat16, every weight random, none in float32 on the way."""
-    with init_empty_weights():
-        unet = UNet2DConditionModel(**SDXL)
-    unet = unet.to(torch.bfloat16).to_empty(device="cpu").eval().requires_grad_(False)
+    unet = (
+        checkpoint.empty_denoiser("sdxl")
+        .to(torch.bfloat16)
+        .to_empty(device="cpu")
+        .eval()
+        .requires_grad_(False)
+    )
     generator = torch.Generator().manual_seed(0)
     for name, parameter in unet.named_parameters():
         if parameter.ndim > 1:

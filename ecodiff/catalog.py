@@ -1,5 +1,6 @@
-"""The models that are offered by name, and how each is used by default."""
+"""The models that are offered by name, and how each is used by default: models.json, read."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,19 +21,25 @@ class Model:
         learn_steps: time steps of a trajectory while learning.
         dtype: in which its files hold the weights.
         licence: of the weights; a pruned checkpoint inherits it.
+        gated: the Hub wants its licence accepted first.
+        extra: more arguments of the pipeline's call.
+        others_gb: 10^9 bytes of text encoders and autoencoder in `dtype`, to one digit.
+        denoiser: its published configuration, so that it can be counted without a network.
     """
 
     name: str
     source: str
     title: str
     steps: int
-    guidance_scale: float
+    guidance_scale: float | None
     size: int | None
     learn_steps: int
     dtype: str
     licence: str
     gated: bool = False
-    extra: dict = field(default_factory=dict)  # more arguments of the pipeline's call
+    extra: dict = field(default_factory=dict)
+    others_gb: float = 0.0
+    denoiser: dict | None = None
 
     @property
     def embedded(self) -> bool:
@@ -75,114 +82,14 @@ class Model:
         return [line for line in text.splitlines() if line.strip()]
 
 
+def _read(entry: dict) -> Model:
+    embedded = EMBEDDED / entry["source"]
+    return Model(**entry | ({"source": str(embedded)} if "/" not in entry["source"] else {}))
+
+
 MODELS: dict[str, Model] = {
-    model.name: model
-    for model in (
-        Model(
-            "emoji-sdxl",
-            str(EMBEDDED / "emoji-sdxl"),
-            "emoji-sdxl · 8 M, ships with ecodiff",
-            steps=20,
-            guidance_scale=3.0,
-            size=64,
-            learn_steps=12,
-            dtype="float16",
-            licence="mit",
-        ),
-        Model(
-            "emoji-turbo",
-            str(EMBEDDED / "emoji-turbo"),
-            "emoji-turbo · 8 M, four steps, ships with ecodiff",
-            steps=4,
-            guidance_scale=0.0,
-            size=64,
-            learn_steps=4,
-            dtype="float16",
-            licence="mit",
-        ),
-        Model(
-            "emoji-flux",
-            str(EMBEDDED / "emoji-flux"),
-            "emoji-flux · 8 M, ships with ecodiff",
-            steps=20,
-            guidance_scale=3.0,
-            size=64,
-            learn_steps=12,
-            dtype="float16",
-            licence="mit",
-            extra={"max_sequence_length": 28},
-        ),
-        Model(
-            "sdxl",
-            "stabilityai/stable-diffusion-xl-base-1.0",
-            "Stable Diffusion XL · 2.6 B, from the Hub",
-            steps=30,
-            guidance_scale=5.0,
-            size=1024,
-            learn_steps=12,
-            dtype="float16",
-            licence="openrail++",
-        ),
-        Model(
-            "sdxl-turbo",
-            "stabilityai/sdxl-turbo",
-            "SDXL Turbo · 2.6 B, one step, from the Hub",
-            steps=1,
-            guidance_scale=0.0,
-            size=512,
-            learn_steps=1,
-            dtype="float16",
-            licence="sai-nc-community",
-        ),
-        Model(
-            "flux-dev",
-            "black-forest-labs/FLUX.1-dev",
-            "FLUX.1 dev · 11.9 B, from the Hub, gated",
-            steps=28,
-            guidance_scale=3.5,
-            size=1024,
-            learn_steps=12,
-            dtype="bfloat16",
-            licence="flux-1-dev-non-commercial-license",
-            gated=True,
-        ),
-        Model(
-            "flux-schnell",
-            "black-forest-labs/FLUX.1-schnell",
-            "FLUX.1 schnell · 11.9 B, four steps, from the Hub",
-            steps=4,
-            guidance_scale=0.0,
-            size=1024,
-            learn_steps=4,
-            dtype="bfloat16",
-            licence="apache-2.0",
-            gated=True,
-            extra={"max_sequence_length": 256},
-        ),
-        Model(
-            "sd-3.5-large",
-            "stabilityai/stable-diffusion-3.5-large",
-            "Stable Diffusion 3.5 Large · 8.1 B, from the Hub, gated",
-            steps=28,
-            guidance_scale=3.5,
-            size=1024,
-            learn_steps=12,
-            dtype="bfloat16",
-            licence="stabilityai-ai-community",
-            gated=True,
-        ),
-        Model(
-            "sd-1.5",
-            "stable-diffusion-v1-5/stable-diffusion-v1-5",
-            "Stable Diffusion 1.5 · 0.9 B, from the Hub",
-            steps=30,
-            guidance_scale=7.5,
-            size=512,
-            learn_steps=12,
-            dtype="float16",
-            licence="creativeml-openrail-m",
-        ),
-    )
+    entry["name"]: _read(entry)
+    for entry in json.loads((Path(__file__).parent / "models.json").read_text(encoding="utf-8"))
 }
 
 

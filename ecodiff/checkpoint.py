@@ -104,7 +104,11 @@ def empty_denoiser(source: str) -> nn.Module:
     Raises:
         ModelNotFoundError, CheckpointError, UnsupportedModelError
     """
-    source = catalog.find(source).source
+    known = catalog.find(source)
+    if known.denoiser:
+        with init_empty_weights():
+            return getattr(diffusers, known.denoiser["_class_name"]).from_config(known.denoiser)
+    source = known.source
     index = model_index(source)
     name = next((n for n in ("unet", "transformer") if index.get(n, [None])[0]), None)
     if name is None:

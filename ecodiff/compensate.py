@@ -133,7 +133,7 @@ def record(pipe, prompts: Sequence[str], config: CompensateConfig, on_step=None)
     options = call_options(pipe, config.inference_steps, config.guidance_scale, config.size) | config.extra
     for first in range(0, config.trajectories, config.batch):
         rows = range(first, min(first + config.batch, config.trajectories))
-        made = denoiser_calls(pipe, prompt_rows(prompts, rows, config.seed) | options, on_step=on_step)
+        made = denoiser_calls(pipe, prompt_rows(prompts, rows, config.seed, options), on_step=on_step)
         chosen = torch.linspace(0, len(made) - 1, min(config.calls, len(made))).round().long().unique()
         for index in chosen.tolist():
             fallen = (1 - config.last_weight) * log(1 + index) / log(max(2, len(made)))

@@ -115,7 +115,7 @@ def _per_feature(denoiser: nn.Module, slot: Slot) -> int:
 
 
 def _bias_per_feature(denoiser: nn.Module, slot: Slot) -> int:
-    return int(slot.axis == "out" and denoiser.get_submodule(slot.module).bias is not None)
+    return int(slot.axis == "out" and getattr(denoiser.get_submodule(slot.module), "bias", None) is not None)
 
 
 def denoiser_name(pipe) -> str:

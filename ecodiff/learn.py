@@ -97,9 +97,7 @@ class _Learner:
         order = torch.randperm(len(self.prompts), generator=shuffle).tolist()
         rows = range(batch * config.batch, (batch + 1) * config.batch)
         options = call_options(self.pipe, config.inference_steps, config.guidance_scale, config.size)
-        return (
-            prompt_rows([self.prompts[index] for index in order], rows, config.seed) | options | config.extra
-        )
+        return prompt_rows([self.prompts[i] for i in order], rows, config.seed, options | config.extra)
 
     def _batch_of(self, step: int) -> int:
         return step % max(1, self.config.trajectories // self.config.batch)

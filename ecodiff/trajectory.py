@@ -32,10 +32,16 @@ def call_options(pipe, steps: int | None, guidance_scale: float | None, size: in
     return {name: value for name, value in wanted.items() if value is not None and name in known}
 
 
-def prompt_rows(prompts: Sequence[str], rows: Iterable[int], seed: int) -> dict:
-    """Arguments of a pipeline's `__call__` for some (prompt, seed) pairs: row i of prompt i mod n."""
+def prompt_rows(prompts: Sequence[str], rows: Iterable[int], seed: int, options: dict) -> dict:
+    """Arguments of a pipeline's `__call__` for some (prompt, seed) pairs: row i of prompt i mod n.
+
+    Args:
+        options: what else the call takes; a negative prompt goes with every row.
+    """
     rows = list(rows)
-    return {
+    if isinstance(options.get("negative_prompt"), str):
+        options = options | {"negative_prompt": [options["negative_prompt"]] * len(rows)}
+    return options | {
         "prompt": [prompts[row % len(prompts)] for row in rows],
         "generator": [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in rows],
     }

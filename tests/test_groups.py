@@ -1,47 +1,48 @@
 import pytest
 import torch
-from accelerate import init_empty_weights
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 
 import ecodiff
+from ecodiff import catalog, checkpoint
 from ecodiff.errors import UnsupportedModelError
 from ecodiff.groups import ALL_KINDS, blocks, unit_parameters, unrecognised
 from ecodiff.measure import parameters
 from ecodiff.scores import Scores
 
-SDXL = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-FLUX_DEV = {"guidance_embeds": True}
-SD_1_5 = {"sample_size": 64, "cross_attention_dim": 768}
-
-# parameters, heads, neurons: published sizes; counts of units as in shared/notes/architectures.md
+# parameters, heads (pairs with their queries where those are grouped), neurons or FFN channels: published
+# sizes, and units as counted for shared/notes/architectures.md
 FULL_SIZE = {
-    "sdxl": (UNet2DConditionModel, SDXL, 2_567_463_684, 2_600, 332_800),
-    "sd-1.5": (UNet2DConditionModel, SD_1_5, 859_520_964, 256, 49_920),
-    "flux.1-dev": (FluxTransformer2DModel, FLUX_DEV, 11_901_408_320, 1_368, 933_888),
+    "sdxl": (2_567_463_684, 2_600, 332_800),
+    "sdxl-turbo": (2_567_463_684, 2_600, 332_800),
+    "sd-1.5": (859_520_964, 256, 49_920),
+    "sd-3-medium": (2_028_328_000, 576, 288_768),
+    "sd-3.5-medium": (2_243_171_520, 888, 288_768),
+    "sd-3.5-large": (8_056_627_520, 1_444, 729_600),
+    "flux-dev": (11_901_408_320, 1_368, 933_888),
+    "flux-schnell": (11_891_178_560, 1_368, 933_888),
+    "flux-2-dev": (32_223_281_152, 2_688, 1_179_648),
+    "flux-2-klein": (3_875_544_576, 600, 276_480),
+    "qwen-image": (20_430_401_088, 1_440, 1_474_560),
+    "z-image": (6_154_908_736, 1_020, 348_160),
+    "pixart-sigma": (610_856_096, 896, 129_024),
+    "sana-1.6b": (1_604_462_752, 1_800, 112_000),
+    "chroma": (8_899_983_424, 1_368, 933_888),
+    "wan-2.1-1.3b": (1_418_996_800, 720, 268_800),
+    "wan-2.1-14b": (14_288_491_584, 3_200, 552_960),
 }
+
+
+def test_every_full_size_model_of_the_catalogue_is_counted():
+    assert {name for name, model in catalog.MODELS.items() if not model.embedded} == set(FULL_SIZE)
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_full_size_on_meta(name):
-    cls, config, total, heads, neurons = FULL_SIZE[name]
-    with init_empty_weights():
-        unet = cls(**config)
+    total, heads, neurons = FULL_SIZE[name]
+    unet = checkpoint.empty_denoiser(name)
     groups = ecodiff.find_groups(unet)
     assert parameters(unet) == total
     assert sum(g.size for g in groups if g.kind == "heads") == heads
-    assert sum(g.size for g in groups if g.kind == "ffn") == neurons
+    assert sum(g.size for g in groups if g.kind in ("ffn", "conv_ffn")) == neurons
     generator = torch.Generator().manual_seed(0)
     scores = Scores.of(unet, {g.name: torch.rand(g.size, generator=generator) for g in groups})
     plan = scores.plan(ratio=0.2)
@@ -62,9 +63,8 @@ def test_groups_and_the_rest_are_the_whole(tiny_sdxl):
 
 def test_resnets_hold_most_of_what_is_left_of_sd_1_5():
     """Ceilings of shared/notes/architectures.md, section 4."""
-    for config, heads_and_ffn, everything in ((SD_1_5, 0.28, 0.88), (SDXL, 0.85, 0.97)):
-        with init_empty_weights():
-            unet = UNet2DConditionModel(**config)
+    for name, heads_and_ffn, everything in (("sd-1.5", 0.28, 0.88), ("sdxl", 0.85, 0.97)):
+        unet = checkpoint.empty_denoiser(name)
         assert abs(Scores.unranked(unet, ("heads", "ffn")).ceiling - heads_and_ffn) < 0.01
         assert abs(Scores.unranked(unet).ceiling - everything) < 0.02
         plan = Scores.unranked(unet).plan(ratio=0.5)
@@ -74,8 +74,7 @@ def test_resnets_hold_most_of_what_is_left_of_sd_1_5():
 
 def test_modulation_holds_a_quarter_of_flux():
     """Ceilings of shared/notes/architectures.md: 72 % with heads and FFN, 99 % with modulation rows."""
-    with init_empty_weights():
-        transformer = FluxTransformer2DModel(**FLUX_DEV)
+    transformer = checkpoint.empty_denoiser("flux-dev")
     assert abs(Scores.unranked(transformer).ceiling - 0.72) < 0.01
     scores = Scores.unranked(transformer, ALL_KINDS)
     assert abs(scores.ceiling - 0.99) < 0.01
