@@ -35,9 +35,7 @@ class Judge:
 
     def __init__(self, pipe, model: catalog.Model, pairs: int, steps: int | None = None):
         self.prompts, self.seed = model.prompts("heldout")[:pairs], 1  # other noise than calibration's
-        self.options = (
-            call_options(pipe, steps or model.steps, model.guidance_scale, model.size) | model.extra
-        )
+        self.options = call_options(pipe, steps or model.steps, model.guidance_scale, model.size, model.extra)
         self.dense = self.draw(pipe)
 
     @torch.inference_mode()

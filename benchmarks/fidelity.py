@@ -53,7 +53,7 @@ SOURCES = {
 def draw(pipe, model: catalog.Model, prompts: list[str]) -> list[Sample]:
     """One sample a prompt, each from a seed of its own."""
     samples: list[Sample] = []
-    options = call_options(pipe, model.steps, model.guidance_scale, model.size) | model.extra
+    options = call_options(pipe, model.steps, model.guidance_scale, model.size, model.extra)
     for first in range(0, len(prompts), BATCH):
         part, last = prompts[first : first + BATCH], {}
 
@@ -90,7 +90,7 @@ def rank(method: str, pipe, model: catalog.Model, ratio: float, seed: int) -> tu
         scores = ecodiff.learn_masks(pipe, prompts, config)
         dense = min(config.steps * config.batch, config.trajectories)
         return scores, 4 * config.total_steps * config.batch + dense
-    options = call_options(pipe, model.learn_steps, model.guidance_scale, model.size) | model.extra
+    options = call_options(pipe, model.learn_steps, model.guidance_scale, model.size, model.extra)
     calls = [
         prompt_rows(prompts, range(first, first + 4), seed, options) for first in range(0, CALIBRATION, 4)
     ]

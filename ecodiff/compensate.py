@@ -130,7 +130,7 @@ class Call:
 def record(pipe, prompts: Sequence[str], config: CompensateConfig, on_step=None) -> list[Call]:
     """Calls of the dense denoiser on its own trajectories, on the CPU."""
     calls: list[Call] = []
-    options = call_options(pipe, config.inference_steps, config.guidance_scale, config.size) | config.extra
+    options = call_options(pipe, config.inference_steps, config.guidance_scale, config.size, config.extra)
     for first in range(0, config.trajectories, config.batch):
         rows = range(first, min(first + config.batch, config.trajectories))
         made = denoiser_calls(pipe, prompt_rows(prompts, rows, config.seed, options), on_step=on_step)

@@ -1,5 +1,6 @@
 """How close a pruned model is to its dense one: same prompt, same noise."""
 
+import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
+from .errors import BudgetError
 from .groups import denoiser_of
 from .measure import parameters
 from .trajectory import call_options
@@ -42,6 +44,9 @@ def generate(
     Args:
         extra: more arguments of the pipeline's call.
         on_step: called with the number of finished time steps; raise in it to stop.
+
+    Raises:
+        BudgetError: the pipeline does not take these steps, this guidance or this size.
     """
     latents = {}
 
@@ -51,13 +56,24 @@ def generate(
             on_step(index + 1)
         return kwargs
 
-    options = call_options(pipe, steps, guidance_scale, size) | (extra or {})
+    def keep_old(index, timestep, z):  # PixArt's pipelines still have diffusers' first kind of callback
+        keep(pipe, index, timestep, {"latents": z})
+
+    options = call_options(pipe, steps, guidance_scale, size, extra)
+    if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
+        options["callback_on_step_end"] = keep
+    else:
+        options |= {"callback": keep_old, "callback_steps": 1}
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
-    with torch.inference_mode():
-        image = pipe(prompt, generator=generator, callback_on_step_end=keep, **options).images[0]
+    try:
+        with torch.inference_mode():
+            output = pipe(prompt=prompt, generator=generator, output_type="pil", **options)
+    except ValueError as error:
+        raise BudgetError(f"{type(pipe).__name__} cannot draw with these settings: {error}") from None
     elapsed = 1000 * (time.perf_counter() - start)
-    return Sample(image, latents["z"].float().cpu().clone(), elapsed)
+    images = output.images if hasattr(output, "images") else output.frames[0]  # of a video, the first
+    return Sample(images[0], latents["z"].float().cpu().clone(), elapsed)
 
 
 @dataclass(frozen=True)

@@ -96,8 +96,10 @@ class _Learner:
         shuffle = torch.Generator().manual_seed(config.seed)
         order = torch.randperm(len(self.prompts), generator=shuffle).tolist()
         rows = range(batch * config.batch, (batch + 1) * config.batch)
-        options = call_options(self.pipe, config.inference_steps, config.guidance_scale, config.size)
-        return prompt_rows([self.prompts[i] for i in order], rows, config.seed, options | config.extra)
+        options = call_options(
+            self.pipe, config.inference_steps, config.guidance_scale, config.size, config.extra
+        )
+        return prompt_rows([self.prompts[i] for i in order], rows, config.seed, options)
 
     def _batch_of(self, step: int) -> int:
         return step % max(1, self.config.trajectories // self.config.batch)

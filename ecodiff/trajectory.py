@@ -20,8 +20,10 @@ from .errors import UnsupportedModelError
 from .groups import denoiser_of
 
 
-def call_options(pipe, steps: int | None, guidance_scale: float | None, size: int | None) -> dict:
-    """Keyword arguments for a pipeline's `__call__`: what is given and what it knows."""
+def call_options(
+    pipe, steps: int | None, guidance_scale: float | None, size: int | None, extra: dict | None = None
+) -> dict:
+    """Keyword arguments for a pipeline's `__call__`: what is given and what it knows, and `extra`."""
     wanted = {
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
@@ -29,7 +31,8 @@ def call_options(pipe, steps: int | None, guidance_scale: float | None, size: in
         "width": size,
     }
     known = inspect.signature(type(pipe).__call__).parameters
-    return {name: value for name, value in wanted.items() if value is not None and name in known}
+    given = {name: value for name, value in wanted.items() if value is not None and name in known}
+    return given | (extra or {})
 
 
 def prompt_rows(prompts: Sequence[str], rows: Iterable[int], seed: int, options: dict) -> dict:

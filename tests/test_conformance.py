@@ -10,11 +10,16 @@ import torch
 from torch.utils._pytree import tree_map
 
 import ecodiff
-from ecodiff.groups import ALL_KINDS, KINDS
+from ecodiff.compensate import CompensateConfig
+from ecodiff.fidelity import generate
+from ecodiff.groups import ALL_KINDS, KINDS, PRESET_KINDS, denoiser_name, denoiser_of
+from ecodiff.learn import learn
 from ecodiff.measure import parameters
+from ecodiff.scores import Scores
 
 from .architectures import ROWS
 from .conftest import randomise
+from .pipelines import BUILDERS
 
 
 def run(denoiser, given) -> torch.Tensor:
@@ -29,6 +34,10 @@ def kept(cut: str, group, generator) -> torch.Tensor:
         keep[0] = True
         return keep
     return torch.arange(group.size) < (1 if cut == "one unit left" else group.floor)
+
+
+# What nothing reads: the text's feed-forward of Qwen-Image's last block.
+IDLE = ("blocks.1.txt_mlp",)
 
 
 @pytest.fixture(params=ROWS)
@@ -91,3 +100,40 @@ def test_dead_parameters_are_exactly_the_removed_ones(row):
         n: c for n, c in removed.items() if n not in idle
     }
     assert any(count for name, count in removed.items() if name not in idle)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_whole_job_through_the_pipeline(name, tmp_path):
+    build, size, extra = BUILDERS[name]
+    built = build()
+    built.set_progress_bar_config(disable=True)
+    built.save_pretrained(tmp_path / "dense")
+    pipe = built.from_pretrained(tmp_path / "dense", **built.components)  # as loaded, with its tokenizer
+    pipe.set_progress_bar_config(disable=True)
+    short = {"inference_steps": 2, "size": size, "extra": extra}
+    ratio = Scores.unranked(denoiser_of(pipe)).ceiling / 2
+    config = ecodiff.LearnConfig(ratio=ratio, warm_steps=1, steps=1, batch=2, trajectories=4, **short)
+    state, scores = list(learn(pipe, ["red apple", "blue whale"], config))[-1]
+    assert set(scores.kinds.values()) == ROWS[name].kinds & set(PRESET_KINDS)
+    parts = state.vectors["saliency"].split([len(values) for values in scores.values.values()])
+    blind = [group for group, part in zip(scores.values, parts, strict=True) if part.max() == 0]
+    assert all(group.endswith(IDLE) for group in blind), f"no gradient reaches {blind}"
+    plan = scores.plan(ratio=ratio)
+    small = ecodiff.variant(pipe, plan)
+    assert parameters(denoiser_of(small)) == plan.metadata["params_pruned"]
+
+    def sample(pipe, **more):
+        return generate(pipe, "red apple", seed=0, steps=2, size=size, extra=extra | more)
+
+    with ecodiff.masked(denoiser_of(pipe), plan):
+        masked = sample(pipe).latents
+    sliced = sample(small)
+    torch.testing.assert_close(sliced.latents, masked, atol=1e-4 * float(masked.abs().max()), rtol=0)
+    assert sliced.image.width >= 8
+    few = CompensateConfig(trajectories=4, heldout=2, batch=2, **short)
+    assert any(ecodiff.compensate_(small, pipe, ["red apple"], few).values())
+    folder = ecodiff.save(small, tmp_path / "small")
+    plain = type(denoiser_of(small)).from_pretrained(folder / denoiser_name(small))
+    weights = denoiser_of(small).state_dict()
+    assert weights.keys() == plain.state_dict().keys()
+    assert all(torch.equal(weights[key], value) for key, value in plain.state_dict().items())
