@@ -87,10 +87,17 @@ def _read(entry: dict) -> Model:
     return Model(**entry | ({"source": str(embedded)} if "/" not in entry["source"] else {}))
 
 
-MODELS: dict[str, Model] = {
-    entry["name"]: _read(entry)
-    for entry in json.loads((Path(__file__).parent / "models.json").read_text(encoding="utf-8"))
-}
+def _table(file: str) -> list[dict]:
+    return json.loads((Path(__file__).parent / file).read_text(encoding="utf-8"))
+
+
+MODELS: dict[str, Model] = {entry["name"]: _read(entry) for entry in _table("models.json")}
+SUPPORTED = _table("supported.json")  # written by tests/support.py
+
+
+def supported(denoiser: str) -> list[dict]:
+    """What the conformance suite passes of a denoiser's class: [{"name", "kinds", "pipeline"}]."""
+    return [row for row in SUPPORTED if row["denoiser"] == denoiser.removeprefix("Sliced")]
 
 
 def find(name: str) -> Model:

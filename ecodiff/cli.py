@@ -224,10 +224,12 @@ def info(options: argparse.Namespace) -> int:
         "ceiling": scores.ceiling,
         "left_alone": unrecognised(denoiser, groups),
         "pruned": plan is not None,
+        "conformance": catalog.supported(type(denoiser).__name__),
     }
     words = WORDS | {"resnet": "ResNet channel groups"}
     rows = [
         ("denoiser", facts["denoiser"]),
+        ("conformance suite", _conformance(facts["denoiser"])),
         ("parameters", f"{total:,}"),
         *((words[k], f"{count[k]:,} ({share[k]:.1%} of the parameters)") for k in ALL_KINDS if count[k]),
         ("can be removed", f"at most {scores.ceiling:.1%}"),
@@ -242,6 +244,14 @@ def info(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(facts))
     return 0
+
+
+def _conformance(denoiser: str) -> str:
+    rows = catalog.supported(denoiser)
+    if not rows:
+        return "this class is not in it; what is found is found by structure"
+    whole = "passed, whole pipeline" if any(row["pipeline"] for row in rows) else "passed, denoiser alone"
+    return f"{whole} ({', '.join(row['name'] for row in rows)})"
 
 
 def _command(commands, name: str, function, text: str) -> argparse.ArgumentParser:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from ecodiff.ui import show
 
+from . import support
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIDELITY = json.loads((ROOT / "benchmarks" / "fidelity.json").read_text())
@@ -30,3 +32,9 @@ def test_the_presets_win_their_table():
         for preset in ("fast +", "balanced +"):
             assert error(preset, ratio) <= 0.5 * error("ecodiff +", ratio)
             assert error(preset, ratio) <= 0.8 * best
+
+
+def test_supported_is_what_the_conformance_suite_passes():
+    found = support.rows()
+    assert json.loads(support.FILE.read_text()) == found, "run python -m tests.support"
+    assert support.section(support.README.read_text(encoding="utf-8")) == support.table(found)

@@ -1,0 +1,63 @@
+"""What the conformance suite vouches for: `python -m tests.support` writes it down.
+
+It goes into ecodiff/supported.json, which `info` and the page read, and into the README. A test fails
+while either says something else than the suite.
+"""
+
+import json
+from pathlib import Path
+
+from ecodiff.groups import ALL_KINDS, WORDS, denoiser_of, find_groups
+
+from . import conftest
+from .architectures import ROWS
+from .pipelines import BUILDERS
+
+HOME = Path(__file__).parent.parent
+FILE, README = HOME / "ecodiff" / "supported.json", HOME / "README.md"
+BEGIN, END = "<!-- supported: python -m tests.support -->\n", "<!-- end -->\n"
+LABELS = {
+    "sdxl": "Stable Diffusion XL, Turbo",
+    "sd-1.5": "Stable Diffusion 1.5",
+    "sd-2": "Stable Diffusion 2",
+    "sd3.5": "Stable Diffusion 3, 3.5",
+    "flux-dev": "FLUX.1 dev",
+    "flux-schnell": "FLUX.1 schnell",
+}
+
+
+def rows() -> list[dict]:
+    """One dict an architecture: {"name", "denoiser", "kinds", "pipeline"}."""
+    found = []
+    for name, build in conftest.PIPELINES.items():
+        denoiser = denoiser_of(build())
+        kinds = {group.kind for group in find_groups(denoiser, ALL_KINDS)}
+        found.append((LABELS[name], type(denoiser).__name__, kinds, True))
+    found += [(name, row.cls, row.kinds, name in BUILDERS) for name, row in ROWS.items()]
+    found.sort(key=lambda row: not row[3])
+    return [
+        {"name": name, "denoiser": cls, "kinds": [k for k in ALL_KINDS if k in kinds], "pipeline": whole}
+        for name, cls, kinds, whole in found
+    ]
+
+
+def table(found: list[dict]) -> str:
+    """The README's table."""
+    lines = ["| architecture | diffusers' class | units | tried |", "|---|---|---|---|"]
+    for row in found:
+        kinds = ", ".join(WORDS[kind] for kind in row["kinds"])
+        tried = "whole pipeline" if row["pipeline"] else "denoiser"
+        lines.append(f"| {row['name']} | `{row['denoiser']}` | {kinds} | {tried} |")
+    return "\n".join(lines) + "\n"
+
+
+def section(readme: str) -> str:
+    """What the README says now."""
+    return readme.split(BEGIN)[1].split(END)[0]
+
+
+if __name__ == "__main__":
+    made, readme = rows(), README.read_text(encoding="utf-8")
+    FILE.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
+    README.write_text(before + BEGIN + table(made) + END + after, encoding="utf-8")
