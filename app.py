@@ -5,9 +5,18 @@ import sys
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+# ZeroGPU deletes downloads whose weights it has packed; other models are loaded later on.
+os.environ.setdefault("ZEROGPU_MMAP_AUTOPRUNE_PATTERN", "/nonexistent/*")
 
+import spaces  # noqa: F401 - before torch, or ZeroGPU refuses to start
+import torch
+
+from ecodiff import backends
 from ecodiff.logs import be_quiet
 from ecodiff.ui import build_demo, launch
+
+if backends.zerogpu():
+    torch.set_num_threads(1)  # workers are forked from this process: a pool of threads would not be there
 
 demo = build_demo()
 

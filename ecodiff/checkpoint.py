@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from . import catalog, ecodiff_sliced_v1
+from . import backends, catalog, ecodiff_sliced_v1
 from .errors import CheckpointError, EcodiffError, ModelNotFoundError, UnsupportedModelError
 from .groups import denoiser_name, denoiser_of
 from .slicing import plan_of
@@ -34,7 +34,7 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
 
     Args:
         dtype: None: float32 on a CPU, else what the model's files hold.
-        device: None: "cuda" if there is one, else "cpu".
+        device: None: `backends.device()`.
 
     Raises:
         ModelNotFoundError: no such name or folder, no network, or no access.
@@ -42,7 +42,7 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
         UnsupportedModelError: it is not a diffusion pipeline.
     """
     known = catalog.find(str(model))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or backends.device()
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else _WORDS[known.dtype]
     source = known.source

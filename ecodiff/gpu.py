@@ -1,16 +1,32 @@
-"""The device and what lives on it: one dense pipeline, its variants, one job at a time."""
+"""What needs the device: learning, drawing, packing. The only functions that ZeroGPU runs in a worker.
+
+On ZeroGPU `work` runs in a forked process that is used again while it is warm: it is told ids, paths and
+plans and gives back plain data; what it loaded stays with it. Elsewhere `spaces.GPU` does nothing and
+everything happens in this process.
+"""
 
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
-from . import catalog, checkpoint
+import spaces
+from safetensors.torch import load_file
+from torch import nn
+
+from . import backends, catalog, checkpoint
 from .compensate import Calibration, compensate_
-from .plan import PrunePlan
-from .slicing import variant
+from .errors import EcodiffError, RunError
+from .fidelity import Sample, generate
+from .groups import denoiser_of
+from .plan import PrunePlan, write_small
+from .runs import Run, store_root
+from .slicing import plan_of, variant
 
 VARIANTS_KEPT = 4  # each costs the memory of its cut layers only
+PACE = backends.Pace(store_root() / "pace.json")
 
 
 class Turn:
@@ -36,7 +52,8 @@ class Pipelines:
 
     A variant is known by its plan's digest: swapping to one that is kept costs nothing, to a new
     one the slicing, some milliseconds to a second. Compensation needs statistics of the dense
-    model's layers; they are gathered once and serve every variant of it.
+    model's layers; they are gathered once and serve every variant of it, and the weights that come
+    of it are kept on disk.
     """
 
     def __init__(self):
@@ -49,11 +66,13 @@ class Pipelines:
         """The dense pipeline of a model, loaded if another one was in use."""
         with DEVICE:
             if model != self._name:
+                started = time.monotonic()
                 self._name = self._dense = self._calibration = None  # free it before the new one loads
                 self._variants.clear()
                 self._dense = checkpoint.load(model)
                 self._dense.set_progress_bar_config(disable=True)
                 self._name = model
+                PACE.note(model, load=time.monotonic() - started)
             return self._dense
 
     def calibration(self, model: str, on_step: Callable[[], None] | None = None) -> Calibration:
@@ -66,19 +85,112 @@ class Pipelines:
                 self._calibration = Calibration(dense, prompts, known.compensation(), on_step)
             return self._calibration
 
-    def pruned(self, model: str, plan: PrunePlan, compensate: bool = True):
-        """The variant of a model that keeps what `plan` keeps."""
+    def pruned(self, model: str, plan: PrunePlan, compensate: bool = True, kept: Path | None = None):
+        """The variant of a model that keeps what `plan` keeps.
+
+        Args:
+            kept: a folder for compensated weights, so that no other process computes them again.
+        """
         with DEVICE:
             dense, key = self.dense(model), (plan.digest, compensate)
             if key not in self._variants:
                 small = variant(dense, plan)
                 if compensate:
-                    compensate_(small, dense, calibration=self.calibration(model))
+                    self._compensate(small, dense, model, kept and kept / f"{plan.digest}.safetensors")
                 self._variants[key] = small
             self._variants.move_to_end(key)
             while len(self._variants) > VARIANTS_KEPT:
                 self._variants.popitem(last=False)
             return self._variants[key]
 
+    def _compensate(self, small, dense, model: str, file: Path | None) -> None:
+        denoiser = denoiser_of(small)
+        if file is not None and file.is_file():
+            like = next(denoiser.parameters())
+            for name, weight in load_file(file).items():
+                path, _, leaf = name.rpartition(".")
+                # A new parameter: a bias may be the dense model's own.
+                parameter = nn.Parameter(weight.to(like.device, like.dtype), requires_grad=False)
+                setattr(denoiser.get_submodule(path), leaf, parameter)
+            return
+        updated = compensate_(small, dense, calibration=self.calibration(model))
+        if file is not None:
+            layers = tuple(f"{name}." for name, better in updated.items() if better)
+            weights = denoiser.state_dict().items()
+            write_small(file, {n: w.contiguous().cpu() for n, w in weights if n.startswith(layers)}, {})
+
 
 PIPELINES = Pipelines()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error that a person should read. Raised in a worker, its text would be lost, and the worker."""
+
+    message: str
+
+
+def _learn(folder: str) -> Iterator[dict]:
+    """Learn for one call; yields {"step", "seconds"} a step. The state is on disk."""
+    run, started = Run.open(Path(folder)), time.monotonic()
+    pipe = PIPELINES.dense(run.model)
+    left = backends.CHUNK_SECONDS - (time.monotonic() - started)
+    for state, seconds in run.learn(pipe, DEVICE, budget=left):
+        PACE.note(run.model, step=seconds)
+        yield {"step": state.step, "seconds": seconds}
+
+
+def _draw(
+    model: str, plan: PrunePlan, prompt: str, seed: int, options: dict, compensate: bool, kept: str
+) -> Iterator[tuple[Sample, Sample]]:
+    """A dense and a pruned image from the same noise, each timed after a warm-up."""
+    with DEVICE:
+        pipes = PIPELINES.dense(model), PIPELINES.pruned(model, plan, compensate, Path(kept))
+        started, samples = time.monotonic(), []
+        for pipe in pipes:
+            generate(pipe, prompt, seed, **options | {"steps": min(2, options["steps"])})  # warm-up
+            samples.append(generate(pipe, prompt, seed, **options))
+    PACE.note(model, draw=time.monotonic() - started)
+    yield tuple(samples)
+
+
+def _pack(model: str, plan: PrunePlan, compensate: bool, kept: str, folder: str) -> Iterator[str]:
+    """Write the pruned pipeline to `folder`."""
+    with DEVICE:
+        small, started = PIPELINES.pruned(model, plan, compensate, Path(kept)), time.monotonic()
+        assert plan_of(denoiser_of(small)).digest == plan.digest
+        written = checkpoint.save(small, Path(folder), checkpoint.disk_dtype(model))
+    PACE.note(model, pack=time.monotonic() - started)
+    yield str(written)
+
+
+TASKS = {"learn": _learn, "draw": _draw, "pack": _pack}
+
+
+def seconds_wanted(task: str, *args, **kwargs) -> float:
+    """GPU time that a call asks ZeroGPU for: from what the same took before."""
+    if task == "learn":
+        run = Run.open(Path(args[0]))
+        state = run.state()
+        left = run.config.total_steps - (state.step if state else 0)
+        rest = PACE.seconds(run.model, "load", *["step"] * left)
+        return min(backends.CHUNK_SECONDS + backends.START_SECONDS, rest)
+    return min(2 * backends.CHUNK_SECONDS, PACE.seconds(args[0], "load", task))
+
+
+# One function for all tasks: ZeroGPU keeps a worker a function, and this one's pipelines serve them all.
+@spaces.GPU(duration=seconds_wanted)
+def work(task: str, *args) -> Iterator:
+    """Run one of TASKS where the GPU is. Arguments and results are pickled on ZeroGPU."""
+    try:
+        yield from TASKS[task](*args)
+    except EcodiffError as error:
+        yield Failure(str(error))
+
+
+def results(task: str, *args) -> Iterator:
+    """What a task yields, as it does. Raises RunError with what went wrong in it."""
+    for result in work(task, *args):
+        if isinstance(result, Failure):
+            raise RunError(result.message)
+        yield result

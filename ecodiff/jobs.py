@@ -59,7 +59,7 @@ class Worker:
                 return job
             if self._waiting.qsize() >= MAX_WAITING:
                 raise RunError(f"{MAX_WAITING} runs are waiting already. Try again later.")
-            (run.folder / "STOP").unlink(missing_ok=True)
+            run.permit()
             self._jobs.pop(run.id, None)  # so that the order is that of the queue
             job = self._jobs[run.id] = Job(run, state=run.state())
             self._waiting.put(job)
@@ -106,11 +106,10 @@ class Worker:
         pipe = PIPELINES.dense(job.run.model)
         job.stage = "learning"
 
-        def progress(state: LearnState, seconds: float) -> None:
+        for state, seconds in job.run.learn(pipe, DEVICE):
             job.state = state
             job.seconds.append(seconds)
-
-        finished = job.run.advance(pipe, progress, DEVICE)
+        finished = job.run.finished
         if finished:
             job.stage = "calibrating"
             PIPELINES.calibration(job.run.model)

@@ -4,6 +4,7 @@ run.json              model, configuration, prompts; written once
 state.safetensors     where learning is, replaced atomically
 scores.safetensors    the ranking so far; final once all steps are done
 plans/, models/       what was cut from it
+variants/             weights that compensation gave, by plan
 STOP, ERROR           a request to stop; why it last failed
 """
 
@@ -13,7 +14,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,6 +118,19 @@ class Run:
     def request_stop(self) -> None:
         (self.folder / "STOP").touch()
 
+    def permit(self) -> None:
+        """Take a request to stop back."""
+        (self.folder / "STOP").unlink(missing_ok=True)
+
+    @property
+    def busy(self) -> bool:
+        """True while a process works on it."""
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                return False
+        except Timeout:
+            return True
+
     @property
     def stop_requested(self) -> bool:
         return (self.folder / "STOP").exists()
@@ -132,23 +146,37 @@ class Run:
         on_progress: Callable[[LearnState, float], None] | None = None,
         device_lock: AbstractContextManager | None = None,
     ) -> bool:
-        """Learn from where the run is to its end, saving as it goes.
+        """Learn to the end, also if it was stopped before. True unless it is stopped again.
 
         Args:
-            on_progress: called after each step with the state and the seconds that it took.
+            on_progress: called with what `learn` yields.
+        """
+        self.permit()
+        for state, seconds in self.learn(pipe, device_lock):
+            if on_progress is not None:
+                on_progress(state, seconds)
+        return self.finished
 
-        Returns:
-            True if the run is finished, False if it was stopped.
+    def learn(
+        self, pipe, device_lock: AbstractContextManager | None = None, budget: float | None = None
+    ) -> Iterator[tuple[LearnState, float]]:
+        """Learn from where the run is, saving as it goes; yields states and seconds that each took.
+
+        Ends when all steps are done, when a stop was requested, or when another step would not fit in
+        the budget. However it ends, it goes on from there.
+
+        Args:
+            device_lock: held during each step.
+            budget: seconds; at least one step is made.
 
         Raises:
             RunError: another process is working on it.
             LearningError, CheckpointError: it failed; the last saved state is kept.
         """
-        for flag in ("STOP", "ERROR"):
-            (self.folder / flag).unlink(missing_ok=True)
+        self.forget_error()
         try:
             with FileLock(self.folder / ".lock", timeout=0):
-                return self._advance(pipe, on_progress, device_lock)
+                yield from self._learn(pipe, device_lock, budget)
         except Timeout:
             raise RunError(f"Another process is working on the run in {self.folder}.") from None
         except EcodiffError as error:
@@ -164,8 +192,9 @@ class Run:
             self.record(message)
             raise LearningError(message) from None
 
-    def _advance(self, pipe, on_progress, device_lock) -> bool:
-        saved, started, state, scores = time.monotonic(), time.monotonic(), None, None
+    def _learn(self, pipe, device_lock, budget) -> Iterator[tuple[LearnState, float]]:
+        begun = saved = started = time.monotonic()
+        state, scores, slowest = None, None, 0.0
         try:
             steps = learn(
                 pipe,
@@ -180,16 +209,17 @@ class Run:
                 if now - saved >= SAVE_SECONDS:
                     self._save(state, scores)
                     saved = now
-                if on_progress is not None:
-                    on_progress(state, now - started)
-                started = time.monotonic()
+                slowest = max(slowest, now - started)
+                yield state, now - started
                 self._raise_if_stopped()
+                started = time.monotonic()
+                if budget is not None and started - begun + 1.5 * slowest > budget:
+                    return
         except Stopped:
-            return False
+            return
         finally:
             if scores is not None:
                 self._save(state, scores)
-        return True
 
     def _save(self, state: LearnState, scores: Scores) -> None:
         scores.save(self.folder / "scores.safetensors")
@@ -198,6 +228,9 @@ class Run:
     def _raise_if_stopped(self) -> None:
         if self.stop_requested:
             raise Stopped
+
+    def forget_error(self) -> None:
+        (self.folder / "ERROR").unlink(missing_ok=True)
 
     def record(self, message: str) -> None:
         """Keep why the run failed, to be shown with it."""

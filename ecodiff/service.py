@@ -6,23 +6,21 @@ The id of a run is its only key: whoever has it may watch, cut, compare and down
 import hashlib
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from . import catalog, checkpoint
+from . import backends, catalog, checkpoint, gpu
 from .errors import BudgetError, CheckpointError, ModelNotFoundError, RunError
-from .fidelity import Sample, fidelity, generate
-from .gpu import DEVICE, PIPELINES
-from .groups import PRESET_KINDS, denoiser_of
+from .fidelity import Sample, fidelity
+from .groups import PRESET_KINDS
 from .jobs import WORKER
 from .plan import PrunePlan
 from .runs import Run, RunStore
 from .scores import Scores
-from .slicing import plan_of
 
 STORE = RunStore()
 EXPIRY_SECONDS = 24 * 3600  # on a Space; at home runs are kept
@@ -101,8 +99,29 @@ def start(
         STORE.sweep(EXPIRY_SECONDS)
     prompts = known.prompts("calibration")
     run = Run.create(STORE.new_folder(), model, config, prompts, preset)
-    WORKER.submit(run)
+    if not backends.zerogpu():
+        WORKER.submit(run)
     return status(run.id)
+
+
+def learn(run: str) -> Iterator[dict]:
+    """Go on learning, where nothing does so by itself: on ZeroGPU, for one call of about a minute.
+
+    Call it again until the stage is no longer "interrupted". Elsewhere a worker learns, and this only
+    says where it is.
+
+    Yields:
+        what `status` returns, after every step
+    """
+    opened = STORE.open(run)
+    if backends.zerogpu() and not opened.stop_requested and not opened.finished:
+        paces = []
+        for step in gpu.results("learn", str(opened.folder)):
+            paces.append(step["seconds"])
+            left = opened.config.total_steps - step["step"]
+            pace = {"stage": "learning", "seconds_left": left * sum(paces[-8:]) / len(paces[-8:])}
+            yield status(run) | pace
+    yield status(run)
 
 
 def status(run: str) -> dict:
@@ -111,17 +130,14 @@ def status(run: str) -> dict:
     Returns:
         {"run", "model", "preset", "name", "created", "ratio", "stage", "step", "steps", "ahead",
         "seconds_left": measured, or None, "error", "history": one dict a step}; stage is queued,
-        loading, learning, calibrating, finished, stopped, failed, or interrupted (the server was restarted).
+        loading, learning, calibrating, finished, stopped, failed, or interrupted (nothing works on it: the
+        server was restarted or, on ZeroGPU, `learn` is to be called).
     """
     opened = STORE.open(run)
     job = WORKER.job(run)
     state = job.state if job and job.state else opened.state()
     step = state.step if state else 0
-    stage = job.stage if job else "interrupted"
-    if not job and step >= opened.config.total_steps:
-        stage = "finished"
-    elif not job and opened.stop_requested:
-        stage = "stopped"
+    stage = job.stage if job else _stage(opened, step)
     return {
         "run": run,
         "model": opened.model,
@@ -140,6 +156,23 @@ def status(run: str) -> dict:
     }
 
 
+def _stage(run: Run, step: int) -> str:
+    """The stage of a run that no job of this process is about: by what is on disk."""
+    if step >= run.config.total_steps:
+        return "finished"
+    if run.busy:
+        return "learning"
+    if run.error:
+        return "failed"
+    return "stopped" if run.stop_requested else "interrupted"
+
+
+def fail(run: str, message: str) -> dict:
+    """Keep with a run why it could not go on; it can be resumed. Returns its status."""
+    STORE.open(run).record(message)
+    return status(run)
+
+
 def stop(run: str) -> dict:
     """Ask a run to stop. It does so within one time step and can be resumed."""
     WORKER.stop(STORE.open(run))
@@ -149,7 +182,10 @@ def stop(run: str) -> dict:
 def resume(run: str) -> dict:
     """Go on with a run that was stopped, failed or interrupted."""
     opened = STORE.open(run)
-    if not opened.finished:
+    if backends.zerogpu():
+        opened.permit()
+        opened.forget_error()
+    elif not opened.finished:
         WORKER.submit(opened)
     return status(run)
 
@@ -218,13 +254,8 @@ def compare(
     if not prompt.strip():
         raise BudgetError("Write a prompt first: what should be drawn?")
     options = known.drawing(int(steps) if steps else None, guidance_scale)
-    with DEVICE:
-        dense = PIPELINES.dense(made.metadata["model"])
-        small = PIPELINES.pruned(made.metadata["model"], made, compensate)
-        samples = []
-        for pipe in (dense, small):
-            generate(pipe, prompt, int(seed), **(options | {"steps": 2}))  # warm-up
-            samples.append(generate(pipe, prompt, int(seed), **options))
+    kept = str(STORE.open(run).folder / "variants")
+    (samples,) = gpu.results("draw", known.name, made, prompt, int(seed), options, compensate, kept)
     facts |= asdict(fidelity(*samples))
     facts |= {"ms_dense": samples[0].milliseconds, "ms_pruned": samples[1].milliseconds}
     return *samples, facts
@@ -240,17 +271,15 @@ def export(run: str, ratio: float, compensate: bool = True) -> dict:
         {"path", "name", "bytes", "sha256", "folder"}
     """
     made, opened = plan(run, ratio), STORE.open(run)
-    model = made.metadata["model"].rpartition("/")[2]
-    name = f"{model}-eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}"
+    model = made.metadata["model"]
+    name = f"{model.rpartition('/')[2]}-eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}"
     name += "" if compensate else "-uncompensated"
     path = opened.folder / "models" / f"{name}.zip"
-    with DEVICE:
-        if not path.exists():
-            small = PIPELINES.pruned(made.metadata["model"], made, compensate)
-            assert plan_of(denoiser_of(small)).digest == made.digest
-            dtype = checkpoint.disk_dtype(made.metadata["model"])
-            folder = checkpoint.save(small, opened.folder / "models" / name, dtype)
-            _zip(folder, path)
+    if not path.exists():
+        (folder,) = gpu.results(
+            "pack", model, made, compensate, str(opened.folder / "variants"), str(path.with_suffix(""))
+        )
+        _zip(Path(folder), path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(1 << 20):

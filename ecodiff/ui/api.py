@@ -30,6 +30,11 @@ def _plain() -> None:
     def prune_status(run: str) -> dict:
         return service.status(run)
 
+    def prune_step(run: str) -> dict:
+        for found in service.learn(run):  # noqa: B007 - the last one is the answer
+            pass
+        return found
+
     def prune_stop(run: str) -> dict:
         return service.stop(run)
 
@@ -46,6 +51,7 @@ def _plain() -> None:
         (predict, service.predict),
         (prune_start, service.start),
         (prune_status, service.status),
+        (prune_step, service.learn),
         (prune_stop, service.stop),
         (prune_resume, service.resume),
         (cut, service.cut),

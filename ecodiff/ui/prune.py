@@ -5,7 +5,7 @@ import time
 import gradio as gr
 import pandas as pd
 
-from .. import service
+from .. import backends, service
 from ..errors import EcodiffError, RunError
 from ..groups import PRESET_KINDS
 from ..jobs import ACTIVE
@@ -42,12 +42,13 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     watching = hidden | {"concurrency_limit": None}
     for event in (form["model"].change, form["ratio"].release, form["ratio"].change):
         event(predict, asked[:2], predicted, show_progress="minimal", **private)
+    turn = gr.State(0)
     begun = form["start"].click(begin, [*asked, runs], [runs, current, size], **private)
-    ended = begun.success(watch, current, watched, **watching)
     panel["stop"].click(end, current, None, queue=False, **private)
     resumed = panel["resume"].click(go_on, current, None, **private)
-    for event in (ended, resumed.success(watch, current, watched, **watching)):
-        event.then(recut, [current, size], cut_out, **hidden)
+    for event in (begun.success, resumed.success, turn.change):
+        ended = event(drive, [current, turn], [*watched, turn], **watching)
+        ended.then(recut, [current, size], cut_out, **hidden)
     size.release(recut, [current, size], cut_out, **hidden)
     compensate.change(recut, [current, size], cut_out, **hidden)
     files = [results[name] for name in ("download", "packed", "code")]
@@ -195,6 +196,29 @@ def watch(run):
             time.sleep(POLL_SECONDS)
     except RunError:
         yield nothing
+
+
+@told
+def drive(run, turn):
+    """See the run through. On ZeroGPU it learns in calls of a minute, each an event of its own.
+
+    An event that ends while there is more to do changes `turn`, which starts the next one.
+    """
+    if not backends.zerogpu():
+        for update in watch(run):
+            yield *update, gr.skip()
+        return
+    before = service.status(run)["step"]
+    try:
+        for found in service.learn(run):
+            yield *view(found), gr.skip()
+    except gr.Error as error:  # of ZeroGPU: the call was ended, or there is no quota
+        found = service.status(run)
+        if "aborted" not in error.message or found["step"] == before:
+            yield *view(service.fail(run, error.message)), gr.skip()
+            return
+    if found["stage"] == "interrupted":
+        yield *view(found | {"stage": "learning"}), turn + 1
 
 
 @told

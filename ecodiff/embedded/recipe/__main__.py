@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("model", choices=RECIPES)
     parser.add_argument("--vae-steps", type=int, default=1600, help="emoji-sdxl's autoencoder")
     parser.add_argument("--steps", type=int, help="denoiser and text encoders (default: as shipped)")
-    parser.add_argument("--guidance-steps", type=int, default=1000, help="emoji-flux's distillation")
+    parser.add_argument("--guidance-steps", type=int, default=800, help="emoji-flux's distillation")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, help="training state (default: in ~/.cache/ecodiff)")

@@ -203,7 +203,7 @@ def distil_guidance(teacher: Denoiser, examples: Examples, folder: Path, steps: 
             ones = torch.ones_like(sigma)
             cond = teacher(noisy, sigma, ones, *text)
             uncond = teacher(noisy, sigma, ones, *teacher.text(*empty))
-            target = uncond.lerp(cond, guidance.view(-1, 1, 1))
+            target = uncond + guidance.view(-1, 1, 1) * (cond.float() - uncond)
         return F.mse_loss(student(noisy, sigma, guidance, *text).float(), target.float())
 
     return training.fit(student, loss_of, folder, "guidance", steps, device)
