@@ -22,7 +22,7 @@ def device() -> str:
     if chosen := os.environ.get("ECODIFF_DEVICE"):
         return chosen
     if torch.cuda.is_available():
-        return "cuda"
+        return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 

@@ -43,7 +43,7 @@ class Model:
 
     @property
     def embedded(self) -> bool:
-        return Path(self.source).is_absolute()
+        return Path(self.source).parent == EMBEDDED
 
     def learn_config(self, preset: str, ratio: float, **changes) -> LearnConfig:
         """A preset with this model's defaults. Raises BudgetError if there is no such preset."""

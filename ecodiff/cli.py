@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import catalog, checkpoint
+from . import catalog, checkpoint, processes
 from .compensate import compensate_
 from .errors import EcodiffError, UnsupportedModelError
 from .fidelity import compare, fidelity, generate
@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   python -m ecodiff generate small "a red apple" --seed 7
   python -m ecodiff compare small "a red apple" --seed 7
   python -m ecodiff info stabilityai/stable-diffusion-xl-base-1.0
+  accelerate launch -m ecodiff prune sdxl --out small        each GPU takes its share of every batch
 
 MODEL is an embedded model's name (emoji-sdxl), a diffusers folder, or a Hub id.
 exit codes: 0 done, 1 failed (the reason is on stderr), 2 wrong usage, 130 stopped by Ctrl-C.
@@ -51,6 +52,8 @@ def prune(options: argparse.Namespace) -> int:
         run = _open_or_create(options, pipe)
         if not _learn(run, pipe, options):
             return 130
+        if processes.rank():
+            return 0  # the first process cuts and saves
     plan = run.scores().plan(ratio=options.ratio)
     plan.metadata["model"] = run.model
     small = variant(pipe, plan)
@@ -99,17 +102,18 @@ def _open_or_create(options: argparse.Namespace, pipe) -> Run:
     config = model.learn_config(options.preset, options.ratio, **changes)
     # Refuse an impossible size before learning, not after.
     Scores.unranked(denoiser_of(pipe), config.kinds).plan(ratio=options.ratio)
-    folder = Path(options.run) if options.run else RunStore().new_folder()
-    if (folder / "run.json").is_file():
-        run = Run.open(folder)
-        if run.config != config or run.model != options.model:
-            raise EcodiffError(
-                f"The run in {folder} was started for {run.model} at ratio {run.config.ratio:g}, "
-                f"preset {run.preset}. Give the same options to resume it, `prune {folder} "
-                "--ratio ...` to cut another size from it, or another --run."
-            )
-        return run
-    return Run.create(folder, options.model, config, model.prompts("calibration"), options.preset)
+    folder = processes.agreed(Path(options.run) if options.run else RunStore().new_folder())
+    if processes.agreed(not (folder / "run.json").is_file()) and processes.rank() == 0:
+        Run.create(folder, options.model, config, model.prompts("calibration"), options.preset)
+    processes.agreed(None)  # wait for it
+    run = Run.open(folder)
+    if run.config != config or run.model != options.model:
+        raise EcodiffError(
+            f"The run in {folder} was started for {run.model} at ratio {run.config.ratio:g}, "
+            f"preset {run.preset}. Give the same options to resume it, `prune {folder} "
+            "--ratio ...` to cut another size from it, or another --run."
+        )
+    return run
 
 
 def _learn(run: Run, pipe, options: argparse.Namespace) -> bool:
@@ -117,8 +121,10 @@ def _learn(run: Run, pipe, options: argparse.Namespace) -> bool:
 
     state = run.state()
     done = state.step if state else 0
-    print(f"run: {run.folder}" + (f" (resumed at step {done})" if done else ""), file=sys.stderr)
-    with tqdm(total=run.config.total_steps, initial=done, unit="step", disable=options.quiet) as bar:
+    quiet = options.quiet or processes.rank() > 0
+    if processes.rank() == 0:
+        print(f"run: {run.folder}" + (f" (resumed at step {done})" if done else ""), file=sys.stderr)
+    with tqdm(total=run.config.total_steps, initial=done, unit="step", disable=quiet) as bar:
 
         def show(state, seconds):
             row = state.history[-1]
@@ -329,9 +335,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     be_quiet()
     try:
+        processes.join()
         return options.function(options)
     except EcodiffError as error:
         print(f"ecodiff: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        processes.leave()

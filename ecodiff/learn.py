@@ -13,7 +13,7 @@ from math import isfinite, log
 import torch
 from torch import Tensor
 
-from . import gates, measure, saliency
+from . import gates, measure, processes, saliency
 from .errors import BudgetError, CheckpointError, LearningError
 from .groups import WORDS, blocks, denoiser_of, find_groups, unit_parameters
 from .scores import Scores
@@ -95,7 +95,7 @@ class _Learner:
         config = self.config
         shuffle = torch.Generator().manual_seed(config.seed)
         order = torch.randperm(len(self.prompts), generator=shuffle).tolist()
-        rows = range(batch * config.batch, (batch + 1) * config.batch)
+        rows = range(batch * config.batch, (batch + 1) * config.batch)[processes.share(config.batch)]
         options = call_options(
             self.pipe, config.inference_steps, config.guidance_scale, config.size, config.extra
         )
@@ -114,8 +114,10 @@ class _Learner:
             checkpoint=self.config.checkpoint,
             on_step=self.on_step,
             blocks=self.blocks,
+            rows=processes.share(self.config.batch),
         )
-        state.vectors["saliency"] += torch.cat([squares[name] for name in (*self.names, *self.blocks)])
+        found = torch.cat([squares[name] for name in (*self.names, *self.blocks)])
+        state.vectors["saliency"] += processes.mean(found)
         return {}
 
     def _worth(self, state: LearnState) -> Tensor:
@@ -170,16 +172,17 @@ class _Learner:
             gate = gates.sample(log_alpha, noise, PUBLISHED_TEMPERATURE)
         target = self._target(batch)
         with trajectory(self.pipe, config.checkpoint, self.on_step) as run, self._masked(gate):
-            loss = _relative_error(run(**self._call(batch)), target)
+            loss = self._relative_error(run(**self._call(batch)), target)
             size = self._expected(log_alpha)
             price = state.multiplier * size if config.penalty is None else self._penalty(log_alpha)
             (gradient,) = torch.autograd.grad(loss + price, log_alpha)
+        gradient, loss = processes.mean(gradient), processes.mean(loss.detach())
         updates = state.step - config.warm_steps + 1
         _adam(vectors, gradient, config.rate, updates)
         # Dual ascent: the price rises while the expected size is above the budget.
         over = float(size.detach()) - self.budget
         state.multiplier *= max(0.8, min(1.25, 1 + 10 * over))
-        row = {"loss": float(loss.detach()), "expected": float(self.shares.sum() - size.detach())}
+        row = {"loss": float(loss), "expected": float(self.shares.sum() - size.detach())}
         if state.step + 1 == config.total_steps:
             row |= self._gap(vectors["log_alpha"], batch)
         return row
@@ -204,7 +207,7 @@ class _Learner:
         kept = torch.cat([plan[name].float() for name in self.names] + [torch.ones(len(self.blocks))])
         for name, gate in (("relaxed", gates.hard(log_alpha)), ("hardened", kept)):
             with trajectory(self.pipe, False, self.on_step) as run, self._masked(gate), torch.no_grad():
-                losses[name] = float(_relative_error(run(**self._call(batch)), target))
+                losses[name] = float(processes.mean(self._relative_error(run(**self._call(batch)), target)))
         return losses
 
     def _macs_left(self) -> int:
@@ -216,6 +219,10 @@ class _Learner:
             with trajectory(self.pipe, False, self.on_step) as run, torch.no_grad():
                 self.targets[batch] = run(**self._call(batch)).float()
         return self.targets[batch]
+
+    def _relative_error(self, z0: Tensor, target: Tensor) -> Tensor:
+        """Squared error of the final latents, relative to the variance of the dense batch's."""
+        return (z0.float() - target).square().mean() / processes.whole(target).var()
 
     def scores(self, state: LearnState) -> Scores:
         """The ranking so far. Log-alphas become worths: the exponential keeps their order."""
@@ -241,11 +248,6 @@ class _Learner:
         parts = dict(zip(self.names, worth[: len(self.shares)].split(self.sizes), strict=True))
         whole = dict(zip(self.blocks, worth[len(self.shares) :].tolist(), strict=True))
         return Scores.of(self.denoiser, parts, self.macs, whole, **facts, learn=asdict(self.config))
-
-
-def _relative_error(z0: Tensor, target: Tensor) -> Tensor:
-    """Squared error of the final latents, relative to the variance of the dense ones."""
-    return (z0.float() - target).square().mean() / target.var()
 
 
 def _adam(vectors: dict[str, Tensor], gradient: Tensor, rate: float, updates: int) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from . import processes
 from .errors import CheckpointError, EcodiffError, LearningError, RunError
 from .learn import learn
 from .scores import Scores
@@ -173,6 +174,9 @@ class Run:
             RunError: another process is working on it.
             LearningError, CheckpointError: it failed; the last saved state is kept.
         """
+        if processes.rank():  # the first process keeps the files
+            yield from self._learn(pipe, device_lock, budget)
+            return
         self.forget_error()
         try:
             with FileLock(self.folder / ".lock", timeout=0):
@@ -195,18 +199,19 @@ class Run:
     def _learn(self, pipe, device_lock, budget) -> Iterator[tuple[LearnState, float]]:
         begun = saved = started = time.monotonic()
         state, scores, slowest = None, None, 0.0
+        alone, first = processes.count() == 1, processes.rank() == 0
         try:
             steps = learn(
                 pipe,
                 self.prompts,
                 self.config,
                 self.state(),
-                on_step=self._raise_if_stopped,
+                on_step=self._raise_if_stopped if alone else None,
                 device_lock=device_lock,
             )
             for state, scores in steps:
                 now = time.monotonic()
-                if now - saved >= SAVE_SECONDS:
+                if first and now - saved >= SAVE_SECONDS:
                     self._save(state, scores)
                     saved = now
                 slowest = max(slowest, now - started)
@@ -218,7 +223,7 @@ class Run:
         except Stopped:
             return
         finally:
-            if scores is not None:
+            if scores is not None and first:
                 self._save(state, scores)
 
     def _save(self, state: LearnState, scores: Scores) -> None:
@@ -226,7 +231,7 @@ class Run:
         state.save(self.folder / "state.safetensors")
 
     def _raise_if_stopped(self) -> None:
-        if self.stop_requested:
+        if processes.agreed(self.stop_requested):
             raise Stopped
 
     def forget_error(self) -> None:

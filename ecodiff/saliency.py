@@ -168,18 +168,22 @@ def gauss_newton_sample(
     checkpoint: bool = True,
     on_step=None,
     blocks: Mapping[str, list[str]] | None = None,
+    rows: slice | None = None,
 ) -> dict[str, Tensor]:
     """One random projection: the squared gradient of r . z_0 with respect to every gate.
 
     Every latent of a batch has a gate and an r of its own: its squares are a sample each, and their
     mean is returned, in units of the relative error, ||dz_0||^2 / (n var z_0). A gate on a whole
-    block (`blocks`: {block: its groups}) has the sum of its units' gradients.
+    block (`blocks`: {block: its groups}) has the sum of its units' gradients. `rows` says which of a
+    larger batch these are, so that each gets the r that it would have in it.
     """
     denoiser, count = denoiser_of(pipe), len(call["prompt"])
     gates = {g.name: torch.ones(count, g.size, device=denoiser.device, requires_grad=True) for g in groups}
     with masked(denoiser, gates), trajectory(pipe, checkpoint, on_step) as run:
         z0 = run(**call).float().flatten(1)
-        r = torch.randn(z0.shape, generator=torch.Generator().manual_seed(seed)).to(z0.device)
+        rows = rows or slice(len(z0))
+        r = torch.randn(rows.stop, z0.shape[1], generator=torch.Generator().manual_seed(seed))
+        r = r[rows].to(z0.device)
         spread = z0.detach().var(1, keepdim=True) * z0.shape[1]
         found = torch.autograd.grad((r * z0 / spread.sqrt()).sum(), list(gates.values()), allow_unused=True)
     pairs = zip(gates.items(), found, strict=True)

@@ -13,16 +13,21 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-@contextlib.contextmanager
-def serve(store: Path):
-    """Yield the page's address."""
+def free_port() -> int:
+    """A port that nobody listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = {"ECODIFF_HOME": str(store), "GRADIO_SERVER_PORT": str(port)}
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serve(store: Path, module: str = "app", port: str = "", **environment: str):
+    """Yield the page's address."""
+    port = port or free_port()
+    settings = {"ECODIFF_HOME": str(store), "GRADIO_SERVER_PORT": str(port)} | environment
     log = (store / "server.log").open("w")
     process = subprocess.Popen(
-        [sys.executable, "app.py"],
+        [sys.executable, "-m", module],
         cwd=ROOT,
         env=os.environ | settings,
         stdout=log,

@@ -11,6 +11,7 @@ import pytest
 import ecodiff
 
 from .server import serve
+from .test_zerogpu import space
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -129,3 +130,27 @@ def test_every_tab_fits(browser, url, look, width):
         assert not page.get_by_text("16/16").count()
         shot(page, f"{look}-{width}-{tab.lower()}")
     page.close()
+
+
+def test_the_page_sees_a_run_through_on_zerogpu(browser, tiny_sdxl, tmp_path):
+    tiny_sdxl.save_pretrained(tmp_path / "tiny")
+    with space(tmp_path, QUOTA="4") as (client, asked):
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.goto(client.src)
+        page.get_by_label("Model").first.fill(str(tmp_path / "tiny"))
+        page.keyboard.press("Enter")
+        button(page, "Prune").click()
+        # Calls follow each other without a click, until there is no more quota: that is said, the run kept.
+        page.get_by_text("reached its GPU limit").first.wait_for(timeout=LEARNED)
+        shot(page, "zerogpu-quota")
+        assert len(asked("/schedule")) == 4
+        assert button(page, "Resume").is_enabled()
+    with space(tmp_path, port=client.src.rstrip("/").rpartition(":")[2]) as (_, asked):  # the next day
+        page.goto(client.src)
+        button(page, "Resume").click()
+        page.locator(".eco-status").get_by_text("Finished").wait_for(timeout=LEARNED)
+        assert len(asked("/schedule")) >= 1
+        page.get_by_role("tab", name="Compare").click()
+        button(page, "Draw both").click()
+        page.get_by_text("Latent error").wait_for(timeout=LEARNED)
+        shot(page, "zerogpu-compare")

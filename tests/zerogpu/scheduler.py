@@ -34,10 +34,15 @@ calls: list[Call] = []
 idle: dict[str, int] = {}  # task: process of its last worker
 
 
+def say(line: dict) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")  # one write: threads do not mix their lines
+    sys.stdout.flush()
+
+
 def enforce(call: Call) -> None:
     time.sleep(call.seconds)
     if call.pid and not call.over:
-        print(json.dumps({"killed": call.pid}), flush=True)
+        say({"killed": call.pid})
         os.kill(call.pid, signal.SIGKILL)
 
 
@@ -51,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
         url = urlparse(self.path)
         asked = dict(parse_qsl(url.query))
         self.rfile.read(int(self.headers.get("content-length") or 0))
-        print(json.dumps({"path": url.path, **{k: v[:40] for k, v in asked.items()}}), flush=True)
+        say({"path": url.path, **{k: v[:40] for k, v in asked.items()}})
         self.answer(*getattr(self, url.path.strip("/").replace("-", "_"))(asked))
 
     def answer(self, status: int, body: dict | None = None) -> None:

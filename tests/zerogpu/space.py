@@ -6,11 +6,9 @@ SPACES_ZERO_DEVICE_API_URL.
 """
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 scratch = Path(tempfile.mkdtemp(prefix="zerogpu-"))
 (scratch / "cgroup").write_text("0::/stand-in\n")
 os.environ |= {
