@@ -7,18 +7,18 @@ with the same scores, bit for bit, as one that was left alone.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import isfinite, log
 
 import torch
 from torch import Tensor
 
-from . import gates, measure, processes, saliency
+from . import gates, measure, memory, processes, saliency
 from .errors import BudgetError, CheckpointError, LearningError
 from .groups import WORDS, blocks, denoiser_of, find_groups, unit_parameters
 from .scores import Scores
 from .state import LearnConfig, LearnState
-from .trajectory import call_options, prompt_rows, trajectory
+from .trajectory import Keep, call_options, prompt_rows, trajectory
 
 # Of the official SDXL configuration: log-alpha at the start, temperature of the gates, and eps,
 # which bounds their noise to |log((u + eps) / (1 - u + eps))| <= log((1 + eps) / eps).
@@ -29,8 +29,11 @@ OPEN = 6.0  # log-alpha at which a gate is as good as open; closed at minus that
 class _Learner:
     """A pipeline, its groups and the prompts: computes one step from the state before it."""
 
-    def __init__(self, pipe, prompts: Sequence[str], config: LearnConfig, on_step):
-        self.pipe, self.prompts, self.config, self.on_step = pipe, list(prompts), config, on_step
+    def __init__(self, pipe, prompts: Sequence[str], config: LearnConfig, on_step, on_plan):
+        self.pipe, self.prompts, self.config = pipe, list(prompts), config
+        self.on_step, self.on_plan = on_step, on_plan
+        self.memory: memory.MemoryPlan | None = None
+        self.counted = 0  # denoiser calls of a step, recomputed ones too
         self.denoiser = denoiser_of(pipe)
         self.groups = find_groups(self.denoiser, set(config.kinds) - {"blocks"})
         self.blocks = blocks(self.groups) if "blocks" in config.kinds else {}
@@ -69,6 +72,40 @@ class _Learner:
         return torch.cat([opened[sum(self.sizes) :], opened.new_ones(1)])[self.block_of]
 
     def advance(self, state: LearnState) -> LearnState:
+        """The state one step on. Where memory runs out, the step is made again with less of it."""
+        if self.memory is None and self.config.checkpoint is None:
+            self._plan(memory.plan(self.pipe, self._call(0)))
+        while True:
+            self.counted = 0
+            try:
+                made = self._advance(state)
+                break
+            except (MemoryError, RuntimeError) as error:
+                smaller = self.memory.smaller() if self.memory and memory.exhausted(error) else None
+                if smaller is None:
+                    raise
+            self._plan(smaller)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        if self.memory and not self.memory.calls and made.step <= self.config.warm_steps:
+            # Every call was made twice, so now it is known how many a trajectory has.
+            self._plan(memory.fitted(replace(self.memory, calls=self.counted // 2)))
+        return made
+
+    def _plan(self, found: memory.MemoryPlan) -> None:
+        self.memory = found
+        if self.on_plan is not None:
+            self.on_plan(found.words())
+
+    def _keep(self) -> bool | Keep:
+        return self.config.checkpoint if self.memory is None else self.memory.keep
+
+    def _on_step(self) -> None:
+        self.counted += 1
+        if self.on_step is not None:
+            self.on_step()
+
+    def _advance(self, state: LearnState) -> LearnState:
         config, vectors = self.config, {k: v.clone() for k, v in state.vectors.items()}
         state = LearnState(state.step, vectors, state.multiplier, list(state.history))
         if config.warm_steps == state.step == 0:
@@ -111,8 +148,8 @@ class _Learner:
             self.groups,
             self._call(self._batch_of(state.step)),
             seed=self.config.seed * 1_000_003 + state.step,
-            checkpoint=self.config.checkpoint,
-            on_step=self.on_step,
+            checkpoint=self._keep(),
+            on_step=self._on_step,
             blocks=self.blocks,
             rows=processes.share(self.config.batch),
         )
@@ -171,7 +208,7 @@ class _Learner:
             noise = (noise + PUBLISHED_EPS) / (1 + 2 * PUBLISHED_EPS)
             gate = gates.sample(log_alpha, noise, PUBLISHED_TEMPERATURE)
         target = self._target(batch)
-        with trajectory(self.pipe, config.checkpoint, self.on_step) as run, self._masked(gate):
+        with trajectory(self.pipe, self._keep(), self._on_step) as run, self._masked(gate):
             loss = self._relative_error(run(**self._call(batch)), target)
             size = self._expected(log_alpha)
             price = state.multiplier * size if config.penalty is None else self._penalty(log_alpha)
@@ -206,7 +243,7 @@ class _Learner:
         plan = self._cut(log_alpha).plan(**size)
         kept = torch.cat([plan[name].float() for name in self.names] + [torch.ones(len(self.blocks))])
         for name, gate in (("relaxed", gates.hard(log_alpha)), ("hardened", kept)):
-            with trajectory(self.pipe, False, self.on_step) as run, self._masked(gate), torch.no_grad():
+            with trajectory(self.pipe, False, self._on_step) as run, self._masked(gate), torch.no_grad():
                 losses[name] = float(processes.mean(self._relative_error(run(**self._call(batch)), target)))
         return losses
 
@@ -216,7 +253,7 @@ class _Learner:
     def _target(self, batch: int) -> Tensor:
         """z_0 of the dense model for a batch, computed once."""
         if batch not in self.targets:
-            with trajectory(self.pipe, False, self.on_step) as run, torch.no_grad():
+            with trajectory(self.pipe, False, self._on_step) as run, torch.no_grad():
                 self.targets[batch] = run(**self._call(batch)).float()
         return self.targets[batch]
 
@@ -265,6 +302,7 @@ def learn(
     state: LearnState | None = None,
     *,
     on_step: Callable[[], None] | None = None,
+    on_plan: Callable[[str], None] | None = None,
     device_lock: AbstractContextManager | None = None,
 ) -> Iterator[tuple[LearnState, Scores]]:
     """Learn masks, yielding the state after each step and the scores that it amounts to.
@@ -275,6 +313,7 @@ def learn(
         state: where to go on; None: at the beginning.
         on_step: called before every denoiser call; raise in it to stop. The step is then lost, not
             the run.
+        on_plan: told what is kept in memory and what computed again, whenever that changes.
         device_lock: held during each step, so that others can use the pipeline between them.
 
     Raises:
@@ -282,7 +321,7 @@ def learn(
         CheckpointError: `state` belongs to another model.
         LearningError: the loss is not a number.
     """
-    learner = _Learner(pipe, prompts, config, on_step)
+    learner = _Learner(pipe, prompts, config, on_step, on_plan)
     state = state or LearnState.start(learner.variables)
     if any(v.shape != (learner.variables,) for v in state.vectors.values()):
         raise CheckpointError("The saved state has another number of units than this model.")

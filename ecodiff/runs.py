@@ -5,7 +5,7 @@ state.safetensors     where learning is, replaced atomically
 scores.safetensors    the ranking so far; final once all steps are done
 plans/, models/       what was cut from it
 variants/             weights that compensation gave, by plan
-STOP, ERROR           a request to stop; why it last failed
+STOP, ERROR, MEMORY   a request to stop; why it last failed; what is kept in memory
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from . import processes
 from .errors import CheckpointError, EcodiffError, LearningError, RunError
 from .learn import learn
+from .memory import exhausted
 from .scores import Scores
 from .state import LearnConfig, LearnState
 
@@ -187,7 +188,7 @@ class Run:
             self.record(str(error))
             raise
         except (MemoryError, RuntimeError) as error:
-            if "out of memory" not in str(error).lower() and not isinstance(error, MemoryError):
+            if not exhausted(error):
                 raise
             message = (
                 "The device ran out of memory. The run is kept: free memory, or start a new one "
@@ -207,6 +208,7 @@ class Run:
                 self.config,
                 self.state(),
                 on_step=self._raise_if_stopped if alone else None,
+                on_plan=self._note_memory if first else None,
                 device_lock=device_lock,
             )
             for state, scores in steps:
@@ -236,6 +238,16 @@ class Run:
 
     def forget_error(self) -> None:
         (self.folder / "ERROR").unlink(missing_ok=True)
+
+    def _note_memory(self, words: str) -> None:
+        with contextlib.suppress(OSError):
+            (self.folder / "MEMORY").write_text(words, encoding="utf-8")
+
+    @property
+    def memory(self) -> str:
+        """What learning keeps in memory, in words; "" before it started."""
+        path = self.folder / "MEMORY"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
 
     def record(self, message: str) -> None:
         """Keep why the run failed, to be shown with it."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .gates import masked
 from .groups import PruneGroup, denoiser_of, find_groups, unit_parameters
-from .trajectory import denoiser_calls, moved, trajectory
+from .trajectory import Keep, denoiser_calls, moved, trajectory
 
 
 def random(denoiser: nn.Module, seed: int = 0) -> dict[str, Tensor]:
@@ -165,7 +165,7 @@ def gauss_newton_sample(
     groups: list[PruneGroup],
     call: dict,
     seed: int,
-    checkpoint: bool = True,
+    checkpoint: bool | Keep = True,
     on_step=None,
     blocks: Mapping[str, list[str]] | None = None,
     rows: slice | None = None,

@@ -129,7 +129,7 @@ def status(run: str) -> dict:
 
     Returns:
         {"run", "model", "preset", "name", "created", "ratio", "stage", "step", "steps", "ahead",
-        "seconds_left": measured, or None, "error", "history": one dict a step}; stage is queued,
+        "seconds_left": measured, or None, "error", "memory", "history": one dict a step}; stage is queued,
         loading, learning, calibrating, finished, stopped, failed, or interrupted (nothing works on it: the
         server was restarted or, on ZeroGPU, `learn` is to be called).
     """
@@ -152,6 +152,7 @@ def status(run: str) -> dict:
         "ahead": WORKER.ahead(job) if job else 0,
         "seconds_left": job.seconds_left if job and job.active else None,
         "error": opened.error,
+        "memory": opened.memory,
         "history": state.history if state else [],
     }
 

@@ -39,7 +39,8 @@ class LearnConfig:
             `ratio` is a share of that.
         penalty: None steers the expected size to the budget. A number is the paper's own objective
             instead: gates start from a constant, none warm, and this weighs the mean |log-alpha|.
-        checkpoint: recompute each time step in the backward pass (memory does not grow with steps).
+        checkpoint: recompute each time step in the backward pass (memory does not grow with steps);
+            False: none; None: as many as memory asks for. Scores do not depend on it.
     """
 
     ratio: float = 0.2
@@ -56,7 +57,7 @@ class LearnConfig:
     kinds: tuple[str, ...] = PRESET_KINDS
     cost: str = "params"
     penalty: float | None = None
-    checkpoint: bool = True
+    checkpoint: bool | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "kinds", tuple(self.kinds))  # JSON gives a list

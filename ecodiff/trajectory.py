@@ -9,6 +9,8 @@ beyond the latents themselves.
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -50,9 +52,23 @@ def prompt_rows(prompts: Sequence[str], rows: Iterable[int], seed: int, options:
     }
 
 
+@dataclass(frozen=True)
+class Keep:
+    """What is kept for the backward pass: the activations of the first `calls` denoiser calls.
+
+    The others are recomputed from their latents; with `blocks`, block by block.
+    """
+
+    calls: float = 0
+    blocks: bool = False
+
+
+ALL, NOTHING = Keep(inf), Keep(0)
+
+
 @contextmanager
 def trajectory(
-    pipe, checkpoint: bool = True, on_step: Callable[[], None] | None = None
+    pipe, checkpoint: bool | Keep = True, on_step: Callable[[], None] | None = None
 ) -> Iterator[Callable[..., Tensor]]:
     """Open a pipeline for differentiable runs.
 
@@ -63,7 +79,7 @@ def trajectory(
     Args:
         pipe: a pipeline with `output_type="latent"`. Its weights get no gradient in here.
         checkpoint: keep only the latents and recompute each step in the backward pass. Without,
-            memory grows with the number of steps.
+            memory grows with the number of steps. A `Keep` is between the two, or beyond.
         on_step: called before every denoiser call, recomputations included; what it raises ends
             the run. This is where a stop flag or a deadline is looked at.
 
@@ -85,21 +101,37 @@ def trajectory(
             on_step()
         return forward(*args, **kwargs)
 
-    def checkpointed_step(*args, **kwargs):
+    keep = checkpoint if isinstance(checkpoint, Keep) else NOTHING if checkpoint else ALL
+    calls = 0
+
+    def kept_or_not(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls <= keep.calls:
+            return step(*args, **kwargs)
         # Nothing in here is random (dropout is off, gates are drawn outside): no RNG to restore.
         return checkpointed(step, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     def run(*args, **kwargs) -> Tensor:
+        nonlocal calls
+        calls = 0
         return call(pipe, *args, output_type="latent", return_dict=False, **kwargs)[0]
 
-    trained = [p for p in denoiser.parameters() if p.requires_grad]
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    trained = [p for part in parts for p in part.parameters() if p.requires_grad]
     was_training = denoiser.training
     progress_bar = getattr(pipe, "_progress_bar_config", {})
-    denoiser.requires_grad_(False).eval()
+    for part in parts:  # text encoders too: a graph through them would be kept for nothing
+        part.requires_grad_(False)
+    denoiser.eval()
+    by_block = keep.blocks and getattr(denoiser, "_supports_gradient_checkpointing", False)
+    by_block = by_block and not denoiser.is_gradient_checkpointing
+    if by_block:
+        denoiser.enable_gradient_checkpointing()
     for module in denoiser.modules():  # HiDream: experts have gradients in training mode only
         if hasattr(module, "moe_infer"):
             module.training = True
-    denoiser.forward = checkpointed_step if checkpoint else step
+    denoiser.forward = kept_or_not
     pipe.set_progress_bar_config(disable=True)
     try:
         with _attention_with_fast_backward(denoiser), torch.enable_grad():
@@ -109,6 +141,8 @@ def trajectory(
             del denoiser.forward
         else:
             denoiser.forward = own_forward
+        if by_block:
+            denoiser.disable_gradient_checkpointing()
         pipe.set_progress_bar_config(**progress_bar)
         denoiser.train(was_training)
         for parameter in trained:

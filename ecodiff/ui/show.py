@@ -84,6 +84,8 @@ def progress(status: dict) -> str:
     if status["seconds_left"] is not None:
         words.append(f"{duration(status['seconds_left'])} left")
     share = 100 * step / max(1, steps)
+    if status["memory"] and stage == "learning":
+        words.append(f"memory: {escape(status['memory'])}")
     failed = failure(status["error"]) if status["error"] else ""
     note = ""
     if stage in ("stopped", "failed", "interrupted"):

@@ -1,0 +1,77 @@
+"""The planner: what it keeps fits, what it finds is true; running out of memory costs time and nothing else."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ecodiff
+from ecodiff import gates, memory, saliency
+from ecodiff.learn import learn
+from ecodiff.memory import MemoryPlan
+from ecodiff.trajectory import Keep, call_options, prompt_rows
+
+from .conftest import PROMPT
+from .test_trajectory import gate_gradients, kept_bytes, random_gates
+
+CONFIG = ecodiff.LearnConfig(warm_steps=2, steps=2, batch=2, trajectories=4, inference_steps=3, size=16)
+
+
+@pytest.mark.parametrize("keep", [Keep(1), Keep(5), Keep(100), Keep(0, blocks=True)])
+def test_gradients_do_not_depend_on_what_is_kept(pipe, keep):
+    pipe.to(torch.float64)
+    masks = random_gates(gates_of(pipe))
+    _, expected = gate_gradients(pipe, masks, checkpoint=True)
+    _, found = gate_gradients(pipe, masks, checkpoint=keep)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10 * float(b.abs().max()))
+    assert not gates_of(pipe).is_gradient_checkpointing
+
+
+def gates_of(pipe):
+    return ecodiff.groups.denoiser_of(pipe)
+
+
+def test_activations_are_what_autograd_keeps(tiny_sdxl):
+    call = prompt_rows([PROMPT], range(1), 0, call_options(tiny_sdxl, 2, 5.0, None))
+    masks = {g.name: torch.ones(g.size) for g in ecodiff.find_groups(tiny_sdxl.unet)}
+    with gates.masked(tiny_sdxl.unet, masks):
+        found = memory.plan(tiny_sdxl, call).activations
+    ten, twenty = (kept_bytes(tiny_sdxl, steps, checkpoint=False) for steps in (10, 20))
+    assert found == pytest.approx((twenty - ten) / 10, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("free", "kept"), [(10_000, Keep(12)), (1_200, Keep(12)), (1_199, Keep(10)), (100, Keep(0)), (99, None)]
+)
+def test_as_much_is_kept_as_fits(free, kept):
+    found = memory.fitted(MemoryPlan(calls=12, activations=100, free=free))
+    assert found.keep == (kept or Keep(0, blocks=True))
+    assert found.needed <= free and "GB" in found.words()
+
+
+def test_plans_shrink_until_there_is_none():
+    found, kept = MemoryPlan(12, 100, 10_000, Keep(12)), []
+    while found is not None:
+        kept.append(found.keep)
+        found = found.smaller()
+    assert kept == [Keep(12), Keep(6), Keep(3), Keep(1), Keep(0), Keep(0, blocks=True)]
+
+
+def test_running_out_of_memory_changes_the_plan_and_not_the_scores(tiny_sdxl, monkeypatch):
+    prompts, plans, failed = ["red apple", "cat"], [], []
+    reference = ecodiff.learn_masks(tiny_sdxl, prompts, replace(CONFIG, checkpoint=True))
+    real = saliency.gauss_newton_sample
+
+    def tight(*args, checkpoint, **kwargs):
+        """A machine that holds the activations of one call."""
+        if checkpoint.calls > 1:
+            failed.append(checkpoint)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(*args, checkpoint=checkpoint, **kwargs)
+
+    monkeypatch.setattr(saliency, "gauss_newton_sample", tight)
+    for _, scores in learn(tiny_sdxl, prompts, CONFIG, on_plan=plans.append):  # noqa: B007
+        pass
+    assert failed == [Keep(3)] and plans[0].startswith("every time step") and "1 of 3" in plans[-1]
+    assert all(torch.equal(values, scores.values[name]) for name, values in reference.values.items())
