@@ -1,4 +1,4 @@
-"""The planner: what it keeps fits, what it finds is true; running out of memory costs time and nothing else."""
+"""The planner: what it keeps fits; running out of memory costs time and nothing else."""
 
 from dataclasses import replace
 

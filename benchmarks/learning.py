@@ -1,0 +1,137 @@
+"""What a learning step costs: time in dense trajectories, memory against time steps and what is kept.
+
+    python benchmarks/learning.py                      embedded model, the device that ecodiff would take
+    python benchmarks/learning.py --model emoji-flux --threads 1
+
+A learning step is one gradient of the objective with respect to all gates, through the whole trajectory.
+Its floor is a forward pass, a recomputation and a backward pass that skips weight gradients: about three
+forward passes; two if nothing is recomputed. Times are medians over interleaved repeats, as multiples of
+the dense trajectory of the same run. Memory is the peak of a process of its own, less what the process
+held before (on CUDA: torch's own count).
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import ecodiff
+from ecodiff import catalog, memory
+from ecodiff.groups import denoiser_of, find_groups
+from ecodiff.trajectory import ALL, NOTHING, Keep, call_options, prompt_rows
+
+OUT = Path(__file__).with_suffix(".json")
+STEPS = (5, 10, 20, 50)
+
+
+def call_of(pipe, model: catalog.Model, steps: int, batch: int) -> dict:
+    options = call_options(pipe, steps, model.guidance_scale, model.size, model.extra)
+    return prompt_rows(model.prompts("calibration"), range(batch), 0, options)
+
+
+def dense(pipe, call: dict) -> None:
+    with ecodiff.trajectory(pipe, checkpoint=False) as run, torch.no_grad():
+        run(**call)
+
+
+def step(pipe, call: dict, keep: Keep) -> None:
+    """Forward and backward through a whole trajectory, gates on every unit."""
+    denoiser = denoiser_of(pipe)
+    groups = find_groups(denoiser, ecodiff.LearnConfig().kinds)
+    masks = {g.name: torch.ones(g.size, device=denoiser.device, requires_grad=True) for g in groups}
+    with ecodiff.masked(denoiser, masks), ecodiff.trajectory(pipe, keep) as run:
+        z0 = run(**call).float()
+        torch.autograd.grad(z0.square().mean(), list(masks.values()), allow_unused=True)
+
+
+def seconds(function, *args) -> float:
+    start = time.perf_counter()
+    function(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def times(pipe, call: dict, keeps: dict[str, Keep], repeats: int) -> dict[str, float]:
+    """Multiples of a dense trajectory, each way measured once a round."""
+    dense(pipe, call)
+    rounds = {name: [] for name in keeps}
+    for _ in range(repeats):
+        whole = seconds(dense, pipe, call)
+        for name, keep in keeps.items():
+            rounds[name].append(seconds(step, pipe, call, keep) / whole)
+    return {name: round(statistics.median(found), 2) for name, found in rounds.items()}
+
+
+def peak(options, steps: int, keep: Keep) -> float:
+    """Megabytes that a step adds, in a fresh process."""
+    asked = [str(steps), json.dumps([keep.calls if keep != ALL else 10**6, keep.blocks])]
+    command = [sys.executable, "-W", "ignore", __file__, "--model", options.model, "--measure", *asked]
+    command += ["--batch", str(options.batch), "--threads", str(torch.get_num_threads())]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def measure(options) -> None:
+    model, pipe = catalog.find(options.model), ecodiff.load(options.model)
+    steps, keep = int(options.measure[0]), Keep(*json.loads(options.measure[1]))
+    dense(pipe, call_of(pipe, model, 2, options.batch))
+    cuda = torch.cuda.is_available()
+    before = (
+        torch.cuda.memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    step(pipe, call_of(pipe, model, steps, options.batch), keep)
+    after = (
+        torch.cuda.max_memory_allocated()
+        if cuda
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    print((after - before) / 1e6)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="emoji-sdxl")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.measure:
+        measure(options)
+        return
+    model, pipe = catalog.find(options.model), ecodiff.load(options.model)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    found = {"model": options.model, "batch": options.batch, "device": device}
+    found |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "steps": model.learn_steps}
+    call = call_of(pipe, model, model.learn_steps, options.batch)
+    half = Keep(model.learn_steps // 2)
+    ways = {"all recomputed": NOTHING, "half kept": half, "all kept": ALL, "blocks recomputed": Keep(0, True)}
+    found["times"] = times(pipe, call, ways, options.repeats)
+    planned = memory.plan(pipe, call, model.learn_steps)
+    found["activations_mb"] = round(planned.activations / 1e6, 1)
+    found["planned"] = replace(planned, free=planned.free).words()
+    found["peak_mb"] = {
+        name: {str(steps): round(peak(options, steps, keep), 1) for steps in counts}
+        for name, keep, counts in (
+            ("all recomputed", NOTHING, STEPS),
+            ("blocks recomputed", Keep(0, True), STEPS[:2]),
+            ("all kept", ALL, STEPS[:2]),
+        )
+    }
+    print(json.dumps(found, indent=1))
+    results = json.loads(OUT.read_text()) if OUT.exists() else {}
+    OUT.write_text(json.dumps(results | {f"{options.model}, {device}": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

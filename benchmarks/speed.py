@@ -1,0 +1,114 @@
+"""What pruning buys in time: dense against pruned, ideal (MACs) against measured; swapping and loading.
+
+    python benchmarks/speed.py                    embedded model, the device that ecodiff would take
+    python benchmarks/speed.py --compile          with torch.compile too
+
+Times are medians over interleaved repeats of one denoiser call, as multiples of the dense one's in the same
+round. The ranking is of weight magnitudes: which units go does not matter for time, how many a layer does.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import ecodiff
+from ecodiff import catalog, measure, saliency
+from ecodiff.groups import denoiser_of, unit_parameters
+from ecodiff.scores import Scores
+from ecodiff.trajectory import call_options, denoiser_calls, moved, prompt_rows
+
+OUT = Path(__file__).with_suffix(".json")
+
+
+def seconds(function, *args) -> float:
+    start = time.perf_counter()
+    function(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def ratios(denoisers: dict, args: tuple, kwargs: dict, repeats: int) -> dict[str, float]:
+    """Speed-up of each over the dense one, in one call."""
+    rounds = {name: [] for name in denoisers}
+    for _ in range(repeats + 1):
+        for name, denoiser in denoisers.items():
+            rounds[name].append(seconds(lambda d=denoiser: d(*args, **kwargs)))
+    dense = rounds["dense"][1:]
+    return {
+        name: round(statistics.median(a / b for a, b in zip(dense, found[1:], strict=True)), 3)
+        for name, found in rounds.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="emoji-sdxl")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.4])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model, device = catalog.find(options.model), platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else device
+    load = seconds(ecodiff.load, options.model)
+    pipe = ecodiff.load(options.model)
+    denoiser = denoiser_of(pipe)
+    groups = ecodiff.find_groups(denoiser)
+    worth = saliency.magnitude(denoiser)
+    call = call_of(pipe, model, 1)
+    scores = Scores.of(
+        denoiser,
+        {g.name: worth[g.name] / unit_parameters(denoiser, g) for g in groups},
+        measure.unit_macs(pipe, call, groups),
+    )
+    found = {"model": options.model, "device": device, "threads": torch.get_num_threads()}
+    found |= {"torch": torch.__version__, "load_s": round(load, 2), "rows": []}
+    for ratio in options.ratios:
+        plans = {name: scores.plan(ratio=ratio, align=name == "aligned") for name in ("aligned", "unaligned")}
+        variants = {name: denoiser_of(ecodiff.variant(pipe, plan)) for name, plan in plans.items()}
+        ideal = 1 / (1 - scores.removed(plans["aligned"], scores.macs) / scores.total_macs)
+        for batch in (1, 4):
+            args, kwargs = moved(
+                denoiser_calls(pipe, call_of(pipe, model, batch), limit=1)[0], denoiser.device
+            )
+            row = {"ratio": ratio, "batch": batch, "ideal": round(ideal, 3)}
+            row |= ratios({"dense": denoiser} | variants, args, kwargs, options.repeats)
+            if options.compile:
+                compiled = {"dense": torch.compile(denoiser), "compiled": torch.compile(variants["aligned"])}
+                row["compiled"] = ratios(compiled, args, kwargs, options.repeats)["compiled"]
+            found["rows"].append(row)
+            print(row, flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            small = ecodiff.variant(pipe, plans["aligned"])
+            ecodiff.save(small, Path(folder) / "small")
+            plans["aligned"].save(Path(folder) / "plan.safetensors")
+            swap = statistics.median(seconds(ecodiff.variant, pipe, plans["aligned"]) for _ in range(5))
+            reload = seconds(ecodiff.load, Path(folder) / "small")
+            plan = seconds(ecodiff.PrunePlan.load, Path(folder) / "plan.safetensors")
+        found[f"at {ratio:.0%}"] = {
+            "hot_swap_s": round(swap, 3),
+            "load_folder_s": round(reload, 2),
+            "load_plan_s": round(plan, 4),
+        }
+    print(json.dumps(found, indent=1))
+    results = json.loads(OUT.read_text()) if OUT.exists() else {}
+    OUT.write_text(json.dumps(results | {f"{options.model}, {device}": found}, indent=1) + "\n")
+
+
+def call_of(pipe, model: catalog.Model, batch: int) -> dict:
+    options = call_options(pipe, model.steps, model.guidance_scale, model.size, model.extra)
+    return prompt_rows(model.prompts("calibration"), range(batch), 0, options)
+
+
+if __name__ == "__main__":
+    main()
