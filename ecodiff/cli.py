@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import catalog, checkpoint, processes
+from . import catalog, checkpoint, memory, processes
 from .compensate import compensate_
 from .errors import EcodiffError, UnsupportedModelError
 from .fidelity import compare, fidelity, generate
@@ -241,6 +241,17 @@ def info(options: argparse.Namespace) -> int:
         ("can be removed", f"at most {scores.ceiling:.1%}"),
         ("left alone", ", ".join(f"{k} {v / total:.1%}" for k, v in facts["left_alone"].items())),
     ]
+    known = catalog.find(options.model)
+    if known.denoiser:
+        needs = memory.estimate(denoiser, known)
+        facts |= {"memory_draw": needs["draw"], "memory_learn": needs["learn"]}
+        facts |= {"licence": known.licence, "gated": known.gated}
+        rows.append(
+            ("memory (estimate)", f"{megabytes(needs['draw'])} to draw, {megabytes(needs['learn'])} to learn")
+        )
+        rows.append(
+            ("licence", known.licence + (", gated: accept it on the Hub first" if known.gated else ""))
+        )
     if plan is not None:
         rows.append(("pruned by plan", plan.digest))
     if scores.ceiling >= 0.2:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from .groups import denoiser_of
+from . import catalog
+from .groups import blocks, denoiser_of, find_groups
 from .trajectory import NOTHING, Keep, denoiser_calls, moved
 
 USABLE = 0.8  # of what is free: allocators waste some, and others may come
@@ -74,15 +75,39 @@ def exhausted(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
+def estimate(denoiser: nn.Module, model: catalog.Model, batch: int = 4) -> dict[str, int]:
+    """Bytes for drawing one image and for learning, before anything was measured: rules of thumb.
+
+    Drawing: all weights, and a tenth more. Learning, with blocks recomputed: besides, for each row of a
+    batch (twice as many with guidance) one hidden state a block and 34 more inside one block (Korthikanti
+    et al. 2022, arXiv 2205.05198, eq. 2, without attention scores), of a token for 16 x 16 pixels.
+
+    Args:
+        denoiser: on any device, "meta" too.
+    """
+    itemsize = getattr(torch, model.dtype).itemsize
+    groups = find_groups(denoiser)
+    width = max(denoiser.get_submodule(g.consumers[0].module).weight.shape[0] for g in groups)
+    rows = batch * (
+        2 if (model.guidance_scale or 0) > 1 and not denoiser.config.get("guidance_embeds") else 1
+    )
+    hidden = rows * ((model.size or 1024) // 16) ** 2 * width * itemsize
+    weights = sum(p.numel() for p in denoiser.parameters()) * itemsize + model.others_gb * 1e9
+    return {
+        "draw": round(1.1 * weights),
+        "learn": round(1.1 * weights + hidden * (len(blocks(groups)) + 34)),
+    }
+
+
 def activation_bytes(denoiser: nn.Module, args: tuple, kwargs: dict) -> int:
     """Bytes that one call keeps for its backward pass, weights not counted."""
-    own = {t.untyped_storage().data_ptr() for t in (*denoiser.parameters(), *denoiser.buffers())}
+    own = {t.untyped_storage()._cdata for t in (*denoiser.parameters(), *denoiser.buffers())}
     kept: dict[int, int] = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]

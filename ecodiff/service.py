@@ -12,8 +12,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from . import backends, catalog, checkpoint, gpu
+from . import backends, catalog, checkpoint, gpu, memory
 from .errors import BudgetError, CheckpointError, ModelNotFoundError, RunError
 from .fidelity import Sample, fidelity
 from .groups import PRESET_KINDS
@@ -27,10 +28,14 @@ EXPIRY_SECONDS = 24 * 3600  # on a Space; at home runs are kept
 
 
 @cache
+def _denoiser(model: str) -> nn.Module:
+    return checkpoint.empty_denoiser(model)
+
+
+@cache
 def _sizes(model: str, kinds: tuple[str, ...] = PRESET_KINDS) -> tuple[Scores, int, int]:
     """Unit costs of a model, bytes of a weight in its files, bytes of all its weights."""
-    denoiser = checkpoint.empty_denoiser(model)
-    scores = Scores.unranked(denoiser, kinds)
+    scores = Scores.unranked(_denoiser(model), kinds)
     itemsize = (checkpoint.disk_dtype(model) or torch.float16).itemsize
     source = Path(catalog.find(model).source)
     weights = sum(file.stat().st_size for file in source.rglob("*.safetensors"))
@@ -53,9 +58,13 @@ def predict(model: str, ratio: float) -> dict:
         ratio: fraction of the denoiser's parameters to remove.
 
     Returns:
-        {"params_dense", "params_pruned", "bytes_dense", "bytes_pruned", "ceiling"}
+        {"params_dense", "params_pruned", "bytes_dense", "bytes_pruned", "ceiling", "licence", "gated",
+        "supported": what the conformance suite passes of this architecture, "memory": {"draw", "learn"},
+        bytes, an estimate}
     """
-    scores, itemsize, dense_bytes = _sizes(_known(model).name)
+    known = _known(model)
+    scores, itemsize, dense_bytes = _sizes(known.name)
+    denoiser = _denoiser(known.name)
     removed = round(_checked(ratio, scores) * scores.total)
     return {
         "params_dense": scores.total,
@@ -63,6 +72,10 @@ def predict(model: str, ratio: float) -> dict:
         "bytes_dense": dense_bytes,
         "bytes_pruned": dense_bytes - removed * itemsize,
         "ceiling": scores.ceiling,
+        "licence": known.licence,
+        "gated": known.gated,
+        "supported": catalog.supported(type(denoiser).__name__),
+        "memory": memory.estimate(denoiser, known),
     }
 
 

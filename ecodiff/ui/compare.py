@@ -33,7 +33,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
             known = catalog.MODELS["emoji-sdxl"]
             with gr.Accordion("Advanced", open=False):
                 steps = gr.Slider(1, 100, value=known.steps, step=1, label="Time steps")
-                guidance = gr.Slider(1, 15, value=known.guidance_scale, step=0.5, label="Guidance scale")
+                guidance = gr.Slider(0, 15, value=known.guidance_scale, step=0.5, label="Guidance scale")
             draw = gr.Button("Draw both", variant="primary", size="lg")
             gr.Examples(EXAMPLES, prompt, label="Try")
         with gr.Column(scale=3, min_width=300):
@@ -67,6 +67,15 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
         [slider, figures, history],
         api_visibility="private",
     )
+
+    def defaults(run):
+        """Time steps and guidance of the run's model: a distilled model draws in few steps, without it."""
+        if not run:
+            return gr.skip(), gr.skip()
+        known = catalog.find(service.status(run)["model"])
+        return known.steps, known.guidance_scale or 0
+
+    run.change(told(defaults), run, [steps, guidance], api_visibility="private", show_progress="hidden")
 
     def refresh(runs, current, chosen):
         found = choices(runs, scored=True)

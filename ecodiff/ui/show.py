@@ -47,6 +47,23 @@ def failure(message: str) -> str:
 def prediction(facts: dict) -> str:
     """What a size will leave, before anything is started."""
     removed = 1 - facts["params_pruned"] / facts["params_dense"]
+    passed = facts["supported"]
+    whole = "with its whole pipeline" if any(row["pipeline"] for row in passed) else "its denoiser alone"
+    notes = [
+        f"Licence: {escape(facts['licence'])}" + (", gated: accept it on the Hub first" * facts["gated"])
+    ]
+    if facts["memory"]["learn"] > 1e9:
+        draw, learn = (megabytes(facts["memory"][name]) for name in ("draw", "learn"))
+        notes.append(f"Memory, estimate: {draw} to draw, {learn} to learn")
+    notes.append(
+        f"This architecture passed the conformance suite, {whole}"
+        if passed
+        else "This architecture is not in the conformance suite: its layers are known by their structure"
+    )
+    return _figures_of(facts, removed) + f'<p class="eco-notes">{" · ".join(notes)}</p>'
+
+
+def _figures_of(facts: dict, removed: float) -> str:
     return figures(
         [
             (

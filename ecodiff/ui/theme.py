@@ -49,6 +49,7 @@ CSS = """
 .eco-progress { height: 10px; border-radius: 5px; background: var(--border-color-primary);
   overflow: hidden; margin: 8px 0 4px; }
 .eco-progress > div { height: 100%; background: var(--primary-600); transition: width .5s; }
+.eco-notes { font-size: 13px; color: var(--body-text-color-subdued); margin: 10px 2px 0; }
 .eco-status { font-variant-numeric: tabular-nums; }
 .eco-error { border-left: 4px solid #dc2626; padding: 6px 12px; }
 .eco-layers { display: grid; gap: 4px; }
