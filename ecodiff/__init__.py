@@ -15,6 +15,7 @@ from .fidelity import compare
 from .gates import masked
 from .groups import PruneGroup, find_groups
 from .learn import learn_masks
+from .lora import save_lora, translate_lora
 from .plan import PrunePlan
 from .scores import Scores
 from .slicing import slice_, variant
@@ -36,7 +37,9 @@ __all__ = [
     "load",
     "masked",
     "save",
+    "save_lora",
     "slice_",
     "trajectory",
+    "translate_lora",
     "variant",
 ]

@@ -127,6 +127,15 @@ def empty_denoiser(source: str) -> nn.Module:
         raise _unreachable(source) from None
 
 
+def classes(source: str) -> tuple[type, str]:
+    """The class of a model's pipeline, and the name of the denoiser in it; loads no weights."""
+    index = model_index(catalog.find(source).source)
+    pipeline = getattr(diffusers, str(index.get("_class_name")), None)
+    if not (isinstance(pipeline, type) and issubclass(pipeline, DiffusionPipeline)):
+        raise UnsupportedModelError(f"{source} is a {index.get('_class_name')}, not diffusers' own.")
+    return pipeline, "unet" if index.get("unet", [None])[0] else "transformer"
+
+
 def disk_dtype(source: str) -> torch.dtype | None:
     """In which type a model's files hold the denoiser's weights; None if it cannot be told."""
     folder = Path(catalog.find(source).source)

@@ -1,4 +1,4 @@
-"""The command line: prune, generate, compare, info."""
+"""The command line: prune, generate, compare, lora, info."""
 
 import argparse
 import json
@@ -12,6 +12,7 @@ from .errors import EcodiffError, UnsupportedModelError
 from .fidelity import compare, fidelity, generate
 from .groups import ALL_KINDS, WORDS, denoiser_of, find_groups, unit_parameters, unrecognised
 from .logs import be_quiet
+from .lora import save_lora, translate_lora
 from .measure import megabytes, parameters
 from .plan import PrunePlan
 from .runs import Run, RunStore
@@ -24,6 +25,7 @@ EXAMPLES = """examples:
   python -m ecodiff prune RUN --ratio 0.3 --out smaller      another size, without learning again
   python -m ecodiff generate small "a red apple" --seed 7
   python -m ecodiff compare small "a red apple" --seed 7
+  python -m ecodiff lora small pixel-art.safetensors --out small-pixel-art.safetensors
   python -m ecodiff info stabilityai/stable-diffusion-xl-base-1.0
   accelerate launch -m ecodiff prune sdxl --out small        each GPU takes its share of every batch
 
@@ -204,6 +206,20 @@ def _save_image(image, out: Path) -> None:
         raise EcodiffError(f"Could not write the image to {out}: {error}.") from None
 
 
+def lora(options: argparse.Namespace) -> int:
+    """A LoRA of the dense model, cut to fit a pruned folder."""
+    small = checkpoint.load(options.model)
+    plan = plan_of(denoiser_of(small))
+    tensors, report = translate_lora(options.lora, small)
+    out = save_lora(tensors, options.out, plan)
+    rows = [("translated", report.words()), ("saved in", str(out))]
+    rows += [("dropped", f"{name}: {why}") for name, why in report.dropped.items()]
+    print(table(rows))
+    if options.json:
+        print(json.dumps(vars(report) | {"out": str(out)}))
+    return 0
+
+
 def info(options: argparse.Namespace) -> int:
     """What a model is made of and what of it can be pruned, from its configuration alone."""
     denoiser = checkpoint.empty_denoiser(options.model)
@@ -335,6 +351,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dense", help="the dense model (default: the one that the plan names)")
     sub.add_argument("--count", type=int, default=16, help="how many held-out prompts")
     _drawing(sub)
+
+    sub = _command(commands, "lora", lora, "cut a LoRA of the dense model to fit a pruned one")
+    sub.add_argument("model", help="a pruned folder")
+    sub.add_argument("lora", help="a .safetensors file in diffusers', PEFT's or kohya's naming")
+    sub.add_argument("--out", required=True, metavar="FILE", help="the translated LoRA, .safetensors")
 
     sub = _command(commands, "info", info, "show what can be pruned, without downloading weights")
     sub.add_argument("model", help="MODEL or a pruned folder")

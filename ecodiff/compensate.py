@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BudgetError
-from .groups import ALL_KINDS, denoiser_of, find_groups
-from .slicing import plan_of
+from .groups import denoiser_of
+from .slicing import kept_features, plan_of
 from .trajectory import EnoughError, call_options, denoiser_calls, moved, prompt_rows
 
 
@@ -277,17 +277,12 @@ def compensate_(
 
 def _kept_features(dense: nn.Module, plan: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Input features that stay, of every consumer that loses some, in network order."""
-    kept: dict[str, Tensor] = {}
-    for group in find_groups(dense, ALL_KINDS):
-        for slot in group.consumers:
-            if slot.axis == "in" and group.name in plan and not plan[group.name].all():
-                weight = dense.get_submodule(slot.module).weight
-                features = kept.setdefault(slot.module, torch.ones(weight.shape[1], dtype=torch.bool))
-                features[slot.index[~plan[group.name]].flatten()] = False
-    for name, features in kept.items():  # a convolution reads each channel at every place of its kernel
+    kept = {name: rows for (name, axis), rows in kept_features(dense, plan).items() if axis == "in"}
+    for name, features in list(kept.items()):
         weight = dense.get_submodule(name).weight
+        # A convolution reads each channel at every place of its kernel.
         kept[name] = features.repeat_interleave(weight[0, 0].numel()).to(weight.device)
-    return kept
+    return {name: features for name, features in kept.items() if not features.all()}
 
 
 def _update(module: nn.Module, learned: Statistics, check: Statistics, damping: float) -> bool:

@@ -19,6 +19,7 @@ from .errors import BudgetError, CheckpointError, ModelNotFoundError, RunError
 from .fidelity import Sample, fidelity
 from .groups import PRESET_KINDS
 from .jobs import WORKER
+from .lora import save_lora, translate
 from .plan import PrunePlan
 from .runs import Run, RunStore
 from .scores import Scores
@@ -317,6 +318,24 @@ def _zip(folder: Path, path: Path) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise CheckpointError(f"Could not pack the checkpoint: {error}. Is the disk full?") from None
+
+
+def lora(run: str, ratio: float, file: str) -> dict:
+    """Cut a LoRA of the dense model to fit the pruned model of a run at a size.
+
+    Args:
+        file: path of a .safetensors file in diffusers', PEFT's or kohya's naming.
+
+    Returns:
+        {"path", "name", "report": what was done, in words, "dropped": {layer: why}}
+    """
+    made, folder = plan(run, ratio), STORE.open(run).folder / "loras"
+    known = catalog.find(made.metadata["model"])
+    pipeline, component = checkpoint.classes(known.name)
+    tensors, report = translate(file, pipeline, component, made, _denoiser(known.name))
+    name = f"{Path(file).stem[:60]}-eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}.safetensors"
+    path = save_lora(tensors, folder / name, made)
+    return {"path": str(path), "name": name, "report": report.words(), "dropped": report.dropped}
 
 
 def plan_file(run: str, ratio: float) -> str:

@@ -39,13 +39,7 @@ def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Mo
     plan = plan if isinstance(plan, PrunePlan) else PrunePlan(plan)
     plan.check(denoiser)
     groups = [group for group in find_groups(denoiser, ALL_KINDS) if group.name in plan]
-    kept: dict[tuple[str, str], Tensor] = {}
-    for group in groups:
-        for slot in group.slots:
-            weight = denoiser.get_submodule(slot.module).weight
-            features = weight.shape[1 if slot.axis == "in" else 0]
-            rows = kept.setdefault((slot.module, slot.axis), torch.ones(features, dtype=torch.bool))
-            rows[slot.index[~plan[group.name]].flatten()] = False
+    kept = kept_features(denoiser, plan)
     for (module, axis), rows in kept.items():
         if not rows.all():
             _cut(denoiser.get_submodule(module), axis, rows)
@@ -56,6 +50,19 @@ def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Mo
     if isinstance(denoiser, ModelMixin):
         _describe(denoiser, plan, groups, {module for (module, _), r in kept.items() if not r.all()})
     return denoiser
+
+
+def kept_features(denoiser: nn.Module, plan: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+    """Which input or output features stay, bool (features,), of every module that a plan's units run
+    through: {(module, "in" or "out"): ...}, in network order. All groups of a module together."""
+    kept: dict[tuple[str, str], Tensor] = {}
+    for group in find_groups(denoiser, ALL_KINDS):
+        for slot in group.slots if group.name in plan else ():
+            weight = denoiser.get_submodule(slot.module).weight
+            features = weight.shape[1 if slot.axis == "in" else 0]
+            rows = kept.setdefault((slot.module, slot.axis), torch.ones(features, dtype=torch.bool))
+            rows[slot.index[~plan[group.name]].flatten()] = False
+    return kept
 
 
 def _cut(module: nn.Module, axis: str, rows: Tensor) -> None:

@@ -16,6 +16,7 @@ ENDPOINTS = {
     "/predict",
     "/prune_start",
     "/prune_status",
+    "/lora",
     "/prune_step",
     "/prune_stop",
     "/prune_resume",

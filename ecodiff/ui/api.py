@@ -99,6 +99,17 @@ def _with_files() -> None:
         api_description=service.export.__doc__,
     )
 
+    given = gr.File(visible=False, file_types=[".safetensors"])
+
+    @told
+    def lora(run, ratio, file):
+        made = service.lora(run, ratio, file)
+        return made["path"], {key: made[key] for key in ("name", "report", "dropped")}
+
+    trigger.click(
+        lora, [run, ratio, given], [file, facts], api_name="lora", api_description=service.lora.__doc__
+    )
+
     @told
     def plan_file(run, ratio):
         return service.plan_file(run, ratio)

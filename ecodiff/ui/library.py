@@ -31,6 +31,12 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
             model = gr.DownloadButton("Pruned pipeline", interactive=False)
         about = gr.Markdown()
         code = gr.Code(language="python", label="Load it", visible=False, interactive=False)
+        with gr.Accordion("Use a LoRA of the dense model", open=False):
+            gr.Markdown("A LoRA that was made for the dense model, cut to fit this run at this size.")
+            lora = gr.File(label="LoRA (.safetensors)", file_types=[".safetensors"], height=120)
+            translate = gr.Button("Cut it to fit")
+            report = gr.Markdown()
+            fitting = gr.DownloadButton("Translated LoRA", interactive=False)
     with gr.Accordion("Open a run by its id", open=False), gr.Row():
         known = gr.Textbox(label="Id", max_length=32)
         add = gr.Button("Open")
@@ -79,6 +85,14 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
         )
 
     @told
+    def fit_lora(run, percent, file):
+        if not run or not file:
+            raise gr.Error("Choose a run and a LoRA file first.", duration=8)
+        made = service.lora(run, percent / 100, file)
+        dropped = "".join(f"\n- `{name}` dropped: {why}" for name, why in made["dropped"].items())
+        return made["report"] + dropped, gr.DownloadButton(made["name"], value=made["path"], interactive=True)
+
+    @told
     def open_run(run, runs):
         service.status(run.strip())
         return list(dict.fromkeys([*(runs or []), run.strip()]))
@@ -87,6 +101,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     listed = [empty, shelf, table, run]
     rename.click(call, [run, name, runs], listed, **private)
     make.click(files, [run, size], [plan, model, about, code], **private)
+    translate.click(fit_lora, [run, size, lora], [report, fitting], **private)
     opened = add.click(open_run, [known, runs], runs, **private)
     opened.success(refresh, [runs, run], listed, **private)
     return {"refresh": refresh, "inputs": [runs, run], "outputs": listed}
