@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -25,12 +27,15 @@ from .slicing import plan_of
 # diffusers reads components of a pruned folder from the module that its index names, if imported.
 sys.modules.setdefault(ecodiff_sliced_v1.NAME, ecodiff_sliced_v1)
 
+# How the names of text encoders and autoencoders begin in the original authors' files.
+_OTHER_PARTS = ("first_stage_model.", "conditioner.", "cond_stage_model.", "text_encoders.", "vae.")
 PLAN_FILE = "ecodiff_plan.safetensors"
 _WORDS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None = None):
-    """Open a pipeline: an embedded model's name, a diffusers folder (dense or pruned), a Hub id.
+    """Open a pipeline: an embedded model's name, a diffusers folder (dense or pruned), a Hub id, or a
+    single .safetensors file in the layout of the original authors.
 
     Args:
         dtype: None: float32 on a CPU, else what the model's files hold.
@@ -47,6 +52,8 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
         dtype = torch.float32 if device == "cpu" else _WORDS[known.dtype]
     source = known.source
     try:
+        if is_single_file(source):
+            return _ready(_from_single_file(Path(source), dtype), device)
         index = model_index(source)
         components = {}
         for name, entry in index.items():
@@ -64,11 +71,49 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
         raise _unreachable(source) from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise _damaged(source, error) from None
+    return _ready(pipe, device)
+
+
+def _ready(pipe, device: str):
     denoiser_of(pipe)
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.eval()
     return pipe.to(device)
+
+
+def is_single_file(source: str) -> bool:
+    """True for a checkpoint in one file."""
+    return source.endswith(".safetensors") and os.path.isfile(source)
+
+
+@cache
+def base_of(source: str) -> str:
+    """The Hub repository (or catalogue model) whose architecture a single file has, by its tensors.
+
+    Raises:
+        CheckpointError: not a safetensors file.
+    """
+    try:
+        with safe_open(source, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        return fetch_diffusers_config(empty)["pretrained_model_name_or_path"]
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{source} is not a checkpoint that diffusers knows: {error}") from None
+
+
+def _from_single_file(path: Path, dtype: torch.dtype):
+    """The pipeline of a single file; what is not in it comes from the model that it is a variant of."""
+    base = base_of(str(path))
+    pipeline, name = classes(base)
+    with safe_open(path, framework="pt") as file:
+        whole = any(key.startswith(_OTHER_PARTS) for key in file.keys())  # noqa: SIM118
+    if whole:
+        return pipeline.from_single_file(str(path), config=base, torch_dtype=dtype)
+    denoiser = getattr(diffusers, model_index(base)[name][1])
+    own = denoiser.from_single_file(str(path), config=base, subfolder=name, torch_dtype=dtype)
+    return pipeline.from_pretrained(base, dtype=dtype, use_safetensors=True, **{name: own})
 
 
 def model_index(source: str) -> dict:
@@ -109,6 +154,8 @@ def empty_denoiser(source: str) -> nn.Module:
         with init_empty_weights():
             return getattr(diffusers, known.denoiser["_class_name"]).from_config(known.denoiser)
     source = known.source
+    if is_single_file(source):
+        return empty_denoiser(base_of(source))
     index = model_index(source)
     name = next((n for n in ("unet", "transformer") if index.get(n, [None])[0]), None)
     if name is None:
@@ -129,7 +176,8 @@ def empty_denoiser(source: str) -> nn.Module:
 
 def classes(source: str) -> tuple[type, str]:
     """The class of a model's pipeline, and the name of the denoiser in it; loads no weights."""
-    index = model_index(catalog.find(source).source)
+    source = catalog.find(source).source
+    index = model_index(base_of(source) if is_single_file(source) else source)
     pipeline = getattr(diffusers, str(index.get("_class_name")), None)
     if not (isinstance(pipeline, type) and issubclass(pipeline, DiffusionPipeline)):
         raise UnsupportedModelError(f"{source} is a {index.get('_class_name')}, not diffusers' own.")
@@ -139,6 +187,8 @@ def classes(source: str) -> tuple[type, str]:
 def disk_dtype(source: str) -> torch.dtype | None:
     """In which type a model's files hold the denoiser's weights; None if it cannot be told."""
     folder = Path(catalog.find(source).source)
+    if is_single_file(str(folder)):
+        return torch.float16
     for name in ("unet", "transformer"):
         for file in (folder / name).glob("*.safetensors"):
             with safe_open(file, framework="pt") as weights:

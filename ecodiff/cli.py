@@ -29,7 +29,8 @@ EXAMPLES = """examples:
   python -m ecodiff info stabilityai/stable-diffusion-xl-base-1.0
   accelerate launch -m ecodiff prune sdxl --out small        each GPU takes its share of every batch
 
-MODEL is an embedded model's name (emoji-sdxl), a diffusers folder, or a Hub id.
+MODEL is an embedded model's name (emoji-sdxl), a diffusers folder, a Hub id, or a .safetensors file
+in the layout of the original authors.
 exit codes: 0 done, 1 failed (the reason is on stderr), 2 wrong usage, 130 stopped by Ctrl-C.
 """
 

@@ -46,7 +46,7 @@ def _sizes(model: str, kinds: tuple[str, ...] = PRESET_KINDS) -> tuple[Scores, i
 def _known(model: str) -> catalog.Model:
     """The model of that name. On a Space, visitors name models, not folders of the server."""
     known = catalog.find(model)
-    if os.environ.get("SPACE_ID") and not known.embedded and Path(model).is_dir():
+    if os.environ.get("SPACE_ID") and not known.embedded and Path(known.source).exists():
         raise ModelNotFoundError(f"There is no model {model!r}. Give an embedded model or a Hub id.")
     return known
 
