@@ -1,4 +1,4 @@
-"""The command line: prune, generate, compare, lora, info."""
+"""The command line: prune, generate, compare, lora, fill, info."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ from . import catalog, checkpoint, memory, processes
 from .compensate import compensate_
 from .errors import EcodiffError, UnsupportedModelError
 from .fidelity import compare, fidelity, generate
+from .filling import save_filled
 from .groups import ALL_KINDS, WORDS, denoiser_of, find_groups, unit_parameters, unrecognised
 from .logs import be_quiet
 from .lora import save_lora, translate_lora
@@ -221,6 +222,20 @@ def lora(options: argparse.Namespace) -> int:
     return 0
 
 
+def fill(options: argparse.Namespace) -> int:
+    """A pruned folder in the dense model's shapes, zeros where units were."""
+    small = checkpoint.load(options.model)
+    out = save_filled(small, options.out, checkpoint.disk_dtype(options.model))
+    rows = [
+        ("saved in", str(out)),
+        ("note", "as large and as slow as the dense model: zeros are computed too"),
+    ]
+    print(table(rows))
+    if options.json:
+        print(json.dumps({"out": str(out)}))
+    return 0
+
+
 def info(options: argparse.Namespace) -> int:
     """What a model is made of and what of it can be pruned, from its configuration alone."""
     denoiser = checkpoint.empty_denoiser(options.model)
@@ -357,6 +372,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help="a pruned folder")
     sub.add_argument("lora", help="a .safetensors file in diffusers', PEFT's or kohya's naming")
     sub.add_argument("--out", required=True, metavar="FILE", help="the translated LoRA, .safetensors")
+
+    sub = _command(commands, "fill", fill, "write a pruned model in the dense shapes, zeros where units were")
+    sub.add_argument("model", help="a pruned folder")
+    sub.add_argument("--out", required=True, metavar="PATH", help="a new folder, or a .safetensors file")
 
     sub = _command(commands, "info", info, "show what can be pruned, without downloading weights")
     sub.add_argument("model", help="MODEL or a pruned folder")

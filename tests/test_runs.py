@@ -1,5 +1,7 @@
 """Runs end with the same scores, bit for bit, however they are interrupted."""
 
+import multiprocessing
+import random
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 import ecodiff
+from ecodiff import runs
 from ecodiff.errors import BudgetError, CheckpointError, LearningError, RunError
 from ecodiff.learn import LearnState, learn
 from ecodiff.runs import Run, RunStore
@@ -166,3 +169,33 @@ def test_old_runs_are_swept(tmp_path):
     assert store.sweep(max_age=-1) == 1
     with pytest.raises(RunError, match="expired"):
         store.open(run.id)
+
+
+def test_killed_at_twenty_random_moments(tiny_sdxl, tmp_path):
+    """Forked children: a fresh process a life would take minutes to import everything."""
+    config = ecodiff.LearnConfig(**vars(CONFIG) | {"warm_steps": 3, "steps": 5, "inference_steps": 8})
+    fork, chance = multiprocessing.get_context("fork"), random.Random(0)
+
+    def live(run):
+        torch.set_num_threads(1)  # the parent's threads are not in the fork
+        runs.SAVE_SECONDS = 0
+        run.advance(tiny_sdxl)
+
+    def finish(run) -> ecodiff.Scores:
+        child = fork.Process(target=live, args=(run,))
+        child.start()
+        child.join()
+        return run.scores()
+
+    alone = finish(Run.create(tmp_path / "alone", "tiny", config, PROMPTS))
+    run, steps = Run.create(tmp_path / "killed", "tiny", config, PROMPTS), []
+    for _ in range(20):
+        child = fork.Process(target=live, args=(run,))
+        child.start()
+        child.join(chance.uniform(0.05, 1.0))
+        child.kill()
+        child.join()
+        state = run.state()
+        steps.append(state.step if state else 0)
+    assert steps == sorted(steps), "a kill lost what was saved"
+    assert same(finish(run), alone)
