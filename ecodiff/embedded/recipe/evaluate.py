@@ -9,6 +9,7 @@ from PIL import Image
 
 from ... import catalog
 from ...groups import denoiser_of
+from ...trajectory import call_options
 from ..recipe import data
 
 ABOUT = {
@@ -45,15 +46,13 @@ def split_prompts(emojis: list[data.Emoji], folder: Path) -> None:
 def draw(model: catalog.Model, pipe, captions: list[str], seed: int, batch: int = 32) -> np.ndarray:
     """Images of captions at the model's default settings, uint8 (n, 64, 64, 3)."""
     pipe.set_progress_bar_config(disable=True)
-    images = []
+    images, options = [], call_options(pipe, model.steps, model.guidance_scale, model.size, model.extra)
     for first in range(0, len(captions), batch):
         part = captions[first : first + batch]
         images += pipe(
             part,
-            num_inference_steps=model.steps,
-            guidance_scale=model.guidance_scale,
             generator=[torch.Generator().manual_seed(seed + first + i) for i in range(len(part))],
-            **model.extra,
+            **options,
         ).images
     return np.stack([np.asarray(image) for image in images])
 
