@@ -9,7 +9,7 @@ import ecodiff
 from ecodiff import catalog
 from ecodiff.fidelity import generate
 
-FOLDER = catalog.EMBEDDED / "emoji-sdxl"
+EMBEDDED = [name for name, model in catalog.MODELS.items() if model.embedded]
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +31,21 @@ def test_most_parameters_can_be_pruned(emoji):
     assert scores.ceiling >= 0.65
 
 
-def test_prompts_to_judge_by_are_not_learned_on():
-    model = catalog.MODELS["emoji-sdxl"]
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_prompts_to_judge_by_are_not_learned_on(name):
+    model = catalog.MODELS[name]
     learned, judged = set(model.prompts("calibration")), set(model.prompts("heldout"))
     assert len(learned) == 256 and len(judged) == 64 and not learned & judged
 
 
-def test_it_draws_colours_it_is_asked_for(emoji):
-    model = catalog.MODELS["emoji-sdxl"]
-    options = {"steps": model.steps, "guidance_scale": model.guidance_scale}
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_it_draws_colours_it_is_asked_for(name):
+    model, pipe = catalog.MODELS[name], ecodiff.load(name)
+    pipe.set_progress_bar_config(disable=True)
 
     def mean_colour(prompt):
-        image = generate(emoji, prompt, seed=0, **options).image
+        image = generate(pipe, prompt, seed=0, **model.drawing()).image
+        assert image.size == (64, 64)
         pixels = torch.tensor(list(image.getdata()), dtype=torch.float32).view(64, 64, 3)
         return pixels[16:48, 16:48].mean((0, 1))
 
@@ -50,11 +53,12 @@ def test_it_draws_colours_it_is_asked_for(emoji):
     assert red[0] > red[2] + 50 and blue[2] > blue[0] + 50
 
 
-def test_the_card_says_what_the_report_measured():
-    report = json.loads((FOLDER / "report.json").read_text())
-    card = (FOLDER / "README.md").read_text()
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_card_says_what_the_report_measured(name):
+    folder = catalog.EMBEDDED / name
+    report, card = json.loads((folder / "report.json").read_text()), (folder / "README.md").read_text()
     assert f"{report['top1']:.3f}" in card and f"{report['top5']:.3f}" in card
-    assert (FOLDER / "contact-sheet.png").is_file() and "Microsoft" in card
+    assert (folder / "contact-sheet.png").is_file() and "Microsoft" in card
 
 
 def test_learned_masks_beat_random_and_magnitude(emoji):

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import gradio as gr
 
+from .. import catalog
 from . import show
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "fidelity.json"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 TEXT = """
 ### What it does
@@ -28,8 +29,9 @@ those that went (a closed-form update of each layer, as in Optimal Brain Surgeon
 - Text encoders and the autoencoder are left as they are.
 - Pruned models keep the base model's licence and its flaws.
 
-### emoji-sdxl
-A small Stable Diffusion XL trained on Microsoft's Fluent Emoji (MIT), which ships with ecodiff.
+### What ships with it
+emoji-sdxl, a small Stable Diffusion XL; emoji-turbo, the same distilled to four steps; emoji-flux, a
+small FLUX.1. All are trained on Microsoft's Fluent Emoji (MIT).
 
 ### Privacy
 No account, no analytics. Runs are folders on this server, found by a random id that your browser
@@ -40,13 +42,25 @@ keeps.
 def build() -> None:
     """Lay out the tab."""
     gr.Markdown(TEXT)
-    if BENCHMARK.is_file():  # in the repository and on a Space; a wheel comes without
-        found = json.loads(BENCHMARK.read_text(encoding="utf-8"))
+    gr.Markdown(f"### Architectures\n{_supported()}")
+    for file in sorted(BENCHMARKS.glob("fidelity*.json")):  # a wheel comes without
+        found = json.loads(file.read_text(encoding="utf-8"))
         gr.Markdown(
-            f"### Measured\nError of the final latents on {found['pairs']} prompts that nothing was "
-            "learned on, by the share of the denoiser's parameters removed; 0 is identical, 1 is "
-            "unrelated. A + means compensated. Fast, balanced and paper are ecodiff's presets, ecodiff "
+            f"### Measured on {found['model']}\nError of the final latents on {found['pairs']} prompts that "
+            "nothing was learned on, by the share of the denoiser's parameters removed; 0 is identical, "
+            "1 is unrelated. A + means compensated. Fast, balanced and paper are ecodiff's presets, ecodiff "
             f"is the method as published.\n\n{show.benchmark(found)}\n\n"
             f"`python benchmarks/fidelity.py`, {found['model']}, {found['machine']}.",
-            elem_id="measured",
+            elem_classes="eco-measured",
         )
+
+
+def _supported() -> str:
+    """What passes the conformance suite, in one paragraph for each depth."""
+    whole = [row["name"] for row in catalog.SUPPORTED if row["pipeline"]]
+    alone = [row["name"] for row in catalog.SUPPORTED if not row["pipeline"]]
+    return (
+        f"Every check passes through the whole pipeline: {', '.join(whole)}.\n\n"
+        f"Every check passes on the denoiser alone: {', '.join(alone)}.\n\n"
+        "Others work as far as their layers are known; what is not known is left alone."
+    )
