@@ -6,11 +6,13 @@ are enough. Between the two, some calls are kept and the others recomputed. Belo
 too, inside a call that is.
 """
 
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from . import catalog
@@ -27,27 +29,29 @@ class MemoryPlan:
     Attributes:
         calls: denoiser calls of a trajectory; 0: not counted yet.
         activations: bytes that one call with gradients keeps.
+        by_block: the same if blocks are recomputed.
         free: bytes that may be used.
         keep: what is kept of it.
     """
 
     calls: int
     activations: int
+    by_block: int
     free: int
-    keep: Keep = field(default=NOTHING)
+    keep: Keep = NOTHING
 
     @property
     def needed(self) -> int:
         """Bytes that are kept at most, besides the weights: the calls that are, and one at a time."""
         if self.keep.blocks:
-            return self.activations // 2  # an estimate: what a block gives, and one block's inside
+            return self.by_block
         return self.activations * min(self.keep.calls + 1, max(1, self.calls))
 
     def words(self) -> str:
         """For people."""
         gigabytes = f"{self.needed / 1e9:.2g} GB of {self.free / 1e9:.2g} GB that may be used"
         if self.keep.blocks:
-            return f"every block is computed twice, about {gigabytes} (estimate)"
+            return f"every block is computed twice, {gigabytes}"
         if not self.calls:
             return f"every time step is computed twice, {gigabytes}"
         return f"activations of {min(self.keep.calls, self.calls)} of {self.calls} calls kept, {gigabytes}"
@@ -99,24 +103,90 @@ def estimate(denoiser: nn.Module, model: catalog.Model, batch: int = 4) -> dict[
     }
 
 
-def activation_bytes(denoiser: nn.Module, args: tuple, kwargs: dict) -> int:
-    """Bytes that one call keeps for its backward pass, weights not counted."""
-    own = {t.untyped_storage()._cdata for t in (*denoiser.parameters(), *denoiser.buffers())}
-    kept: dict[int, int] = {}
+class _Kept:
+    """Counts the distinct storages that autograd keeps, those in `own` left out."""
 
-    def pack(tensor):
+    def __init__(self, own: set[int]):
+        self.own, self.sizes = own, {}
+
+    def add(self, tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
+        if storage._cdata not in self.own:
+            self.sizes[storage._cdata] = (storage.nbytes(), storage)  # held: addresses are used again
         return tensor
 
-    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    for leaf in inputs:
-        if leaf.is_floating_point() and leaf.ndim > 2:
+    @property
+    def total(self) -> int:
+        return sum(size for size, _ in self.sizes.values())
+
+    def watching(self):
+        return torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
+
+
+class _Attention(torch.autograd.Function):
+    """What a fused attention keeps: queries, keys, values and what it gave."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError("only shapes are looked at")
+
+
+class _Fused(TorchFunctionMode):
+    """Attention as GPUs have it; on the meta device torch would write its matrix out, as CPUs do."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            return _Attention.apply(given["query"], given["key"], given["value"])
+        return function(*args, **kwargs or {})
+
+
+def activation_bytes(denoiser: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
+    """Bytes that one call keeps for its backward pass, weights not counted: all of it, and if blocks are
+    recomputed (what goes into each of them, what is between them, and the inside of the largest).
+
+    It is found out on the meta device, where nothing is computed and nothing needs memory.
+    """
+    device = next(denoiser.parameters()).device
+    tensors = (*denoiser.named_parameters(), *denoiser.named_buffers())
+    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+    args, kwargs = moved((args, kwargs), "meta")
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.ndim > 2:
             leaf.requires_grad_()  # as the latents of every step but the first
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = denoiser(*args, **kwargs)  # noqa: F841 - or what it keeps is freed while it runs
-    return sum(kept.values())
+    own = {tensor.untyped_storage()._cdata for tensor in meta.values()}
+    kept, outside, inside = _Kept(own), _Kept(own), []
+
+    def block(function, *inputs, **options):
+        for leaf in tree_leaves((inputs, options)):
+            if isinstance(leaf, torch.Tensor):
+                outside.add(leaf)
+        inner = _Kept(own)
+        with inner.watching():
+            result = function(*inputs, **options)
+        inside.append(inner.total)
+        return result
+
+    def call(watched: _Kept) -> None:
+        attention = _Fused() if device.type != "cpu" else nullcontext()
+        with torch.enable_grad(), attention, watched.watching():
+            torch.func.functional_call(denoiser, meta, args, kwargs)
+
+    call(kept)
+    if not getattr(denoiser, "_supports_gradient_checkpointing", False):
+        return kept.total, kept.total
+    denoiser.enable_gradient_checkpointing(block)
+    try:
+        call(outside)
+    finally:
+        denoiser.disable_gradient_checkpointing()
+    return kept.total, outside.total + max(inside, default=0)
 
 
 def plan(pipe, call: dict, calls: int = 0) -> MemoryPlan:
@@ -128,9 +198,12 @@ def plan(pipe, call: dict, calls: int = 0) -> MemoryPlan:
     """
     denoiser = denoiser_of(pipe)
     args, kwargs = moved(denoiser_calls(pipe, call, limit=1)[0], next(denoiser.parameters()).device)
-    activations = max(1, activation_bytes(denoiser, args, kwargs))
     free = free_bytes(next(denoiser.parameters()).device)
-    return fitted(MemoryPlan(calls, activations, free))
+    try:
+        whole, by_block = activation_bytes(denoiser, args, kwargs)
+    except (RuntimeError, NotImplementedError, ValueError):  # it looks at values, which meta has not
+        whole, by_block = free, free  # so nothing is kept, and less if that is too much
+    return fitted(MemoryPlan(calls, max(1, whole), by_block, free))
 
 
 def fitted(found: MemoryPlan) -> MemoryPlan:
