@@ -13,7 +13,6 @@ held before (on CUDA: torch's own count).
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -83,17 +82,23 @@ def measure(options) -> None:
     model, pipe = catalog.find(options.model), ecodiff.load(options.model)
     steps, keep = int(options.measure[0]), Keep(*json.loads(options.measure[1]))
     dense(pipe, call_of(pipe, model, 2, options.batch))
-    cuda = torch.cuda.is_available()
-    before = (
-        torch.cuda.memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
-    step(pipe, call_of(pipe, model, steps, options.batch), keep)
-    after = (
-        torch.cuda.max_memory_allocated()
-        if cuda
-        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
-    print((after - before) / 1e6)
+    call = call_of(pipe, model, steps, options.batch)
+    before = resident(reset=True)
+    step(pipe, call, keep)
+    print((resident(peak=True) - before) / 1e6)
+
+
+def resident(reset: bool = False, peak: bool = False) -> int:
+    """Bytes in use now, or at most since the last reset."""
+    if torch.cuda.is_available():
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+    name = "VmHWM:" if peak else "VmRSS:"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def main() -> None:
