@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from math import log
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -90,8 +91,9 @@ def masked(denoiser: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
             f"{f' (and {len(unknown) - 1} more)' if len(unknown) > 1 else ''}. "
             "Was the plan made for another model?"
         )
-    handles = []
-    for (name, axis), factor in _factors(denoiser, groups, masks).items():
+    handles, factors, before = [], _factors(denoiser, groups, masks), factors_of(denoiser)
+    _FACTORS[denoiser] = [*before, *factors.values()]
+    for (name, axis), factor in factors.items():
         module = denoiser.get_submodule(name)
         if axis == "in":
             handles.append(module.register_forward_pre_hook(partial(_multiply_input, factor)))
@@ -101,8 +103,17 @@ def masked(denoiser: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
     try:
         yield
     finally:
+        _FACTORS[denoiser] = before
         for handle in handles:
             handle.remove()
+
+
+_FACTORS: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
+
+
+def factors_of(denoiser: nn.Module) -> list[Tensor]:
+    """What the masks that are open now multiply features by: inputs of every call, in all but name."""
+    return _FACTORS.get(denoiser, [])
 
 
 def _multiply_input(factor: Tensor, module: nn.Module, inputs: tuple) -> tuple:

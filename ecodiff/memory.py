@@ -6,6 +6,7 @@ are enough. Between the two, some calls are kept and the others recomputed. Belo
 too, inside a call that is.
 """
 
+import copy
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -154,13 +155,15 @@ def activation_bytes(denoiser: nn.Module, args: tuple, kwargs: dict) -> tuple[in
     It is found out on the meta device, where nothing is computed and nothing needs memory.
     """
     device = next(denoiser.parameters()).device
-    tensors = (*denoiser.named_parameters(), *denoiser.named_buffers())
-    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+    # A copy without weights: some models keep tables that they make in their first call.
+    weights = {id(t): torch.empty_like(t, device="meta") for t in denoiser.buffers()}
+    weights |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in denoiser.parameters()}
+    own = {tensor.untyped_storage()._cdata for tensor in weights.values()}
+    denoiser = copy.deepcopy(denoiser, weights)
     args, kwargs = moved((args, kwargs), "meta")
     for leaf in tree_leaves((args, kwargs)):
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.ndim > 2:
             leaf.requires_grad_()  # as the latents of every step but the first
-    own = {tensor.untyped_storage()._cdata for tensor in meta.values()}
     kept, outside, inside = _Kept(own), _Kept(own), []
 
     def block(function, *inputs, **options):
@@ -176,16 +179,13 @@ def activation_bytes(denoiser: nn.Module, args: tuple, kwargs: dict) -> tuple[in
     def call(watched: _Kept) -> None:
         attention = _Fused() if device.type != "cpu" else nullcontext()
         with torch.enable_grad(), attention, watched.watching():
-            torch.func.functional_call(denoiser, meta, args, kwargs)
+            denoiser(*args, **kwargs)
 
     call(kept)
     if not getattr(denoiser, "_supports_gradient_checkpointing", False):
         return kept.total, kept.total
     denoiser.enable_gradient_checkpointing(block)
-    try:
-        call(outside)
-    finally:
-        denoiser.disable_gradient_checkpointing()
+    call(outside)
     return kept.total, outside.total + max(inside, default=0)
 
 

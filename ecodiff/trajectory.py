@@ -15,10 +15,10 @@ from math import inf
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint as checkpointed
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .errors import UnsupportedModelError
+from .gates import factors_of
 from .groups import denoiser_of
 
 
@@ -107,10 +107,8 @@ def trajectory(
     def kept_or_not(*args, **kwargs):
         nonlocal calls
         calls += 1
-        if calls <= keep.calls:
-            return step(*args, **kwargs)
-        # Nothing in here is random (dropout is off, gates are drawn outside): no RNG to restore.
-        return checkpointed(step, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        kept = calls <= keep.calls or not torch.is_grad_enabled()
+        return step(*args, **kwargs) if kept else recomputed(step, factors_of(denoiser), args, kwargs)
 
     def run(*args, **kwargs) -> Tensor:
         nonlocal calls
@@ -147,6 +145,52 @@ def trajectory(
         denoiser.train(was_training)
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+class _Recomputed(torch.autograd.Function):
+    """A call of which only the arguments are kept; it is made again in the backward pass.
+
+    torch's checkpoint does the same, but either keeps the graph's nodes (megabytes a time step of a
+    large network) or does not see the gates, which are no arguments of the denoiser: here they are.
+    Nothing in a call is random (dropout is off, gates are drawn outside), so no RNG is restored.
+    """
+
+    @staticmethod
+    def forward(ctx, call, factors: list[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.call, ctx.factors = call, factors
+        ctx.save_for_backward(*tensors[: len(tensors) - len(factors)])
+        return call(tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        needed = ctx.needs_input_grad[2:]
+        inputs = [t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needed, strict=False)]
+        with torch.enable_grad():
+            outputs = ctx.call(inputs)
+        wanted = [t for t, n in zip((*inputs, *ctx.factors), needed, strict=True) if n]
+        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad and g is not None]
+        outputs, gradients = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
+        return (None, None, *(next(found) if n else None for n in needed))
+
+
+def recomputed(step: Callable, factors: list[Tensor], args: tuple, kwargs: dict):
+    """What `step` gives; gradients flow to tensors among the arguments and to `factors`."""
+    leaves, spec = tree_flatten((args, kwargs))
+    at = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    given = []
+
+    def call(tensors) -> tuple[Tensor, ...]:
+        filled = list(leaves)
+        for index, tensor in zip(at, tensors, strict=False):
+            filled[index] = tensor
+        again, more = tree_unflatten(filled, spec)
+        outputs, out_spec = tree_flatten(step(*again, **more))
+        given[:] = [out_spec]
+        return tuple(outputs)
+
+    outputs = _Recomputed.apply(call, factors, *(leaves[index] for index in at), *factors)
+    return tree_unflatten(list(outputs), given[0])
 
 
 class EnoughError(Exception):
