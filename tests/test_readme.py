@@ -39,3 +39,20 @@ def test_supported_is_what_the_conformance_suite_passes():
     found = support.rows()
     assert json.loads(support.FILE.read_text()) == found, "run python -m tests.support"
     assert support.section(support.README.read_text(encoding="utf-8")) == support.table(found)
+
+
+def test_what_it_costs_is_as_measured():
+    read = lambda name: json.loads((ROOT / "benchmarks" / name).read_text())  # noqa: E731
+    learning, speed = (read(f"{name}.json")["emoji-sdxl, x86_64"] for name in ("learning", "speed"))
+    times, peaks = learning["times"], learning["peak_mb"]["all recomputed"]
+    assert f"| {times['all recomputed']:.2f} dense trajectories |" in README
+    assert f"| {times['half kept']:.2f} |" in README and f"| {times['all kept']:.2f} |" in README
+    assert f"| {', '.join(f'{peak:.0f}' for peak in peaks.values())} MB |" in README
+    assert times["all recomputed"] <= 3.2 and times["all kept"] <= 2.3
+    assert peaks["50"] <= 1.05 * peaks["5"], "memory grows with the number of steps"
+    for ratio in (0.2, 0.4):
+        one, four = (row["aligned"] for row in speed["rows"] if row["ratio"] == ratio)
+        assert f"| {one:.2f}×, {four:.2f}× faster |" in README
+    load = read("load.json")
+    assert load["same_scores"] and set(load["outcomes"]) == {"drawn", "Queue is full! Please try again."}
+    assert f"{load['outcomes']['drawn']} pairs drawn" in README
