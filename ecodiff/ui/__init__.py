@@ -42,5 +42,5 @@ def launch(demo: gr.Blocks, **options):
     """Queue and launch with ecodiff's settings; `options` go to `Blocks.launch`."""
     demo.queue(max_size=32, default_concurrency_limit=4)
     settings = {"theme": theme(), "css": CSS, "show_error": True, "ssr_mode": False}
-    settings |= {"max_file_size": "50mb", "footer_links": ["api", "settings"]}
+    settings |= {"max_file_size": "500mb", "footer_links": ["api", "settings"]}
     return demo.launch(**(settings | options))

@@ -43,16 +43,22 @@ def build() -> None:
     """Lay out the tab."""
     gr.Markdown(TEXT)
     gr.Markdown(f"### Architectures\n{_supported()}")
-    for file in sorted(BENCHMARKS.glob("fidelity*.json")):  # a wheel comes without
-        found = json.loads(file.read_text(encoding="utf-8"))
-        gr.Markdown(
-            f"### Measured on {found['model']}\nError of the final latents on {found['pairs']} prompts that "
-            "nothing was learned on, by the share of the denoiser's parameters removed; 0 is identical, "
-            "1 is unrelated. A + means compensated. Fast, balanced and paper are ecodiff's presets, ecodiff "
-            f"is the method as published.\n\n{show.benchmark(found)}\n\n"
-            f"`python benchmarks/fidelity.py`, {found['model']}, {found['machine']}.",
-            elem_classes="eco-measured",
-        )
+    for name in catalog.MODELS:
+        file = BENCHMARKS / ("fidelity.json" if name == "emoji-sdxl" else f"fidelity-{name}.json")
+        if file.is_file():  # a wheel comes without
+            with gr.Accordion(f"Measured on {name}", open=name == "emoji-sdxl"):
+                _measured(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _measured(found: dict) -> None:
+    gr.Markdown(
+        f"Error of the final latents on {found['pairs']} prompts that nothing was learned on, by the "
+        "share of the denoiser's parameters removed; 0 is identical, 1 is unrelated. A + means "
+        "compensated. Fast, balanced and paper are ecodiff's presets, ecodiff is the method as "
+        f"published.\n\n{show.benchmark(found)}\n\n"
+        f"`python benchmarks/fidelity.py --model {found['model']}`, {found['machine']}.",
+        elem_classes="eco-measured",
+    )
 
 
 def _supported() -> str:

@@ -24,7 +24,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
             name = gr.Textbox(label="New name", max_length=60, scale=2)
             rename = gr.Button("Rename", scale=1)
         with gr.Row():
-            size = gr.Slider(1, 66, value=20, step=1, label="Remove", info="% of the denoiser's parameters")
+            size = gr.Slider(1, 90, value=20, step=1, label="Remove", info="% of the denoiser's parameters")
             make = gr.Button("Make the files", variant="primary")
         with gr.Row():
             plan = gr.DownloadButton("Plan file", interactive=False)
@@ -33,7 +33,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
         code = gr.Code(language="python", label="Load it", visible=False, interactive=False)
         with gr.Accordion("Use a LoRA of the dense model", open=False):
             gr.Markdown("A LoRA that was made for the dense model, cut to fit this run at this size.")
-            lora = gr.File(label="LoRA (.safetensors)", file_types=[".safetensors"], height=120)
+            lora = gr.File(label="LoRA (.safetensors)", file_types=[".safetensors"], height=150)
             translate = gr.Button("Cut it to fit")
             report = gr.Markdown()
             fitting = gr.DownloadButton("Translated LoRA", interactive=False)

@@ -150,7 +150,7 @@ def comparison(facts: dict) -> str:
                 f"{facts['ms_pruned']:.0f} ms",
                 f"dense {facts['ms_dense']:.0f} ms ({faster:.2f}×)",
             ),
-            ("Latent error", f"{facts['latent_error']:.4f}", "0 is identical"),
+            ("Latent error", _error(facts["latent_error"]), "0 is identical"),
             ("PSNR", f"{facts['psnr']:.1f} dB", "higher is closer"),
             ("SSIM", f"{facts['ssim']:.3f}", "1 is identical"),
         ]
