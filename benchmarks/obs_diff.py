@@ -25,21 +25,22 @@ def prune(pipe, calibration: Calibration, ratio: float, packages: int = 4):
     small = ecodiff.variant(pipe, {})
     size = -(-len(groups) // packages)
     for first in range(0, len(groups), size):
-        package = groups[first : first + size]
+        # Anew each time: where two groups share a consumer, columns move when the first is cut.
+        now = {group.name: group for group in find_groups(denoiser_of(small))}
+        package = [now[group.name] for group in groups[first : first + size]]
         names = [slot.module for group in package for slot in group.consumers]
         statistics = {name: Statistics() for name in names}
         for call in calibration.calls:
             for name, (x, y) in seen(denoiser_of(small), call, names).items():
                 statistics[name].add(y, x, call.weight)
-        keep, weights = {}, {}
+        hessians = {n: _damped(found.xx / found.rows) for n, found in statistics.items()}
+        dense = {n: denoiser_of(small).get_submodule(n).weight.float() for n in names}
+        keep, columns = {}, {n: torch.ones(weight.shape[1], dtype=torch.bool) for n, weight in dense.items()}
         for group in package:
-            slots = group.consumers
-            hessians = [_damped(statistics[s.module].xx / statistics[s.module].rows) for s in slots]
-            dense = [denoiser_of(small).get_submodule(s.module).weight.float() for s in slots]
-            keep[group.name] = _chosen(dense, hessians, group.size, counts[group.name])
-            columns = keep[group.name].repeat_interleave(slots[0].index.shape[1])
-            for slot, weight, hessian in zip(slots, dense, hessians, strict=True):
-                weights[slot.module] = _updated(weight, hessian, columns)
+            kept = keep[group.name] = _chosen(group, dense, hessians, counts[group.name])
+            for slot in group.consumers:
+                columns[slot.module][slot.index[~kept].flatten()] = False
+        weights = {n: _updated(dense[n], hessians[n], columns[n]) for n in dense}
         ecodiff.slice_(denoiser_of(small), keep)
         for name, weight in weights.items():
             module = denoiser_of(small).get_submodule(name)
@@ -74,21 +75,22 @@ def _updated(weight: Tensor, hessian: Tensor, columns: Tensor) -> Tensor:
     return torch.linalg.solve(kept, (weight @ hessian[:, columns]).T).T
 
 
-def _chosen(weights: list[Tensor], hessians: list[Tensor], units: int, count: int) -> Tensor:
+def _chosen(group, weights: dict[str, Tensor], hessians: dict[str, Tensor], count: int) -> Tensor:
     """Units that stay: greedily without the cheapest, heads one at a time, neurons in chunks."""
-    keep = torch.ones(units, dtype=torch.bool)
-    width = weights[0].shape[1] // units
+    keep = torch.ones(group.size, dtype=torch.bool)
     while count > 0:
-        columns = keep.repeat_interleave(width)
         error = torch.zeros(int(keep.sum()))
-        for weight, hessian in zip(weights, hessians, strict=True):
+        for slot in group.consumers:
+            weight, hessian = weights[slot.module], hessians[slot.module]
+            columns = torch.ones(weight.shape[1], dtype=torch.bool)
+            columns[slot.index[~keep].flatten()] = False
             updated = _updated(weight, hessian, columns)
             inverse = torch.linalg.inv(hessian[columns][:, columns])
-            spread = torch.stack(list(inverse.split(width))).view(len(error), width, -1)
-            own = torch.stack([spread[i][:, i * width : (i + 1) * width] for i in range(len(error))])
+            place = (columns.cumsum(0) - 1)[slot.index[keep]]  # of each unit's columns among those left
+            own = inverse[place[:, :, None], place[:, None, :]]
             diagonal = torch.linalg.cholesky(own).diagonal(dim1=1, dim2=2).square()
-            error += (updated.square().sum(0).view(-1, width) / diagonal).sum(1)
-        going = 1 if width > 1 else min(count, 64)
+            error += (updated.square().sum(0)[place] / diagonal).sum(1)
+        going = 1 if group.kind == "heads" else min(count, 64)
         keep[keep.nonzero().flatten()[error.argsort()[:going]]] = False
         count -= going
     return keep

@@ -17,7 +17,7 @@ from torch import nn
 from . import backends, catalog, checkpoint, gpu, memory
 from .errors import BudgetError, CheckpointError, ModelNotFoundError, RunError
 from .fidelity import Sample, fidelity
-from .groups import PRESET_KINDS
+from .groups import ALL_KINDS, PRESET_KINDS, find_groups, unrecognised
 from .jobs import WORKER
 from .lora import save_lora, translate
 from .plan import PrunePlan
@@ -61,7 +61,7 @@ def predict(model: str, ratio: float) -> dict:
     Returns:
         {"params_dense", "params_pruned", "bytes_dense", "bytes_pruned", "ceiling", "licence", "gated",
         "supported": what the conformance suite passes of this architecture, "memory": {"draw", "learn"},
-        bytes, an estimate}
+        bytes, an estimate, "left_alone": {class: parameters that no unit holds}}
     """
     known = _known(model)
     scores, itemsize, dense_bytes = _sizes(known.name)
@@ -77,6 +77,7 @@ def predict(model: str, ratio: float) -> dict:
         "gated": known.gated,
         "supported": catalog.supported(type(denoiser).__name__),
         "memory": memory.estimate(denoiser, known),
+        "left_alone": unrecognised(denoiser, find_groups(denoiser, ALL_KINDS)),
     }
 
 

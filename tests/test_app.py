@@ -5,8 +5,10 @@ import time
 import zipfile
 
 import pytest
-from gradio_client import Client
+import torch
+from gradio_client import Client, handle_file
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import ecodiff
 
@@ -88,6 +90,14 @@ def test_the_main_job(client, tmp_path):
     plan = ecodiff.PrunePlan.load(client.predict(run, 0.2, api_name="/plan_file"))
     assert plan.digest == cuts[0]["digest"]
     assert client.predict(run, " my \n apple ", api_name="/rename")["name"] == "my apple"
+
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    lora = {f"{layer}.lora_A.weight": torch.ones(2, 128), f"{layer}.lora_B.weight": torch.ones(128, 2)}
+    save_file(lora, tmp_path / "lora.safetensors")
+    given = handle_file(tmp_path / "lora.safetensors")
+    fitting, made = client.predict(run, 0.2, given, api_name="/lora")
+    kept = small.unet.get_submodule(layer.removeprefix("unet.")).out_features
+    assert load_file(fitting)[f"{layer}.lora_B.weight"].shape == (kept, 2), made["report"]
 
 
 @pytest.mark.parametrize(

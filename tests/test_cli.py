@@ -11,6 +11,9 @@ from ecodiff import catalog, cli, state
 from ecodiff.compensate import CompensateConfig
 from ecodiff.slicing import plan_of
 
+from .test_checkpoint import some_plan
+from .test_lora import peft_file
+
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch, tmp_path):
@@ -136,3 +139,20 @@ def test_info_needs_no_weights(capsys, tmp_path, tiny_sdxl):
         file.unlink()
     code, out, _ = run(capsys, "info", tmp_path / "model", "--json")
     assert code == 0 and last_json(out)["params"] == sum(p.numel() for p in tiny_sdxl.unet.parameters())
+
+
+def test_lora_and_fill(tiny_sdxl, tmp_path, capsys):
+    tiny_sdxl.save_pretrained(tmp_path / "dense")
+    plan = some_plan(tiny_sdxl)
+    plan.metadata["model"] = str(tmp_path / "dense")
+    small = ecodiff.save(ecodiff.variant(tiny_sdxl, plan), tmp_path / "small")
+    lora, out = peft_file(tiny_sdxl, tmp_path / "lora.safetensors"), tmp_path / "fitting.safetensors"
+    assert cli.main(["lora", str(small), str(lora), "--out", str(out)]) == 0
+    assert "layers cut to fit" in capsys.readouterr().out
+    assert cli.main(["lora", str(small), str(out), "--out", str(tmp_path / "again.safetensors")]) == 1
+    assert "fits this model as it is" in capsys.readouterr().err
+    assert cli.main(["fill", str(small), "--out", str(tmp_path / "filled")]) == 0
+    filled = ecodiff.load(tmp_path / "filled")
+    assert filled.unet.num_parameters() == tiny_sdxl.unet.num_parameters()
+    assert cli.main(["fill", str(small), "--out", str(tmp_path / "filled")]) == 1
+    assert "exists" in capsys.readouterr().err

@@ -72,7 +72,7 @@ def _form() -> dict[str, gr.components.Component]:
         MODELS,
         value="emoji-sdxl",
         label="Model",
-        info="Or type a diffusers folder or a Hub id",
+        info="Or type a diffusers folder, a Hub id or a .safetensors file",
         allow_custom_value=True,
     )
     ratio = gr.Slider(5, 80, value=20, step=1, label="Remove", info=PERCENT)

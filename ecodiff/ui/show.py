@@ -60,6 +60,9 @@ def prediction(facts: dict) -> str:
         if passed
         else "This architecture is not in the conformance suite: its layers are known by their structure"
     )
+    alone = {kind: count / facts["params_dense"] for kind, count in facts["left_alone"].items()}
+    largest = [f"{escape(kind)} {share:.1%}" for kind, share in alone.items() if share >= 0.001]
+    notes.append(f"Left alone: {', '.join(largest) or 'next to nothing'} of the parameters")
     return _figures_of(facts, removed) + f'<p class="eco-notes">{" · ".join(notes)}</p>'
 
 
