@@ -12,7 +12,6 @@ from pathlib import Path
 
 import diffusers
 import torch
-from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -149,9 +148,10 @@ def empty_denoiser(source: str) -> nn.Module:
     Raises:
         ModelNotFoundError, CheckpointError, UnsupportedModelError
     """
+    # Not accelerate's init_empty_weights: that changes nn.Module for all threads, and for forks of theirs.
     known = catalog.find(source)
     if known.denoiser:
-        with init_empty_weights():
+        with torch.device("meta"):
             return getattr(diffusers, known.denoiser["_class_name"]).from_config(known.denoiser)
     source = known.source
     if is_single_file(source):
@@ -166,7 +166,7 @@ def empty_denoiser(source: str) -> nn.Module:
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         raise UnsupportedModelError(f"The {name} of {source} is a {cls_name}, not diffusers' own.")
     try:
-        with init_empty_weights():
+        with torch.device("meta"):
             return cls.from_config(cls.load_config(source, subfolder=name))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if os.path.isdir(source):

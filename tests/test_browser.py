@@ -11,7 +11,7 @@ import pytest
 import ecodiff
 
 from .server import serve
-from .test_zerogpu import space
+from .test_zerogpu import ONE_STEP, space
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -134,7 +134,7 @@ def test_every_tab_fits(browser, url, look, width):
 
 def test_the_page_sees_a_run_through_on_zerogpu(browser, tiny_sdxl, tmp_path):
     tiny_sdxl.save_pretrained(tmp_path / "tiny")
-    with space(tmp_path, QUOTA="4") as (client, asked):
+    with space(tmp_path, QUOTA="4", **ONE_STEP) as (client, asked):
         page = browser.new_page(viewport={"width": 1200, "height": 900})
         page.goto(client.src)
         page.get_by_label("Model").first.fill(str(tmp_path / "tiny"))

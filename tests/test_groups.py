@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 
@@ -98,3 +100,13 @@ def test_kinds_are_chosen(tiny_sdxl):
 def test_a_model_without_units_is_refused():
     with pytest.raises(UnsupportedModelError, match="no heads or FFN neurons"):
         ecodiff.find_groups(torch.nn.Sequential(torch.nn.Linear(3, 3)))
+
+
+def test_counting_a_model_leaves_other_threads_alone():
+    """What another thread makes meanwhile has weights: accelerate's init_empty_weights would take them."""
+    counting = threading.Thread(target=checkpoint.empty_denoiser, args=("sdxl",))
+    counting.start()
+    made = set()
+    while counting.is_alive():
+        made.add(torch.nn.Linear(2, 2).weight.device.type)
+    assert made == {"cpu"}

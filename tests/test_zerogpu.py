@@ -21,7 +21,8 @@ from ecodiff.scores import Scores
 
 from .server import free_port, serve
 
-CHUNK = {"CHUNK_SECONDS": "1"}  # seconds of learning a call: the tiny model takes several
+SEVERAL = {"CHUNK_SECONDS": "1"}  # of learning a call: the tiny model takes several
+ONE_STEP = {"CHUNK_SECONDS": "0"}  # a call makes one step at least: here just that, however fast it is
 
 
 @contextmanager
@@ -35,14 +36,15 @@ def space(folder: Path, **settings: str):
             env=os.environ | settings,
             start_new_session=True,
         )
-    device = {"SPACES_ZERO_DEVICE_API_URL": f"http://127.0.0.1:{port}", "OMP_NUM_THREADS": "1"}
+    settings = SEVERAL | {"OMP_NUM_THREADS": "1"} | settings
+    settings["SPACES_ZERO_DEVICE_API_URL"] = f"http://127.0.0.1:{port}"
 
     def asked(path: str) -> list[dict]:
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         return [line for line in lines if line.get("path") == path]
 
     try:
-        with serve(folder, module="tests.zerogpu.space", **device, **CHUNK, **settings) as address:
+        with serve(folder, module="tests.zerogpu.space", **settings) as address:
             yield Client(address, verbose=False), asked
     finally:
         os.killpg(scheduler.pid, signal.SIGKILL)
@@ -115,7 +117,7 @@ def test_a_run_in_many_calls_whose_workers_are_killed(model, reference, tmp_path
 
 
 def test_stop_resume_two_visitors_and_no_quota(model, reference, tmp_path):
-    with space(tmp_path, REUSE="0", QUOTA="9") as (client, asked):
+    with space(tmp_path, REUSE="0", QUOTA="9", **ONE_STEP) as (client, asked):
         first, second = (client.predict(model, 0.2, "fast", api_name="/prune_start")["run"] for _ in range(2))
         jobs = [client.submit(run, api_name="/prune_step") for run in (first, second)]
         assert [job.result()["stage"] for job in jobs] == ["interrupted"] * 2
