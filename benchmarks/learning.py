@@ -12,28 +12,22 @@ held before (on CUDA: torch's own count).
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from common import call_of, device_name, keep_results, seconds
 
 import ecodiff
 from ecodiff import catalog, memory
 from ecodiff.groups import denoiser_of, find_groups
-from ecodiff.trajectory import ALL, NOTHING, Keep, call_options, prompt_rows
+from ecodiff.trajectory import ALL, NOTHING, Keep
 
 OUT = Path(__file__).with_suffix(".json")
 STEPS = (5, 10, 20, 50)
-
-
-def call_of(pipe, model: catalog.Model, steps: int, batch: int) -> dict:
-    options = call_options(pipe, steps, model.guidance_scale, model.size, model.extra)
-    return prompt_rows(model.prompts("calibration"), range(batch), 0, options)
 
 
 def dense(pipe, call: dict) -> None:
@@ -49,14 +43,6 @@ def step(pipe, call: dict, keep: Keep) -> None:
     with ecodiff.masked(denoiser, masks), ecodiff.trajectory(pipe, keep) as run:
         z0 = run(**call).float()
         torch.autograd.grad(z0.square().mean(), list(masks.values()), allow_unused=True)
-
-
-def seconds(function, *args) -> float:
-    start = time.perf_counter()
-    function(*args)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def times(pipe, call: dict, keeps: dict[str, Keep], repeats: int) -> dict[str, float]:
@@ -81,8 +67,8 @@ def peak(options, steps: int, keep: Keep) -> float:
 def measure(options) -> None:
     model, pipe = catalog.find(options.model), ecodiff.load(options.model)
     steps, keep = int(options.measure[0]), Keep(*json.loads(options.measure[1]))
-    dense(pipe, call_of(pipe, model, 2, options.batch))
-    call = call_of(pipe, model, steps, options.batch)
+    dense(pipe, call_of(pipe, model, options.batch, 2))
+    call = call_of(pipe, model, options.batch, steps)
     before = resident(reset=True)
     step(pipe, call, keep)
     print((resident(peak=True) - before) / 1e6)
@@ -115,10 +101,9 @@ def main() -> None:
         measure(options)
         return
     model, pipe = catalog.find(options.model), ecodiff.load(options.model)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    found = {"model": options.model, "batch": options.batch, "device": device}
+    found = {"model": options.model, "batch": options.batch, "device": device_name()}
     found |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "steps": model.learn_steps}
-    call = call_of(pipe, model, model.learn_steps, options.batch)
+    call = call_of(pipe, model, options.batch, model.learn_steps)
     half = Keep(model.learn_steps // 2)
     ways = {"all recomputed": NOTHING, "half kept": half, "all kept": ALL, "blocks recomputed": Keep(0, True)}
     found["times"] = times(pipe, call, ways, options.repeats)
@@ -133,9 +118,7 @@ def main() -> None:
             ("all kept", ALL, STEPS[:2]),
         )
     }
-    print(json.dumps(found, indent=1))
-    results = json.loads(OUT.read_text()) if OUT.exists() else {}
-    OUT.write_text(json.dumps(results | {f"{options.model}, {device}": found}, indent=1) + "\n")
+    keep_results(OUT, found)
 
 
 if __name__ == "__main__":

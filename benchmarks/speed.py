@@ -8,30 +8,20 @@ round. The ranking is of weight magnitudes: which units go does not matter for t
 """
 
 import argparse
-import json
-import platform
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from common import call_of, device_name, keep_results, seconds
 
 import ecodiff
 from ecodiff import catalog, measure, saliency
 from ecodiff.groups import denoiser_of, unit_parameters
 from ecodiff.scores import Scores
-from ecodiff.trajectory import call_options, denoiser_calls, moved, prompt_rows
+from ecodiff.trajectory import denoiser_calls, moved
 
 OUT = Path(__file__).with_suffix(".json")
-
-
-def seconds(function, *args) -> float:
-    start = time.perf_counter()
-    function(*args)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 @torch.inference_mode()
@@ -58,8 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    model, device = catalog.find(options.model), platform.machine()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else device
+    model = catalog.find(options.model)
     load = seconds(ecodiff.load, options.model)
     pipe = ecodiff.load(options.model)
     denoiser = denoiser_of(pipe)
@@ -71,7 +60,7 @@ def main() -> None:
         {g.name: worth[g.name] / unit_parameters(denoiser, g) for g in groups},
         measure.unit_macs(pipe, call, groups),
     )
-    found = {"model": options.model, "device": device, "threads": torch.get_num_threads()}
+    found = {"model": options.model, "device": device_name(), "threads": torch.get_num_threads()}
     found |= {"torch": torch.__version__, "load_s": round(load, 2), "rows": []}
     for ratio in options.ratios:
         plans = {name: scores.plan(ratio=ratio, align=name == "aligned") for name in ("aligned", "unaligned")}
@@ -100,14 +89,7 @@ def main() -> None:
             "load_folder_s": round(reload, 2),
             "load_plan_s": round(plan, 4),
         }
-    print(json.dumps(found, indent=1))
-    results = json.loads(OUT.read_text()) if OUT.exists() else {}
-    OUT.write_text(json.dumps(results | {f"{options.model}, {device}": found}, indent=1) + "\n")
-
-
-def call_of(pipe, model: catalog.Model, batch: int) -> dict:
-    options = call_options(pipe, model.steps, model.guidance_scale, model.size, model.extra)
-    return prompt_rows(model.prompts("calibration"), range(batch), 0, options)
+    keep_results(OUT, found)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import spaces
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from . import backends, catalog, checkpoint
 from .compensate import Calibration, compensate_
@@ -106,18 +108,23 @@ class Pipelines:
     def _compensate(self, small, dense, model: str, file: Path | None) -> None:
         denoiser = denoiser_of(small)
         if file is not None and file.is_file():
-            like = next(denoiser.parameters())
-            for name, weight in load_file(file).items():
-                path, _, leaf = name.rpartition(".")
-                # A new parameter: a bias may be the dense model's own.
-                parameter = nn.Parameter(weight.to(like.device, like.dtype), requires_grad=False)
-                setattr(denoiser.get_submodule(path), leaf, parameter)
-            return
+            with suppress(OSError, SafetensorError):  # a damaged file is written again
+                _replace(denoiser, load_file(file))
+                return
         updated = compensate_(small, dense, calibration=self.calibration(model))
         if file is not None:
             layers = tuple(f"{name}." for name, better in updated.items() if better)
             weights = denoiser.state_dict().items()
             write_small(file, {n: w.contiguous().cpu() for n, w in weights if n.startswith(layers)}, {})
+
+
+def _replace(denoiser: nn.Module, weights: dict[str, Tensor]) -> None:
+    like = next(denoiser.parameters())
+    for name, weight in weights.items():
+        path, _, leaf = name.rpartition(".")
+        # A new parameter: a bias may be the dense model's own.
+        parameter = nn.Parameter(weight.to(like.device, like.dtype), requires_grad=False)
+        setattr(denoiser.get_submodule(path), leaf, parameter)
 
 
 PIPELINES = Pipelines()
@@ -148,7 +155,7 @@ def _draw(
         pipes = PIPELINES.dense(model), PIPELINES.pruned(model, plan, compensate, Path(kept))
         started, samples = time.monotonic(), []
         for pipe in pipes:
-            generate(pipe, prompt, seed, **options | {"steps": min(2, options["steps"])})  # warm-up
+            generate(pipe, prompt, seed, **options | {"steps": 2})  # warm-up
             samples.append(generate(pipe, prompt, seed, **options))
     PACE.note(model, draw=time.monotonic() - started)
     yield tuple(samples)

@@ -131,11 +131,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, query, key, value):
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         ctx.save_for_backward(query, key, value, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        raise NotImplementedError("only shapes are looked at")
+        return output  # there is no backward: only what is kept is looked at
 
 
 class _Fused(TorchFunctionMode):
@@ -197,7 +193,7 @@ def plan(pipe, call: dict, calls: int = 0) -> MemoryPlan:
         calls: denoiser calls of a trajectory; 0: not known, so none is kept.
     """
     denoiser = denoiser_of(pipe)
-    args, kwargs = moved(denoiser_calls(pipe, call, limit=1)[0], next(denoiser.parameters()).device)
+    args, kwargs = denoiser_calls(pipe, call, limit=1)[0]
     free = free_bytes(next(denoiser.parameters()).device)
     try:
         whole, by_block = activation_bytes(denoiser, args, kwargs)

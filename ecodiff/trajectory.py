@@ -89,7 +89,7 @@ def trajectory(
         ...     z0.square().mean().backward()
     """
     denoiser = denoiser_of(pipe)
-    forward, own_forward = denoiser.forward, denoiser.__dict__.get("forward")
+    forward = denoiser.forward
     call = inspect.unwrap(type(pipe).__call__)
     if "output_type" not in inspect.signature(call).parameters:
         raise UnsupportedModelError(
@@ -104,7 +104,7 @@ def trajectory(
     keep = checkpoint if isinstance(checkpoint, Keep) else NOTHING if checkpoint else ALL
     calls = 0
 
-    def kept_or_not(*args, **kwargs):
+    def kept_or_recomputed(*args, **kwargs):
         nonlocal calls
         calls += 1
         kept = calls <= keep.calls or not torch.is_grad_enabled()
@@ -115,36 +115,67 @@ def trajectory(
         calls = 0
         return call(pipe, *args, output_type="latent", return_dict=False, **kwargs)[0]
 
-    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    trained = [p for part in parts for p in part.parameters() if p.requires_grad]
-    was_training = denoiser.training
     progress_bar = getattr(pipe, "_progress_bar_config", {})
-    for part in parts:  # text encoders too: a graph through them would be kept for nothing
-        part.requires_grad_(False)
-    denoiser.eval()
-    by_block = keep.blocks and getattr(denoiser, "_supports_gradient_checkpointing", False)
-    by_block = by_block and not denoiser.is_gradient_checkpointing
-    if by_block:
-        denoiser.enable_gradient_checkpointing()
-    for module in denoiser.modules():  # HiDream: experts have gradients in training mode only
-        if hasattr(module, "moe_infer"):
-            module.training = True
-    denoiser.forward = kept_or_not
     pipe.set_progress_bar_config(disable=True)
     try:
-        with _attention_with_fast_backward(denoiser), torch.enable_grad():
+        with (
+            _frozen(pipe),
+            _block_by_block(denoiser, keep.blocks),
+            _forward(denoiser, kept_or_recomputed),
+            _attention_with_fast_backward(denoiser),
+            torch.enable_grad(),
+        ):
             yield run
     finally:
-        if own_forward is None:
-            del denoiser.forward
-        else:
-            denoiser.forward = own_forward
-        if by_block:
-            denoiser.disable_gradient_checkpointing()
         pipe.set_progress_bar_config(**progress_bar)
-        denoiser.train(was_training)
+
+
+@contextmanager
+def _frozen(pipe) -> Iterator[None]:
+    """No weight gets a gradient and nothing is random; afterwards everything is as it was."""
+    # Text encoders too: a graph through them would be kept for nothing.
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    trained = [p for part in parts for p in part.parameters() if p.requires_grad]
+    modes = {module: module.training for module in denoiser_of(pipe).modules()}
+    for part in parts:
+        part.requires_grad_(False)
+    for module in modes:  # HiDream: experts have gradients in training mode only
+        module.training = hasattr(module, "moe_infer")
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _block_by_block(denoiser: torch.nn.Module, wanted: bool) -> Iterator[None]:
+    """diffusers' own gradient checkpointing, where the model has it and does not use it already."""
+    wanted = wanted and getattr(denoiser, "_supports_gradient_checkpointing", False)
+    if not wanted or denoiser.is_gradient_checkpointing:
+        yield
+        return
+    denoiser.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        denoiser.disable_gradient_checkpointing()
+
+
+@contextmanager
+def _forward(denoiser: torch.nn.Module, replacement: Callable) -> Iterator[None]:
+    """Let calls of the denoiser go to `replacement`."""
+    own = denoiser.__dict__.get("forward")
+    denoiser.forward = replacement
+    try:
+        yield
+    finally:
+        if own is None:
+            del denoiser.forward
+        else:
+            denoiser.forward = own
 
 
 class _Recomputed(torch.autograd.Function):
@@ -169,6 +200,8 @@ class _Recomputed(torch.autograd.Function):
             outputs = ctx.call(inputs)
         wanted = [t for t, n in zip((*inputs, *ctx.factors), needed, strict=True) if n]
         pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad and g is not None]
+        if not pairs:  # nothing that was asked about has to do with the outputs
+            return (None, None, *(None for _ in needed))
         outputs, gradients = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
         return (None, None, *(next(found) if n else None for n in needed))

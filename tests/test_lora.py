@@ -79,7 +79,8 @@ def test_translated_equals_fused_and_pruned(kind, tmp_path):
 
 
 def test_kohyas_naming_and_scale(tiny_sdxl, tmp_path):
-    check(tiny_sdxl, kohya_file(tiny_sdxl, tmp_path / "kohya.safetensors"))
+    report = check(tiny_sdxl, kohya_file(tiny_sdxl, tmp_path / "kohya.safetensors"))
+    assert "layers cut to fit" in report.words()
 
 
 def test_an_emptied_layer_is_dropped_and_said(tiny_sdxl, tmp_path):

@@ -21,6 +21,18 @@ COMPENSATE = "What stays takes over from what went: closer images, same size"
 KINDS = [(word[0].upper() + word[1:], kind) for kind, word in WORDS.items()]
 
 
+def readable(error: Exception) -> gr.Error:
+    """An error as the page shows it. Of what a ZeroGPU worker did not expect, only a class name is left."""
+    if not isinstance(error, gr.Error):
+        return gr.Error(str(error), duration=15, print_exception=False)
+    if error.message.isidentifier():
+        error.message = (
+            f"The GPU worker failed ({error.message}), which ecodiff did not expect. Nothing is lost: "
+            "try again, and report it if it comes back."
+        )
+    return error
+
+
 def told(function: Callable) -> Callable:
     """Turn ecodiff's errors into Gradio's, so that the person reads their text."""
 
@@ -28,15 +40,15 @@ def told(function: Callable) -> Callable:
     def wrapper(*args, **kwargs):
         try:
             return function(*args, **kwargs)
-        except EcodiffError as error:
-            raise gr.Error(str(error), duration=15, print_exception=False) from None
+        except (EcodiffError, gr.Error) as error:
+            raise readable(error) from None
 
     @functools.wraps(function)
     def generator(*args, **kwargs):
         try:
             yield from function(*args, **kwargs)
-        except EcodiffError as error:
-            raise gr.Error(str(error), duration=15, print_exception=False) from None
+        except (EcodiffError, gr.Error) as error:
+            raise readable(error) from None
 
     return generator if inspect.isgeneratorfunction(function) else wrapper
 

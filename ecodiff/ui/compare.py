@@ -50,17 +50,6 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
         visible=False,
     )
 
-    @told
-    def compare(run, percent, prompt, seed, steps, guidance, compensate, history):
-        if not run:
-            raise gr.Error("Prune a model first, in the Prune tab.", duration=8)
-        asked = (run, percent / 100, prompt, seed or 0, steps, guidance, compensate)
-        dense, pruned, facts = service.compare(*asked)
-        pair = tuple(for_the_eye(sample.image) for sample in (dense, pruned))
-        title = f"{prompt} · seed {seed or 0}"
-        shown = [(pair[0], f"{title} · dense"), (pair[1], f"{title} · −{percent} %")]
-        return pair, show.comparison(facts), gr.update(value=shown + (history or [])[:22], visible=True)
-
     draw.click(
         compare,
         [run, ratio, prompt, seed, steps, guidance, compensate, history],
@@ -68,19 +57,35 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
         api_visibility="private",
     )
 
-    def defaults(run):
-        """Time steps and guidance of the run's model: a distilled model draws in few steps, without it."""
-        if not run:
-            return gr.skip(), gr.skip()
-        known = catalog.find(service.status(run)["model"])
-        return known.steps, known.guidance_scale or 0
-
     run.change(told(defaults), run, [steps, guidance], api_visibility="private", show_progress="hidden")
 
-    def refresh(runs, current, chosen):
-        found = choices(runs, scored=True)
-        ids = [value for _, value in found]
-        value = chosen if chosen in ids else current if current in ids else (ids or [None])[0]
-        return gr.Dropdown(found, value=value), gr.Markdown(visible=not found)
-
     return {"refresh": refresh, "inputs": [runs, current, run], "outputs": [run, empty]}
+
+
+@told
+def compare(run, percent, prompt, seed, steps, guidance, compensate, history):
+    """Draw both and measure."""
+    if not run:
+        raise gr.Error("Prune a model first, in the Prune tab.", duration=8)
+    asked = (run, percent / 100, prompt, seed or 0, steps, guidance, compensate)
+    dense, pruned, facts = service.compare(*asked)
+    pair = tuple(for_the_eye(sample.image) for sample in (dense, pruned))
+    title = f"{prompt} · seed {seed or 0}"
+    shown = [(pair[0], f"{title} · dense"), (pair[1], f"{title} · −{percent} %")]
+    return pair, show.comparison(facts), gr.update(value=shown + (history or [])[:22], visible=True)
+
+
+def defaults(run):
+    """Time steps and guidance of the run's model: a distilled model draws in few steps, without it."""
+    if not run:
+        return gr.skip(), gr.skip()
+    known = catalog.find(service.status(run)["model"])
+    return known.steps, known.guidance_scale or 0
+
+
+def refresh(runs, current, chosen):
+    """Runs to choose from: what was chosen, else what was pruned last."""
+    found = choices(runs, scored=True)
+    ids = [value for _, value in found]
+    value = chosen if chosen in ids else current if current in ids else (ids or [None])[0]
+    return gr.Dropdown(found, value=value), gr.Markdown(visible=not found)

@@ -41,67 +41,79 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
         known = gr.Textbox(label="Id", max_length=32)
         add = gr.Button("Open")
 
-    def rows(runs):
-        return [
-            [
-                label(s),
-                s["model"],
-                s["preset"],
-                f"−{s['ratio']:.0%}",
-                f"{s['step']}/{s['steps']}",
-                show.STAGES[s["stage"]],
-            ]
-            for s in mine(runs)
-        ]
-
-    def refresh(runs, chosen):
-        found = choices(runs)
-        ids = [value for _, value in found]
-        value = chosen if chosen in ids else (ids or [None])[0]
-        return (
-            gr.update(visible=not found),
-            gr.update(visible=bool(found)),
-            rows(runs),
-            gr.Dropdown(found, value=value),
-        )
-
-    @told
-    def call(run, name, runs):
-        if not run:
-            raise gr.Error("Choose a run first.", duration=8)
-        service.rename(run, name)
-        return refresh(runs, run)
-
-    @told
-    def files(run, percent):
-        if not run:
-            raise gr.Error("Choose a run first.", duration=8)
-        made = service.export(run, percent / 100)
-        return (
-            gr.DownloadButton(value=service.plan_file(run, percent / 100), interactive=True),
-            gr.DownloadButton(f"{made['name']}", value=made["path"], interactive=True),
-            f"{megabytes(made['bytes'])} · SHA-256 `{made['sha256']}` · run id `{run}`",
-            gr.Code(show.snippet(made["folder"]), visible=True),
-        )
-
-    @told
-    def fit_lora(run, percent, file):
-        if not run or not file:
-            raise gr.Error("Choose a run and a LoRA file first.", duration=8)
-        made = service.lora(run, percent / 100, file)
-        dropped = "".join(f"\n- `{name}` dropped: {why}" for name, why in made["dropped"].items())
-        return made["report"] + dropped, gr.DownloadButton(made["name"], value=made["path"], interactive=True)
-
-    @told
-    def open_run(run, runs):
-        service.status(run.strip())
-        return list(dict.fromkeys([*(runs or []), run.strip()]))
-
     private = {"api_visibility": "private"}
     listed = [empty, shelf, table, run]
-    rename.click(call, [run, name, runs], listed, **private)
+    rename.click(give_name, [run, name, runs], listed, **private)
     make.click(files, [run, size], [plan, model, about, code], **private)
     translate.click(fit_lora, [run, size, lora], [report, fitting], **private)
     opened = add.click(open_run, [known, runs], runs, **private)
     opened.success(refresh, [runs, run], listed, **private)
     return {"refresh": refresh, "inputs": [runs, run], "outputs": listed}
+
+
+def rows(runs):
+    """The table, as COLUMNS names it."""
+    return [
+        [
+            label(s),
+            s["model"],
+            s["preset"],
+            f"−{s['ratio']:.0%}",
+            f"{s['step']}/{s['steps']}",
+            show.STAGES[s["stage"]],
+        ]
+        for s in mine(runs)
+    ]
+
+
+def refresh(runs, chosen):
+    """The shelf as it is now; `chosen` stays chosen if it is still there."""
+    found = choices(runs)
+    ids = [value for _, value in found]
+    value = chosen if chosen in ids else (ids or [None])[0]
+    return (
+        gr.update(visible=not found),
+        gr.update(visible=bool(found)),
+        rows(runs),
+        gr.Dropdown(found, value=value),
+    )
+
+
+@told
+def give_name(run, name, runs):
+    """Rename a run."""
+    if not run:
+        raise gr.Error("Choose a run first.", duration=8)
+    service.rename(run, name)
+    return refresh(runs, run)
+
+
+@told
+def files(run, percent):
+    """The plan and the pruned folder, as downloads."""
+    if not run:
+        raise gr.Error("Choose a run first.", duration=8)
+    made = service.export(run, percent / 100)
+    return (
+        gr.DownloadButton(value=service.plan_file(run, percent / 100), interactive=True),
+        gr.DownloadButton(f"{made['name']}", value=made["path"], interactive=True),
+        f"{megabytes(made['bytes'])} · SHA-256 `{made['sha256']}` · run id `{run}`",
+        gr.Code(show.snippet(made["folder"]), visible=True),
+    )
+
+
+@told
+def fit_lora(run, percent, file):
+    """A LoRA cut to fit, with what was dropped."""
+    if not run or not file:
+        raise gr.Error("Choose a run and a LoRA file first.", duration=8)
+    made = service.lora(run, percent / 100, file)
+    dropped = "".join(f"\n- `{name}` dropped: {why}" for name, why in made["dropped"].items())
+    return made["report"] + dropped, gr.DownloadButton(made["name"], value=made["path"], interactive=True)
+
+
+@told
+def open_run(run, runs):
+    """Let this browser know a run that another one started."""
+    service.status(run.strip())
+    return list(dict.fromkeys([*(runs or []), run.strip()]))

@@ -11,7 +11,7 @@ from ..groups import PRESET_KINDS
 from ..jobs import ACTIVE
 from ..measure import megabytes
 from . import show
-from .common import COMPENSATE, KINDS, MODELS, PRESETS, told
+from .common import COMPENSATE, KINDS, MODELS, PRESETS, readable, told
 
 POLL_SECONDS = 0.7
 PERCENT = "% of the denoiser's parameters"
@@ -213,9 +213,9 @@ def drive(run, turn):
         for found in service.learn(run):
             yield *view(found), gr.skip()
     except gr.Error as error:  # of ZeroGPU: the call was ended, or there is no quota
-        found = service.status(run)
-        if "aborted" not in error.message or found["step"] == before:
-            yield *view(service.fail(run, error.message)), gr.skip()
+        found, why = service.status(run), readable(error).message
+        if "aborted" not in why or found["step"] == before:
+            yield *view(service.fail(run, why)), gr.skip()
             return
     if found["stage"] == "interrupted":
         yield *view(found | {"stage": "learning"}), turn + 1

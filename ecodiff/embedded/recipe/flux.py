@@ -23,6 +23,7 @@ from . import data, training
 from .sdxl import tokenizer as clip_tokenizer
 
 TOKENS = 28  # the longest caption has 25
+CONTRASTED = 128  # images that a caption is told apart from
 GUIDANCE = (1.0, 5.0)  # the range that is distilled
 
 
@@ -168,6 +169,59 @@ class Examples:
             "t5": self.t5[aliased.long(), rows],
         }
         return {name: value.to(self.device) for name, value in drawn.items()}
+
+
+class Contrast(nn.Module):
+    """Both text encoders beside a small image encoder, with a projection each into one space."""
+
+    def __init__(self, pipe: FluxPipeline, width: int = 128):
+        super().__init__()
+        self.text_encoder = pipe.text_encoder
+        self.text_encoder_2 = pipe.text_encoder_2
+        self.image_encoder = nn.Sequential(
+            nn.Conv2d(16, 96, 3, padding=1),  # packed latents, (n, 16, 8, 8)
+            nn.GELU(),
+            nn.Conv2d(96, 192, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(192 * 16, width),
+        )
+        self.pooled = nn.Linear(pipe.text_encoder.config.hidden_size, width)
+        self.states = nn.Linear(pipe.text_encoder_2.config.d_model, width)
+        self.scale = nn.Parameter(torch.tensor(2.6))  # log of the inverse temperature
+
+    def forward(self, latents: Tensor, clip: Tensor, t5: Tensor) -> Tensor:
+        """The loss of CLIP (arXiv 2103.00020, figure 3), for either text encoder, summed."""
+        images = self.image_encoder(latents.transpose(1, 2).unflatten(2, (8, 8))).float()
+        texts = (
+            self.pooled(self.text_encoder(clip).pooler_output),
+            self.states(self.text_encoder_2(t5)[0].mean(1)),
+        )
+        loss, same = 0.0, torch.arange(len(images), device=images.device)
+        for text in texts:
+            scores = F.normalize(text.float(), dim=-1) @ F.normalize(images, dim=-1).T * self.scale.exp()
+            loss = loss + (F.cross_entropy(scores, same) + F.cross_entropy(scores.T, same)) / 2
+        return loss
+
+
+def align_text(pipe: FluxPipeline, examples: Examples, folder: Path, steps: int, device: str) -> None:
+    """Teach the text encoders to tell the images apart, before (or while) the transformer learns to draw.
+
+    Left to the flow-matching loss alone they are what learns last: after 7,000 steps the model drew
+    the kind of thing that was asked for, in any colour.
+    """
+    model = Contrast(pipe).to(device).train()
+    weights = examples.captions.weights
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        rows = torch.multinomial(weights, CONTRASTED, generator=generator)
+        aliased = (torch.rand(CONTRASTED, generator=generator) < 0.25).long()
+        drawn = examples.latents[rows], examples.clip[aliased, rows], examples.t5[aliased, rows]
+        return model(*(value.to(device) for value in drawn))
+
+    aligned = training.fit(model, loss_of, folder, "text", steps, device)
+    for name in ("text_encoder", "text_encoder_2"):
+        getattr(pipe, name).load_state_dict(getattr(aligned, name).state_dict())
 
 
 def train(pipe: FluxPipeline, examples: Examples, folder: Path, steps: int, device: str) -> Denoiser:
