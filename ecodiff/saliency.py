@@ -173,12 +173,14 @@ def gauss_newton_sample(
     """One random projection: the squared gradient of r . z_0 with respect to every gate.
 
     Every latent of a batch has a gate and an r of its own: its squares are a sample each, and their
-    mean is returned, in units of the relative error, ||dz_0||^2 / (n var z_0). A gate on a whole
+    mean is returned (experts share gates, as a router mixes the rows' tokens: the r are independent, so
+    the square of the sum is a sample of the sum of squares), in units of the relative error, ||dz_0||^2 / (n var z_0). A gate on a whole
     block (`blocks`: {block: its groups}) has the sum of its units' gradients. `rows` says which of a
     larger batch these are, so that each gets the r that it would have in it.
     """
     denoiser, count = denoiser_of(pipe), len(call["prompt"])
-    gates = {g.name: torch.ones(count, g.size, device=denoiser.device, requires_grad=True) for g in groups}
+    shapes = {g.name: (1 if g.routed else count, g.size) for g in groups}
+    gates = {n: torch.ones(shape, device=denoiser.device, requires_grad=True) for n, shape in shapes.items()}
     with masked(denoiser, gates), trajectory(pipe, checkpoint, on_step) as run:
         z0 = run(**call).float().flatten(1)
         rows = rows or slice(len(z0))
@@ -188,10 +190,12 @@ def gauss_newton_sample(
         found = torch.autograd.grad((r * z0 / spread.sqrt()).sum(), list(gates.values()), allow_unused=True)
     pairs = zip(gates.items(), found, strict=True)
     gradients = {n: torch.zeros_like(g) if grad is None else grad.float() for (n, g), grad in pairs}
-    squares = {name: gradient.square().mean(0).cpu() for name, gradient in gradients.items()}
+    squares = {name: gradient.square().sum(0).cpu() / count for name, gradient in gradients.items()}
     for block, members in (blocks or {}).items():
-        whole = sum(gradients[name].sum(1) for name in members)
-        squares[block] = whole.square().mean(0, keepdim=True).cpu()
+        parts = [gradients[name].sum(1) for name in members]
+        if any(len(part) < count for part in parts):
+            parts = [part.sum(0, keepdim=True) for part in parts]
+        squares[block] = sum(parts).square().sum(0, keepdim=True).cpu() / count
     return squares
 
 

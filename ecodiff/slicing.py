@@ -159,7 +159,9 @@ def variant(pipe, plan: PrunePlan | Mapping[str, Tensor]):
     dense = getattr(pipe, name)
     shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
     pruned = slice_(copy.deepcopy(dense, shared), plan)
-    scheduler = copy.deepcopy(pipe.scheduler)  # from_config would lose what a pipeline has mended in it
+    new = {name: pruned}
+    if getattr(pipe, "scheduler", None) is not None:  # from_config would lose what a pipeline mended in it
+        new["scheduler"] = copy.deepcopy(pipe.scheduler)
     small = copy.copy(pipe)
-    small.register_modules(**{name: pruned, "scheduler": scheduler})
+    small.register_modules(**new)
     return small

@@ -137,15 +137,21 @@ def _frozen(pipe) -> Iterator[None]:
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     trained = [p for part in parts for p in part.parameters() if p.requires_grad]
     modes = {module: module.training for module in denoiser_of(pipe).modules()}
+    # HiDream: experts have gradients in training mode only, and only if that is not overruled.
+    overruled = [module for module in modes if getattr(module, "_force_inference_output", False)]
     for part in parts:
         part.requires_grad_(False)
-    for module in modes:  # HiDream: experts have gradients in training mode only
+    for module in modes:
         module.training = hasattr(module, "moe_infer")
+    for module in overruled:
+        module._force_inference_output = False
     try:
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for module in overruled:
+            module._force_inference_output = True
         for parameter in trained:
             parameter.requires_grad_(True)
 

@@ -63,6 +63,11 @@ class PruneGroup:
         return FLOORS[self.kind]
 
     @property
+    def routed(self) -> bool:
+        """Its tokens are chosen by a router, from all rows of a batch: no row of a mask is theirs alone."""
+        return "experts" in self.name.split(".")
+
+    @property
     def slots(self) -> tuple[Slot, ...]:
         return self.consumers + self.producers + self.norms
 

@@ -225,11 +225,11 @@ ROWS: dict[str, Row] = {
         | {"caption_channels": [16, 16], "axes_dims_rope": (4, 2, 2), "max_resolution": (8, 8)}
         | {"llama_layers": [0, 1], "force_inference_output": True},
         lambda: {
-            "hidden_states": draw(1, 4, 8, 8),
-            "timesteps": torch.tensor([500]),
-            "encoder_hidden_states_t5": draw(1, 5, 16),
-            "encoder_hidden_states_llama3": draw(2, 1, 5, 16),
-            "pooled_embeds": draw(1, 16),
+            "hidden_states": draw(2, 4, 8, 8),
+            "timesteps": torch.tensor([500, 500]),
+            "encoder_hidden_states_t5": draw(2, 5, 16),
+            "encoder_hidden_states_llama3": draw(2, 2, 5, 16),
+            "pooled_embeds": draw(2, 16),
         },
         {"heads", "ffn"},
         ACROSS,

@@ -46,7 +46,7 @@ def table(found: list[dict]) -> str:
     lines = ["| architecture | diffusers' class | units | tried |", "|---|---|---|---|"]
     for row in found:
         kinds = ", ".join(WORDS[kind] for kind in row["kinds"])
-        tried = "whole pipeline" if row["pipeline"] else "denoiser"
+        tried = "whole pipeline" if row["pipeline"] else "denoiser, in a loop"
         lines.append(f"| {row['name']} | `{row['denoiser']}` | {kinds} | {tried} |")
     return "\n".join(lines) + "\n"
 
