@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from . import gates, measure, memory, processes, saliency
+from .encodings import Encodings
 from .errors import BudgetError, CheckpointError, LearningError
 from .groups import WORDS, blocks, denoiser_of, find_groups, unit_parameters
 from .scores import Scores
 from .state import LearnConfig, LearnState
-from .trajectory import Keep, call_options, prompt_rows, trajectory
+from .trajectory import ALL, NOTHING, Keep, call_options, prompt_rows, trajectory
 
 # Of the official SDXL configuration: log-alpha at the start, temperature of the gates, and eps,
 # which bounds their noise to |log((u + eps) / (1 - u + eps))| <= log((1 + eps) / eps).
@@ -33,6 +34,7 @@ class _Learner:
         self.pipe, self.prompts, self.config = pipe, list(prompts), config
         self.on_step, self.on_plan = on_step, on_plan
         self.memory: memory.MemoryPlan | None = None
+        self.encodings = Encodings(pipe)
         self.counted = 0  # denoiser calls of a step, recomputed ones too
         self.denoiser = denoiser_of(pipe)
         self.groups = find_groups(self.denoiser, set(config.kinds) - {"blocks"})
@@ -74,11 +76,12 @@ class _Learner:
     def advance(self, state: LearnState) -> LearnState:
         """The state one step on. Where memory runs out, the step is made again with less of it."""
         if self.memory is None and self.config.checkpoint is None:
-            self._plan(memory.plan(self.pipe, self._call(0)))
+            self._plan(memory.plan(self.pipe, self._call(0), encoders=self.encodings.bytes))
         while True:
             self.counted = 0
             try:
-                made = self._advance(state)
+                with self.encodings.used(self._keep().alone):
+                    made = self._advance(state)
                 break
             except (MemoryError, RuntimeError) as error:
                 smaller = self.memory.smaller() if self.memory and memory.exhausted(error) else None
@@ -97,8 +100,10 @@ class _Learner:
         if self.on_plan is not None:
             self.on_plan(found.words())
 
-    def _keep(self) -> bool | Keep:
-        return self.config.checkpoint if self.memory is None else self.memory.keep
+    def _keep(self) -> Keep:
+        if self.memory is None:
+            return NOTHING if self.config.checkpoint else ALL
+        return self.memory.keep
 
     def _on_step(self) -> None:
         self.counted += 1

@@ -33,6 +33,7 @@ class MemoryPlan:
         by_block: the same if blocks are recomputed.
         free: bytes that may be used.
         keep: what is kept of it.
+        encoders: bytes that are free as well while text encoders are away.
     """
 
     calls: int
@@ -40,6 +41,12 @@ class MemoryPlan:
     by_block: int
     free: int
     keep: Keep = NOTHING
+    encoders: int = 0
+
+    @property
+    def usable(self) -> int:
+        """Bytes that may be used, text encoders away or not."""
+        return self.free + self.encoders * self.keep.alone
 
     @property
     def needed(self) -> int:
@@ -50,7 +57,8 @@ class MemoryPlan:
 
     def words(self) -> str:
         """For people."""
-        gigabytes = f"{self.needed / 1e9:.2g} GB of {self.free / 1e9:.2g} GB that may be used"
+        gigabytes = f"{self.needed / 1e9:.2g} GB of {self.usable / 1e9:.2g} GB that may be used"
+        gigabytes += ", text encoders away" * self.keep.alone
         if self.keep.blocks:
             return f"every block is computed twice, {gigabytes}"
         if not self.calls:
@@ -61,7 +69,9 @@ class MemoryPlan:
         """The next plan that needs less; None if there is none."""
         if self.keep.calls:
             return replace(self, keep=Keep(min(self.keep.calls, self.calls) // 2))
-        return None if self.keep.blocks else replace(self, keep=Keep(0, blocks=True))
+        if self.encoders and not self.keep.alone:
+            return replace(self, keep=Keep(0, alone=True))
+        return None if self.keep.blocks else replace(self, keep=Keep(0, True, self.keep.alone))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -185,27 +195,30 @@ def activation_bytes(denoiser: nn.Module, args: tuple, kwargs: dict) -> tuple[in
     return kept.total, outside.total + max(inside, default=0)
 
 
-def plan(pipe, call: dict, calls: int = 0) -> MemoryPlan:
+def plan(pipe, call: dict, calls: int = 0, encoders: int = 0) -> MemoryPlan:
     """The fastest plan that fits.
 
     Args:
+        encoders: bytes of the text encoders.
         call: the pipeline's arguments; they fix batch, size and guidance.
         calls: denoiser calls of a trajectory; 0: not known, so none is kept.
     """
     denoiser = denoiser_of(pipe)
     args, kwargs = denoiser_calls(pipe, call, limit=1)[0]
-    free = free_bytes(next(denoiser.parameters()).device)
+    free = free_bytes(denoiser.device)
     try:
         whole, by_block = activation_bytes(denoiser, args, kwargs)
     except (RuntimeError, NotImplementedError, ValueError):  # it looks at values, which meta has not
         whole, by_block = free, free  # so nothing is kept, and less if that is too much
-    return fitted(MemoryPlan(calls, max(1, whole), by_block, free))
+    encoders = 0 if denoiser.device.type == "cpu" else encoders  # where they are away, they are on the CPU
+    return fitted(MemoryPlan(calls, max(1, whole), by_block, free, encoders=encoders))
 
 
 def fitted(found: MemoryPlan) -> MemoryPlan:
     """The same measurements with as many calls kept as fit."""
     room = found.free // found.activations
     if room < 1:
-        return replace(found, keep=Keep(0, blocks=True))
+        blocks = found.free + found.encoders < found.activations
+        return replace(found, keep=Keep(0, blocks, alone=found.encoders > 0))
     calls = found.calls if room >= found.calls else room - 1
     return replace(found, keep=Keep(calls))

@@ -173,10 +173,11 @@ def gauss_newton_sample(
     """One random projection: the squared gradient of r . z_0 with respect to every gate.
 
     Every latent of a batch has a gate and an r of its own: its squares are a sample each, and their
-    mean is returned (experts share gates, as a router mixes the rows' tokens: the r are independent, so
-    the square of the sum is a sample of the sum of squares), in units of the relative error, ||dz_0||^2 / (n var z_0). A gate on a whole
-    block (`blocks`: {block: its groups}) has the sum of its units' gradients. `rows` says which of a
-    larger batch these are, so that each gets the r that it would have in it.
+    mean is returned, in units of the relative error, ||dz_0||^2 / (n var z_0). Experts share gates, as
+    a router mixes the rows' tokens: the r are independent, so the square of a sum over rows is a sample
+    of the sum of squares. A gate on a whole block (`blocks`: {block: its groups}) has the sum of its
+    units' gradients. `rows` says which of a larger batch these are, so that each gets the r that it
+    would have in it.
     """
     denoiser, count = denoiser_of(pipe), len(call["prompt"])
     shapes = {g.name: (1 if g.routed else count, g.size) for g in groups}

@@ -56,11 +56,13 @@ def prompt_rows(prompts: Sequence[str], rows: Iterable[int], seed: int, options:
 class Keep:
     """What is kept for the backward pass: the activations of the first `calls` denoiser calls.
 
-    The others are recomputed from their latents; with `blocks`, block by block.
+    The others are recomputed from their latents; with `blocks`, block by block. With `alone`, text
+    encoders are not kept beside it (see `encodings`).
     """
 
     calls: float = 0
     blocks: bool = False
+    alone: bool = False
 
 
 ALL, NOTHING = Keep(inf), Keep(0)

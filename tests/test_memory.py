@@ -7,11 +7,13 @@ import torch
 
 import ecodiff
 from ecodiff import catalog, checkpoint, memory, saliency
+from ecodiff.encodings import Encodings
 from ecodiff.learn import learn
 from ecodiff.memory import MemoryPlan
-from ecodiff.trajectory import Keep, call_options, prompt_rows
+from ecodiff.trajectory import Keep, call_options, prompt_rows, trajectory
 
-from .conftest import PROMPT
+from .conftest import PIPELINES, PROMPT, short
+from .pipelines import BUILDERS
 from .test_trajectory import gate_gradients, kept_bytes, random_gates
 
 CONFIG = ecodiff.LearnConfig(warm_steps=2, steps=2, batch=2, trajectories=4, inference_steps=3, size=16)
@@ -54,6 +56,49 @@ def test_plans_shrink_until_there_is_none():
         kept.append(found.keep)
         found = found.smaller()
     assert kept == [Keep(12), Keep(6), Keep(3), Keep(1), Keep(0), Keep(0, blocks=True)]
+
+
+def test_text_encoders_go_before_blocks_are_computed_twice():
+    found, kept = MemoryPlan(12, 100, 30, 100, Keep(1), encoders=50), []
+    while found is not None:
+        kept.append(found.keep)
+        found = found.smaller()
+    assert kept == [Keep(1), Keep(0), Keep(0, alone=True), Keep(0, True, True)]
+    small = MemoryPlan(12, 100, 30, 60, encoders=50)
+    assert memory.fitted(small).keep == Keep(0, alone=True)
+    assert "text encoders away" in memory.fitted(small).words()
+    assert memory.fitted(replace(small, encoders=10)).keep == Keep(0, True, True)
+
+
+@pytest.mark.parametrize("name", [*PIPELINES, *BUILDERS])
+def test_prompts_are_encoded_once_and_text_encoders_can_be_away(name):
+    """What is drawn from encodings is what the pipeline draws, whether its text encoders are there or not."""
+    build, size, extra = BUILDERS.get(name) or (PIPELINES[name], None, {})
+    pipe = build()
+    encodings, encoded = Encodings(pipe), []
+    assert encodings.encoders and encodings.bytes > 0
+    first = next(iter(encodings.encoders.values()))
+    first.register_forward_pre_hook(lambda *_: encoded.append(1))
+    config = dict(pipe.config)
+
+    def draw():
+        options = call_options(pipe, 2, None, size, extra or short(pipe))
+        with trajectory(pipe, checkpoint=False) as run, torch.no_grad():
+            return run(**prompt_rows([PROMPT], range(1), 0, options))
+
+    reference, before = draw(), len(encoded)
+    with encodings.used():
+        drawn = draw()
+    assert len(encoded) == 2 * before and torch.equal(drawn, reference)
+    with encodings.used(alone=True):
+        assert all(getattr(pipe, name) is None for name in encodings.encoders)
+        assert torch.equal(draw(), reference)
+    assert len(encoded) == 2 * before
+    other = Encodings(pipe)
+    with other.used(alone=True):
+        assert torch.equal(draw(), reference)
+    assert len(encoded) == 3 * before and dict(pipe.config) == config
+    assert all(getattr(pipe, name) is encoder for name, encoder in encodings.encoders.items())
 
 
 def test_running_out_of_memory_changes_the_plan_and_not_the_scores(tiny_sdxl, monkeypatch):

@@ -48,7 +48,11 @@ def prediction(facts: dict) -> str:
     """What a size will leave, before anything is started."""
     removed = 1 - facts["params_pruned"] / facts["params_dense"]
     passed = facts["supported"]
-    whole = "with its whole pipeline" if any(row["pipeline"] for row in passed) else "its denoiser in a loop of its own"
+    whole = (
+        "with its whole pipeline"
+        if any(row["pipeline"] for row in passed)
+        else "its denoiser in a loop of its own"
+    )
     notes = [
         f"Licence: {escape(facts['licence'])}" + (", gated: accept it on the Hub first" * facts["gated"])
     ]
