@@ -16,53 +16,18 @@ default: on emoji-sdxl it is better (README), and one pass over the data serves 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from math import log
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .errors import BudgetError
 from .groups import denoiser_of
+from .recording import Call, CompensateConfig, record
 from .slicing import kept_features, plan_of
-from .trajectory import EnoughError, call_options, denoiser_calls, moved, prompt_rows
-
-
-@dataclass(frozen=True)
-class CompensateConfig:
-    """How the statistics are gathered.
-
-    Attributes:
-        trajectories: dense trajectories, each from a prompt and a seed of its own.
-        heldout: how many of them only check what the others gave.
-        batch: trajectories at a time.
-        calls: denoiser calls kept of each batch, evenly spread over the time steps.
-        memory: bytes of statistics at a time; more passes over the calls are made if it does not
-            suffice for all layers, down to one layer a pass.
-        passes: in how many turns layers are updated in network order, each on the inputs that the
-            pruned model then has; None: all from the dense model's.
-        damping: e, as a fraction of the mean variance of a feature of x'.
-        last_weight: weight of the last time step; the first has 1, between them it falls with the
-            logarithm (OBS-Diff's timestep-aware weighting). 1 weighs all alike.
-        inference_steps, guidance_scale, size: of the trajectories; None: the pipeline's default.
-        extra: more arguments of the pipeline's call.
-        seed: of prompts and latents.
-    """
-
-    trajectories: int = 40
-    heldout: int = 8
-    batch: int = 4
-    calls: int = 6
-    memory: int = 2 << 30
-    passes: int | None = None
-    damping: float = 0.05
-    last_weight: float = 1.0
-    inference_steps: int | None = None
-    guidance_scale: float | None = None
-    size: int | None = None
-    extra: dict = field(default_factory=dict)
-    seed: int = 0
+from .trajectory import EnoughError, moved
 
 
 @dataclass
@@ -117,30 +82,6 @@ def solve(statistics: Statistics, weight: Tensor, bias: Tensor | None, damping: 
     return weight, bias
 
 
-@dataclass
-class Call:
-    """One recorded call of the dense denoiser."""
-
-    args: tuple
-    kwargs: dict
-    heldout: bool
-    weight: float
-
-
-def record(pipe, prompts: Sequence[str], config: CompensateConfig, on_step=None) -> list[Call]:
-    """Calls of the dense denoiser on its own trajectories, on the CPU."""
-    calls: list[Call] = []
-    options = call_options(pipe, config.inference_steps, config.guidance_scale, config.size, config.extra)
-    for first in range(0, config.trajectories, config.batch):
-        rows = range(first, min(first + config.batch, config.trajectories))
-        made = denoiser_calls(pipe, prompt_rows(prompts, rows, config.seed, options), on_step=on_step)
-        chosen = torch.linspace(0, len(made) - 1, min(config.calls, len(made))).round().long().unique()
-        for index in chosen.tolist():
-            fallen = (1 - config.last_weight) * log(1 + index) / log(max(2, len(made)))
-            calls.append(Call(*made[index], first < config.heldout, 1 - fallen))
-    return calls
-
-
 def _rows(module: nn.Module, tensor: Tensor, outputs: bool) -> Tensor:
     """What goes into or out of a Linear or a convolution, as float32 (rows, features)."""
     if isinstance(module, nn.Conv2d):
@@ -178,14 +119,15 @@ class Calibration:
     """Denoiser calls of dense trajectories, and the statistics of the dense model's consumers.
 
     Statistics are of all features: those of any plan are rows and columns of them. So what was
-    gathered once serves every size, and is kept as long as it fits in `config.memory`.
+    gathered once serves every size, and is kept as long as it fits in `config.memory`. Calls are kept
+    in `folder`, if there is one.
     """
 
-    def __init__(self, pipe, prompts: Sequence[str], config: CompensateConfig, on_step=None):
+    def __init__(self, pipe, prompts: Sequence[str], config: CompensateConfig, folder: Path | None = None):
         if not prompts or not 0 < config.heldout < config.trajectories:
             raise BudgetError("Compensation needs prompts, and more trajectories than it holds out.")
         self.config, self.dense = config, denoiser_of(pipe)
-        self.calls = record(pipe, prompts, config, on_step)
+        self.calls = [call for batch in record(pipe, prompts, config, folder) for call in batch]
         self._kept: dict[str, tuple[Statistics, Statistics]] = {}
 
     def statistics(self, names: list[str]) -> Iterator[tuple[str, Statistics, Statistics]]:

@@ -5,12 +5,13 @@ plans and gives back plain data; what it loaded stays with it. Elsewhere `spaces
 everything happens in this process.
 """
 
+import hashlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import spaces
@@ -18,17 +19,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from . import backends, catalog, checkpoint
+from . import backends, catalog, checkpoint, memory, recording
 from .compensate import Calibration, compensate_
 from .errors import EcodiffError, RunError
 from .fidelity import Sample, generate
 from .groups import denoiser_of
 from .plan import PrunePlan, write_small
-from .runs import Run, store_root
+from .runs import STORE, Run
 from .slicing import plan_of, variant
 
 VARIANTS_KEPT = 4  # each costs the memory of its cut layers only
-PACE = backends.Pace(store_root() / "pace.json")
+PACE = backends.Pace(STORE.root / "pace.json")
 
 
 class Turn:
@@ -77,14 +78,17 @@ class Pipelines:
                 PACE.note(model, load=time.monotonic() - started)
             return self._dense
 
-    def calibration(self, model: str, on_step: Callable[[], None] | None = None) -> Calibration:
+    def calibration(self, model: str) -> Calibration:
         """What compensation needs to know of a dense model, gathered on its calibration prompts."""
         with DEVICE:
             dense = self.dense(model)
             if self._calibration is None:
                 known = catalog.find(model)
-                prompts = known.prompts("calibration")
-                self._calibration = Calibration(dense, prompts, known.compensation(), on_step)
+                prompts, config = known.prompts("calibration"), known.compensation()
+                device = denoiser_of(dense).device
+                if device.type == "cuda":  # fewer passes over the calls
+                    config = replace(config, memory=max(config.memory, memory.free_bytes(device) // 2))
+                self._calibration = Calibration(dense, prompts, config, recordings(model))
             return self._calibration
 
     def pruned(self, model: str, plan: PrunePlan, compensate: bool = True, kept: Path | None = None):
@@ -118,6 +122,21 @@ class Pipelines:
             write_small(file, {n: w.contiguous().cpu() for n, w in weights if n.startswith(layers)}, {})
 
 
+def recordings(model: str) -> Path | None:
+    """Where a model's recorded calls are kept: on ZeroGPU, whose workers come and go."""
+    if not backends.zerogpu():
+        return None
+    known = catalog.find(model)
+    key = repr((known.name, known.compensation(), known.prompts("calibration")))
+    return STORE.root / "recordings" / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def calibrated(model: str) -> bool:
+    """True if compensation would find all that it needs, as far as it takes long."""
+    folder = recordings(model)
+    return folder is None or recording.complete(catalog.find(model).compensation(), folder)
+
+
 def _replace(denoiser: nn.Module, weights: dict[str, Tensor]) -> None:
     like = next(denoiser.parameters())
     for name, weight in weights.items():
@@ -138,13 +157,25 @@ class Failure:
 
 
 def _learn(folder: str) -> Iterator[dict]:
-    """Learn for one call; yields {"step", "seconds"} a step. The state is on disk."""
+    """Learn for one call, or record what compensation needs; yields {"step", "seconds"} after each part.
+
+    The state is on disk.
+    """
     run, started = Run.open(Path(folder)), time.monotonic()
     pipe = PIPELINES.dense(run.model)
     left = backends.CHUNK_SECONDS - (time.monotonic() - started)
     for state, seconds in run.learn(pipe, DEVICE, budget=left):
         PACE.note(run.model, step=seconds)
         yield {"step": state.step, "seconds": seconds}
+    if not run.finished or (folder := recordings(run.model)) is None:
+        return
+    known, slowest, begun = catalog.find(run.model), 0.0, time.monotonic()
+    for _ in recording.record(pipe, known.prompts("calibration"), known.compensation(), folder):
+        slowest = max(slowest, time.monotonic() - begun)
+        yield {"step": run.config.total_steps, "seconds": 0.0}
+        begun = time.monotonic()
+        if begun - started + 1.5 * slowest > backends.CHUNK_SECONDS:
+            return
 
 
 def _draw(
@@ -180,6 +211,8 @@ def seconds_wanted(task: str, *args, **kwargs) -> float:
         run = Run.open(Path(args[0]))
         state = run.state()
         left = run.config.total_steps - (state.step if state else 0)
+        if not left:  # recording comes next, as long as it may
+            return backends.CHUNK_SECONDS + backends.START_SECONDS
         rest = PACE.seconds(run.model, "load", *["step"] * left)
         return min(backends.CHUNK_SECONDS + backends.START_SECONDS, rest)
     return min(2 * backends.CHUNK_SECONDS, PACE.seconds(args[0], "load", task))

@@ -274,11 +274,18 @@ class RunStore:
         return Run.open(self.root / run_id)
 
     def sweep(self, max_age: float) -> int:
-        """Delete runs that nothing was written to for `max_age` seconds. Returns how many."""
+        """Delete runs, and recorded calls, that nothing was written to for `max_age` seconds.
+
+        Returns how many.
+        """
         removed = 0
-        for folder in self.root.glob("*"):
+        for folder in (*self.root.glob("*/run.json"), *self.root.glob("recordings/*/0.safetensors")):
+            folder = folder.parent
             newest = max((f.stat().st_mtime for f in folder.glob("*")), default=time.time())
-            if (folder / "run.json").is_file() and time.time() - newest > max_age:
+            if time.time() - newest > max_age:
                 shutil.rmtree(folder, ignore_errors=True)
                 removed += 1
         return removed
+
+
+STORE = RunStore()

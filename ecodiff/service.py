@@ -21,10 +21,9 @@ from .groups import ALL_KINDS, PRESET_KINDS, find_groups, unrecognised
 from .jobs import WORKER
 from .lora import save_lora, translate
 from .plan import PrunePlan
-from .runs import Run, RunStore
+from .runs import STORE, Run
 from .scores import Scores
 
-STORE = RunStore()
 EXPIRY_SECONDS = 24 * 3600  # on a Space; at home runs are kept
 
 
@@ -122,20 +121,21 @@ def start(
 def learn(run: str) -> Iterator[dict]:
     """Go on learning, where nothing does so by itself: on ZeroGPU, for one call of about a minute.
 
-    Call it again until the stage is no longer "interrupted". Elsewhere a worker learns, and this only
+    Call it again while the stage is "interrupted" or "calibrating". Elsewhere a worker learns, and this only
     says where it is.
 
     Yields:
         what `status` returns, after every step
     """
     opened = STORE.open(run)
-    if backends.zerogpu() and not opened.stop_requested and not opened.finished:
+    done = opened.finished and gpu.calibrated(opened.model)
+    if backends.zerogpu() and not opened.stop_requested and not done:
         paces = []
         for step in gpu.results("learn", str(opened.folder)):
             paces.append(step["seconds"])
             left = opened.config.total_steps - step["step"]
-            pace = {"stage": "learning", "seconds_left": left * sum(paces[-8:]) / len(paces[-8:])}
-            yield status(run) | pace
+            pace = {"seconds_left": left * sum(paces[-8:]) / len(paces[-8:]) if left else None}
+            yield status(run) | {"stage": "learning" if left else "calibrating"} | pace
     yield status(run)
 
 
@@ -175,7 +175,8 @@ def status(run: str) -> dict:
 def _stage(run: Run, step: int) -> str:
     """The stage of a run that no job of this process is about: by what is on disk."""
     if step >= run.config.total_steps:
-        return "finished"
+        given_up = run.error or run.stop_requested  # the first image will take longer
+        return "finished" if given_up or gpu.calibrated(run.model) else "calibrating"
     if run.busy:
         return "learning"
     if run.error:

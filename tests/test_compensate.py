@@ -3,11 +3,14 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 import ecodiff
+from ecodiff import recording
 from ecodiff.compensate import Calibration, CompensateConfig, Statistics, solve
 from ecodiff.errors import BudgetError
 from ecodiff.groups import PRESET_KINDS, denoiser_of
+from ecodiff.recording import complete, record
 from ecodiff.scores import Scores
 
 from .conftest import PROMPT, short
@@ -110,3 +113,24 @@ def test_it_says_what_it_needs(tiny_sdxl):
         ecodiff.compensate_(small, tiny_sdxl, [])
     with pytest.raises(BudgetError, match="holds out"):
         ecodiff.compensate_(small, tiny_sdxl, PROMPTS, CompensateConfig(trajectories=4, heldout=4))
+
+
+def test_calls_that_were_kept_are_as_good_as_drawn(pipe, tmp_path, monkeypatch):
+    config = replace(CONFIG, extra=short(pipe))
+    drawn = [call for batch in record(pipe, PROMPTS, config) for call in batch]
+    assert not complete(config, tmp_path)
+    first = next(record(pipe, PROMPTS, config, tmp_path))  # a worker whose time was up
+    assert not complete(config, tmp_path)
+    list(record(pipe, PROMPTS, config, tmp_path))
+    assert complete(config, tmp_path)
+    (tmp_path / "2.safetensors").write_bytes(b"half a file")
+    list(record(pipe, PROMPTS, config, tmp_path))
+    monkeypatch.setattr(recording, "denoiser_calls", None)  # nothing may be drawn from here on
+    kept = [call for batch in record(pipe, PROMPTS, config, tmp_path) for call in batch]
+    assert len(kept) == len(drawn) == 6 and len(first) == 2
+    for a, b in zip(kept, drawn, strict=True):
+        assert (a.heldout, a.weight) == (b.heldout, b.weight)
+        (leaves, spec), (others, other) = tree_flatten((a.args, a.kwargs)), tree_flatten((b.args, b.kwargs))
+        assert spec == other
+        for leaf, wanted in zip(leaves, others, strict=True):
+            assert torch.equal(leaf, wanted) if isinstance(leaf, torch.Tensor) else leaf == wanted

@@ -217,8 +217,9 @@ def drive(run, turn):
         if "aborted" not in why or found["step"] == before:
             yield *view(service.fail(run, why)), gr.skip()
             return
-    if found["stage"] == "interrupted":
-        yield *view(found | {"stage": "learning"}), turn + 1
+    if found["stage"] in ("interrupted", "calibrating"):
+        going_on = {"interrupted": "learning", "calibrating": "calibrating"}
+        yield *view(found | {"stage": going_on[found["stage"]]}), turn + 1
 
 
 @told
