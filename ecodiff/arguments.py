@@ -11,6 +11,7 @@ EXAMPLES = """examples:
   python -m ecodiff prune RUN --ratio 0.3 --out smaller      another size, without learning again
   python -m ecodiff generate small "a red apple" --seed 7
   python -m ecodiff compare small "a red apple" --seed 7
+  python -m ecodiff bring sdxl heads.pt ffn.pt --run RUN     EcoDiff's masks, then: prune RUN --ratio 0.2
   python -m ecodiff lora small pixel-art.safetensors --out small-pixel-art.safetensors
   python -m ecodiff info stabilityai/stable-diffusion-xl-base-1.0
   accelerate launch -m ecodiff prune sdxl --out small        each GPU takes its share of every batch
@@ -72,6 +73,11 @@ def parser(functions: Mapping[str, Callable]) -> argparse.ArgumentParser:
     sub = _command(commands, "prune", "learn which units matter, remove the rest, save the model")
     sub.add_argument("model", help="MODEL, or the folder of a finished run")
     _pruning(sub)
+
+    sub = _command(commands, "bring", "make a run of what was learned elsewhere, to prune by")
+    sub.add_argument("model", help="MODEL, the dense one")
+    sub.add_argument("files", nargs="+", help="a plan, the zip of a pruned model, or EcoDiff's .pt masks")
+    sub.add_argument("--run", required=True, metavar="DIR", help="a new folder; `prune DIR` cuts by it")
 
     sub = _command(commands, "generate", "generate an image")
     sub.add_argument("model", help="MODEL or a pruned folder")

@@ -34,8 +34,6 @@ def prune(options: argparse.Namespace) -> int:
     source = Path(options.model)
     if (source / "run.json").is_file():
         run = Run.open(source)
-        if not (run.folder / "scores.safetensors").exists():
-            raise EcodiffError(f"The run in {source} has no scores yet. Resume it first.")
         pipe = checkpoint.load(run.model)
     else:
         pipe = checkpoint.load(options.model)
@@ -44,8 +42,7 @@ def prune(options: argparse.Namespace) -> int:
             return 130
         if processes.rank():
             return 0  # the first process cuts and saves
-    plan = run.scores().plan(ratio=options.ratio)
-    plan.metadata["model"] = run.model
+    plan = run.plan(options.ratio)
     small = variant(pipe, plan)
     updated = {}
     if options.compensate:
@@ -81,6 +78,16 @@ def prune(options: argparse.Namespace) -> int:
     print(table(rows))
     if options.json:
         print(json.dumps(result))
+    return 0
+
+
+def bring(options: argparse.Namespace) -> int:
+    """Make a run of what was learned elsewhere."""
+    known = catalog.find(options.model)
+    run = Run.bring(Path(options.run), known.name, known.learn_config("fast", 0.2), options.files)
+    print(f"  run  {run.folder}  (python -m ecodiff prune {run.folder} --out DIR)")
+    if options.json:
+        print(json.dumps({"run": str(run.folder)}))
     return 0
 
 
@@ -291,6 +298,7 @@ def _conformance(denoiser: str) -> str:
 
 COMMANDS = {
     "prune": prune,
+    "bring": bring,
     "generate": generate_command,
     "compare": compare_command,
     "lora": lora,

@@ -179,17 +179,31 @@ def _learn(folder: str) -> Iterator[dict]:
 
 
 def _draw(
-    model: str, plan: PrunePlan, prompt: str, seed: int, options: dict, compensate: bool, kept: str
-) -> Iterator[tuple[Sample, Sample]]:
-    """A dense and a pruned image from the same noise, each timed after a warm-up."""
-    with DEVICE:
-        pipes = PIPELINES.dense(model), PIPELINES.pruned(model, plan, compensate, Path(kept))
-        started, samples = time.monotonic(), []
-        for pipe in pipes:
-            generate(pipe, prompt, seed, **options | {"steps": 2})  # warm-up
-            samples.append(generate(pipe, prompt, seed, **options))
-    PACE.note(model, draw=time.monotonic() - started)
-    yield tuple(samples)
+    model: str,
+    plans: list[PrunePlan],
+    asked: list[tuple[str, int]],
+    options: dict,
+    compensate: bool,
+    kept: str,
+) -> Iterator[tuple[Sample, ...]]:
+    """For each (prompt, seed), a dense and the pruned images from the same noise, timed after a warm-up.
+
+    On ZeroGPU it ends early when the call's time is up.
+    """
+    begun, pipes = time.monotonic(), []
+    for index, (prompt, seed) in enumerate(asked):
+        started = time.monotonic()
+        if index and backends.zerogpu() and started - begun > backends.CHUNK_SECONDS:
+            return
+        with DEVICE:  # others draw and learn between prompts
+            if not pipes:
+                variants = [PIPELINES.pruned(model, plan, compensate, Path(kept)) for plan in plans]
+                pipes = [PIPELINES.dense(model), *variants]
+                for pipe in pipes:
+                    generate(pipe, prompt, seed, **options | {"steps": 2})
+            samples = tuple(generate(pipe, prompt, seed, **options) for pipe in pipes)
+        PACE.note(model, draw=(time.monotonic() - started) / len(pipes))
+        yield samples
 
 
 def _pack(model: str, plan: PrunePlan, compensate: bool, kept: str, folder: str) -> Iterator[str]:
@@ -215,7 +229,8 @@ def seconds_wanted(task: str, *args, **kwargs) -> float:
             return backends.CHUNK_SECONDS + backends.START_SECONDS
         rest = PACE.seconds(run.model, "load", *["step"] * left)
         return min(backends.CHUNK_SECONDS + backends.START_SECONDS, rest)
-    return min(2 * backends.CHUNK_SECONDS, PACE.seconds(args[0], "load", task))
+    images = (1 + len(args[1])) * len(args[2]) if task == "draw" else 1
+    return min(2 * backends.CHUNK_SECONDS, PACE.seconds(args[0], "load", *[task] * images))
 
 
 # One function for all tasks: ZeroGPU keeps a worker a function, and this one's pipelines serve them all.

@@ -3,6 +3,7 @@
 run.json              model, configuration, prompts; written once
 state.safetensors     where learning is, replaced atomically
 scores.safetensors    the ranking so far; final once all steps are done
+plan.safetensors      a plan that was brought, instead of a ranking
 plans/, models/       what was cut from it
 variants/             weights that compensation gave, by plan
 STOP, ERROR, MEMORY   a request to stop; why it last failed; what is kept in memory
@@ -14,17 +15,20 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from . import processes
+from .checkpoint import empty_denoiser
 from .errors import CheckpointError, EcodiffError, LearningError, RunError
+from .imports import bring
 from .learn import learn
 from .memory import exhausted
+from .plan import PrunePlan
 from .scores import Scores
 from .state import LearnConfig, LearnState
 
@@ -57,6 +61,7 @@ class Run:
     preset: str = ""
     created: float = 0.0
     name: str = ""
+    imported: bool = False  # nothing is learned: what others learned was brought
 
     @property
     def id(self) -> str:
@@ -82,6 +87,25 @@ class Run:
         return run
 
     @classmethod
+    def bring(cls, folder: Path, model: str, config: LearnConfig, files: Sequence[str | Path]) -> "Run":
+        """A run that needs no learning: a plan, a pruned folder's zip, or EcoDiff's masks (see `imports`).
+
+        Raises:
+            CheckpointError, PlanError: the files hold nothing that fits the model.
+        """
+        denoiser = empty_denoiser(model)
+        brought = bring(files, denoiser)
+        facts = brought.metadata | {"model": model}
+        run = cls.create(folder, model, config, [], "imported")
+        run.imported = True
+        if isinstance(brought, PrunePlan):
+            PrunePlan(brought, facts).save(run.folder / "plan.safetensors")
+        else:
+            replace(brought, metadata=facts).save(run.folder / "scores.safetensors")
+        run.save()
+        return run
+
+    @classmethod
     def open(cls, folder: Path) -> "Run":
         """Open what `create` made. Raises RunError if it is not a run."""
         folder = Path(folder)
@@ -90,11 +114,18 @@ class Run:
             if about.pop("format") != RUN_FORMAT:
                 raise ValueError("another format")
             config = LearnConfig(**about.pop("config"))
-            return cls(folder=folder, config=config, **about)
+            run = cls(folder=folder, config=config, **about)
+            _check(run)
+            return run
         except FileNotFoundError:
             raise RunError(f"{folder} is not a run: it has no run.json.") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RunError(f"The run in {folder} cannot be read: {error}.") from None
+
+    @property
+    def touched(self) -> float:
+        """When something was last written to it, in seconds since 1970."""
+        return max(file.stat().st_mtime for file in self.folder.glob("*"))
 
     def save(self) -> None:
         """Write run.json atomically."""
@@ -112,8 +143,25 @@ class Run:
         """The ranking as far as it is learned. Raises CheckpointError if there is none yet."""
         return Scores.load(self.folder / "scores.safetensors")
 
+    def plan(self, ratio: float) -> PrunePlan:
+        """What stays at a size. Milliseconds: nothing is learned again. A plan that was brought has one size.
+
+        Raises:
+            RunError: nothing is learned yet.
+            BudgetError: the ratio is out of range.
+        """
+        if (brought := self.folder / "plan.safetensors").exists():
+            return PrunePlan.load(brought)
+        if not (self.folder / "scores.safetensors").exists():
+            raise RunError("This run has no scores yet. Let it learn for a few steps first.")
+        plan = self.scores().plan(ratio=ratio)
+        plan.metadata |= {"model": self.model}
+        return plan
+
     @property
     def finished(self) -> bool:
+        if self.imported:
+            return True
         state = self.state()
         return state is not None and state.step >= self.config.total_steps
 
@@ -255,6 +303,15 @@ class Run:
             (self.folder / "ERROR").write_text(message, encoding="utf-8")
 
 
+def _check(run: Run) -> None:
+    """Raise TypeError unless what a run.json said is of the right kinds."""
+    words, numbers = (run.model, run.preset, run.name, *run.prompts), (run.created, run.config.total_steps)
+    if not isinstance(run.prompts, list) or not all(isinstance(word, str) for word in words):
+        raise TypeError("its words are no words")
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        raise TypeError("its numbers are no numbers")
+
+
 class RunStore:
     """All runs under one folder. An id is a secret: who has it may use the run."""
 
@@ -272,6 +329,13 @@ class RunStore:
         if not (self.root / run_id / "run.json").is_file():
             raise RunError("There is no such run any more. It may have expired.")
         return Run.open(self.root / run_id)
+
+    def delete(self, run: Run) -> None:
+        """Delete a run's folder. Raises CheckpointError if that fails."""
+        try:
+            shutil.rmtree(run.folder)
+        except OSError as error:
+            raise CheckpointError(f"Could not delete the run: {error}.") from None
 
     def sweep(self, max_age: float) -> int:
         """Delete runs, and recorded calls, that nothing was written to for `max_age` seconds.

@@ -7,6 +7,7 @@ import zipfile
 import pytest
 import torch
 from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +25,10 @@ ENDPOINTS = {
     "/prune_resume",
     "/cut",
     "/rename",
+    "/delete",
+    "/bring",
     "/compare",
+    "/sizes",
     "/download",
     "/plan_file",
 }
@@ -60,7 +64,12 @@ def test_the_main_job(client, tmp_path):
     wait(client, run, "learning", steps=1)
     second = client.predict("emoji-sdxl", 0.3, "fast", 1, api_name="/prune_start")
     assert second["stage"] == "queued" and second["ahead"] == 1, "one run at a time on the device"
+    with pytest.raises(AppError, match="Stop it first"):
+        client.predict(run, api_name="/delete")
     assert client.predict(second["run"], api_name="/prune_stop")["stage"] == "stopped"
+    assert client.predict(second["run"], api_name="/delete") == {"deleted": second["run"]}
+    with pytest.raises(AppError, match="no such run"):
+        client.predict(second["run"], api_name="/prune_status")
     client.predict(run, api_name="/prune_stop")
     stopped = wait(client, run, "stopped")
     assert 0 < stopped["step"] < stopped["steps"]
@@ -80,6 +89,14 @@ def test_the_main_job(client, tmp_path):
     assert Image.open(dense).size == Image.open(pruned).size == (64, 64)
     assert facts["latent_error"] > 0 and facts["digest"] == cuts[0]["digest"]
 
+    found = client.predict(run, [0.4, 0.1], 2, api_name="/sizes")
+    assert [row["seed"] for row in found["rows"]] == [0, 1] and found["rows"][0]["prompt"]
+    small, large = found["means"]
+    assert (small["ratio"], large["ratio"]) == (0.1, 0.4)
+    assert 0 < small["latent_error"] < large["latent_error"] and small["psnr"] > large["psnr"]
+    with pytest.raises(AppError, match="1 to 4 sizes"):
+        client.predict(run, [0.1, 0.2, 0.3, 0.4, 0.5], 2, api_name="/sizes")
+
     path, file = client.predict(run, 0.2, api_name="/download")
     with open(path, "rb") as data:  # noqa: PTH123
         assert hashlib.file_digest(data, "sha256").hexdigest() == file["sha256"]
@@ -87,8 +104,16 @@ def test_the_main_job(client, tmp_path):
         archive.extractall(tmp_path)
     small = ecodiff.load(tmp_path / file["folder"])
     assert sum(p.numel() for p in small.unet.parameters()) == cuts[0]["params_pruned"]
-    plan = ecodiff.PrunePlan.load(client.predict(run, 0.2, api_name="/plan_file"))
+    file = client.predict(run, 0.2, api_name="/plan_file")
+    plan = ecodiff.PrunePlan.load(file)
     assert plan.digest == cuts[0]["digest"]
+    for brought in (file, path):  # the plan, and the zip of the pruned model
+        again = client.predict("emoji-sdxl", [handle_file(brought)], api_name="/bring")
+        assert again["stage"] == "finished" and again["preset"] == "imported"
+        cut = client.predict(again["run"], 0.9, api_name="/cut")
+        assert (cut["digest"], cut["ratio"]) == (plan.digest, cuts[0]["ratio"]), "a plan has one size"
+    with pytest.raises(AppError, match="does not fit the model"):
+        client.predict("emoji-flux", [handle_file(file)], api_name="/bring")
     assert client.predict(run, " my \n apple ", api_name="/rename")["name"] == "my apple"
 
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -54,7 +54,7 @@ def button(page, name):
     return page.get_by_role("button", name=name, exact=True)
 
 
-def test_the_main_job(page, tmp_path):
+def test_the_main_job(page, url, tmp_path):
     page.get_by_text("Can be removed at most").wait_for()
     shot(page, "1-first")
     button(page, "Prune").click()
@@ -97,11 +97,31 @@ def test_the_main_job(page, tmp_path):
     page.get_by_text("ms (").wait_for()
     page.wait_for_timeout(1500)
     shot(page, "6-compare")
+    link = page.get_by_role("link", name="Link to this comparison").get_attribute("href")
+    page.get_by_role("tab", name="Sizes").click()
+    page.get_by_role("slider", name="Prompts").or_(page.get_by_label("Prompts")).first.fill("2")
+    button(page, "Draw them").click()
+    page.get_by_text("Averages over 2 prompts").wait_for(timeout=120_000)
+    page.wait_for_timeout(1500)
+    shot(page, "6-sizes")
     page.get_by_role("tab", name="Library").click()
     page.locator("text=16/16 >> visible=true").first.wait_for()
     page.wait_for_timeout(500)
     shot(page, "7-library")
     assert not page.foreign, "requests to another host"
+
+    # Somebody who was sent the link, on another machine.
+    other = page.context.browser.new_page(viewport={"width": 1200, "height": 900})
+    other.goto(url + "/" + link.replace("seed=0", "seed=nonsense").replace("steps=20", "steps=7"))
+    other.get_by_role("textbox", name="Prompt").wait_for()
+    expect = playwright.expect
+    expect(other.get_by_role("textbox", name="Prompt")).to_have_value("cat face")
+    expect(other.get_by_role("spinbutton", name="Remove")).to_have_value("40")
+    button(other, "Draw both").click()
+    other.get_by_text("Latent error").wait_for(timeout=60_000)
+    assert "steps=7" in other.get_by_role("link", name="Link to this comparison").get_attribute("href")
+    shot(other, "6-link")
+    other.close()
 
 
 def test_a_wrong_model_is_told(page):
@@ -122,7 +142,7 @@ def test_every_tab_fits(browser, url, look, width):
     page = browser.new_page(viewport={"width": width, "height": 800})
     page.goto(f"{url}/?__theme={look}")
     page.get_by_text("Can be removed at most").wait_for()
-    for tab in ("Prune", "Compare", "Library", "About"):
+    for tab in ("Prune", "Compare", "Sizes", "Library", "About"):
         page.get_by_role("tab", name=tab).click()
         page.wait_for_timeout(700)
         overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")

@@ -150,4 +150,4 @@ def test_what_a_call_asks_for(model, tmp_path, monkeypatch):
     assert gpu.seconds_wanted("learn", str(run.folder)) == expected
     gpu.PACE.note(model, step=100.0, draw=2.0)
     assert gpu.seconds_wanted("learn", str(run.folder)) == backends.CHUNK_SECONDS + backends.START_SECONDS
-    assert gpu.seconds_wanted("draw", model, None, prompt="") == backends.START_SECONDS + 9.0
+    assert gpu.seconds_wanted("draw", model, [None], [("cat", 0)]) == backends.START_SECONDS + 1.5 * 8.0

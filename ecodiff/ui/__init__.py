@@ -2,8 +2,8 @@
 
 import gradio as gr
 
-from .. import service
-from . import about, api, compare, library, prune
+from ..runs import STORE
+from . import about, api, compare, library, prune, sizes
 from .theme import CSS, theme
 
 SECRET = "ecodiff"  # BrowserState needs a constant one to survive a restart of the server
@@ -11,7 +11,7 @@ SECRET = "ecodiff"  # BrowserState needs a constant one to survive a restart of 
 
 def build_demo() -> gr.Blocks:
     """The whole page. Nothing is loaded before somebody asks for it."""
-    gr.set_static_paths([service.STORE.root])
+    gr.set_static_paths([STORE.root])
     with gr.Blocks(title="ecodiff", analytics_enabled=False, delete_cache=(3600, 21600)) as demo:
         api.build()  # first, so that its endpoints get the plain names
         runs = gr.BrowserState([], storage_key="ecodiff-runs", secret=SECRET)
@@ -21,18 +21,22 @@ def build_demo() -> gr.Blocks:
             elem_id="title",
         )
         private = {"api_visibility": "private", "show_progress": "hidden"}
-        with gr.Tabs():
+        with gr.Tabs(overflow_behavior="wrap") as tabs:
             with gr.Tab("Prune", id="prune"):
                 p = prune.build(runs, current)
             with gr.Tab("Compare", id="compare") as compare_tab:
                 c = compare.build(runs, current)
+            with gr.Tab("Sizes", id="sizes") as sizes_tab:
+                z = sizes.build(runs, current)
             with gr.Tab("Library", id="library") as library_tab:
                 shelf = library.build(runs, current)
             with gr.Tab("About", id="about"):
                 about.build()
         compare_tab.select(c["refresh"], c["inputs"], c["outputs"], **private)
+        sizes_tab.select(z["refresh"], z["inputs"], z["outputs"], **private)
         library_tab.select(shelf["refresh"], shelf["inputs"], shelf["outputs"], **private)
         demo.load(p["predict"], [p["model"], p["ratio"]], p["predicted"], **private)
+        demo.load(c["follow"], runs, [tabs, runs, *c["settings"]], **private)
         seen = demo.load(p["watch"], current, p["watched"], concurrency_limit=None, **private)
         seen.then(p["recut"], [current, p["size"]], p["cut_out"], **private)
     return demo

@@ -47,6 +47,13 @@ def _plain() -> None:
     def rename(run: str, name: str) -> dict:
         return service.rename(run, name)
 
+    def delete(run: str) -> dict:
+        return service.delete(run)
+
+    def sizes(run: str, ratios: list[float], count: int = 8, compensate: bool = True) -> dict:
+        rows = [row for _, row in service.sizes(run, ratios, count, compensate)]
+        return {"means": service.means(rows), "rows": rows}
+
     for function, source in (
         (predict, service.predict),
         (prune_start, service.start),
@@ -55,7 +62,9 @@ def _plain() -> None:
         (prune_stop, service.stop),
         (prune_resume, service.resume),
         (cut, service.cut),
+        (sizes, service.sizes),
         (rename, service.rename),
+        (delete, service.delete),
     ):
         function.__doc__ = source.__doc__
         gr.api(told(function), api_name=function.__name__, api_description=source.__doc__)
@@ -108,6 +117,17 @@ def _with_files() -> None:
 
     trigger.click(
         lora, [run, ratio, given], [file, facts], api_name="lora", api_description=service.lora.__doc__
+    )
+
+    several = gr.File(visible=False, file_count="multiple", file_types=[".safetensors", ".zip", ".pt"])
+    model, status = gr.Textbox(visible=False), gr.JSON(visible=False)
+
+    trigger.click(
+        told(service.bring),
+        [model, several],
+        status,
+        api_name="bring",
+        api_description=service.bring.__doc__,
     )
 
     @told

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import time
 from collections.abc import Callable
 
 import gradio as gr
@@ -53,12 +54,14 @@ def told(function: Callable) -> Callable:
     return generator if inspect.isgeneratorfunction(function) else wrapper
 
 
+def when(seconds: float) -> str:
+    """A time for people, of the server's clock."""
+    return time.strftime("%d %b %H:%M", time.localtime(seconds))
+
+
 def label(status: dict) -> str:
     """A run's name in a list: its own, or what it is and when it was started."""
-    import time
-
-    when = time.strftime("%d %b %H:%M", time.localtime(status["created"]))
-    return status["name"] or f"{status['model']} · {status['preset']} · {when}"
+    return status["name"] or f"{status['model']} · {status['preset']} · {when(status['created'])}"
 
 
 def mine(runs: list[str]) -> list[dict]:
@@ -75,3 +78,14 @@ def mine(runs: list[str]) -> list[dict]:
 def choices(runs: list[str], scored: bool = False) -> list[tuple[str, str]]:
     """(label, id) of those runs; `scored`: only those that something can be cut from."""
     return [(label(s), s["run"]) for s in mine(runs) if s["step"] or not scored]
+
+
+def choose(runs: list[str], current: str, chosen: str | None) -> tuple[dict, dict]:
+    """Updates of a dropdown of runs and of the text for when there is none.
+
+    What was chosen stays chosen; else it is what was pruned last.
+    """
+    found = choices(runs, scored=True)
+    ids = [value for _, value in found]
+    value = chosen if chosen in ids else current if current in ids else (ids or [None])[0]
+    return gr.update(choices=found, value=value), gr.update(visible=not found)

@@ -1,12 +1,16 @@
-"""The Compare tab: one prompt, one noise, dense and pruned."""
+"""The Compare tab: one prompt, one noise, dense and pruned; a link gives the comparison to others."""
+
+from math import isfinite
+from urllib.parse import urlencode
 
 import gradio as gr
 from PIL import Image
 
 from .. import catalog, service
 from . import show
-from .common import choices, told
+from .common import choices, choose, told
 
+QUERY = ("run", "size", "prompt", "seed", "steps", "guidance", "compensate")  # of a link
 EXAMPLES = ["red apple", "woman artist, medium skin tone", "cat face", "rocket", "france flag"]
 
 
@@ -50,16 +54,19 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
         visible=False,
     )
 
-    draw.click(
-        compare,
-        [run, ratio, prompt, seed, steps, guidance, compensate, history],
-        [slider, figures, history],
-        api_visibility="private",
-    )
+    settings = [run, ratio, prompt, seed, steps, guidance, compensate]
+    draw.click(compare, [*settings, history], [slider, figures, history], api_visibility="private")
 
-    run.change(told(defaults), run, [steps, guidance], api_visibility="private", show_progress="hidden")
+    # Not on every change: a link brings settings of its own.
+    run.input(told(defaults), run, [steps, guidance], api_visibility="private", show_progress="hidden")
 
-    return {"refresh": refresh, "inputs": [runs, current, run], "outputs": [run, empty]}
+    return {
+        "refresh": refresh,
+        "inputs": [runs, current, run],
+        "outputs": [run, empty, steps, guidance],
+        "follow": follow,
+        "settings": settings,
+    }
 
 
 @told
@@ -72,7 +79,47 @@ def compare(run, percent, prompt, seed, steps, guidance, compensate, history):
     pair = tuple(for_the_eye(sample.image) for sample in (dense, pruned))
     title = f"{prompt} · seed {seed or 0}"
     shown = [(pair[0], f"{title} · dense"), (pair[1], f"{title} · −{percent} %")]
-    return pair, show.comparison(facts), gr.update(value=shown + (history or [])[:22], visible=True)
+    values = (run, percent, prompt, int(seed or 0), steps, guidance, int(compensate))
+    link = f"?{urlencode(dict(zip(QUERY, values, strict=True)))}"
+    return pair, show.comparison(facts, link), gr.update(value=shown + (history or [])[:22], visible=True)
+
+
+@told
+def follow(runs, request: gr.Request):
+    """A link that was opened: its run joins this browser's, and its settings are filled in."""
+    query = request.query_params
+    if "run" not in query:
+        return tuple(gr.skip() for _ in range(2 + len(QUERY)))
+    run = query["run"]
+    known = catalog.find(service.status(run)["model"])
+    runs = list(dict.fromkeys([*(runs or []), run]))
+    return (
+        gr.Tabs(selected="compare"),
+        runs,
+        gr.Dropdown(choices(runs, scored=True), value=run),
+        int(_number(query, "size", 1, 90, 20)),
+        query.get("prompt", EXAMPLES[0])[:400],
+        int(_number(query, "seed", 0, 2**31 - 1, 0)),
+        int(_number(query, "steps", 1, 100, known.steps)),
+        _number(query, "guidance", 0, 15, known.guidance_scale or 0),
+        query.get("compensate") != "0",
+    )
+
+
+def _number(query, name: str, least: float, most: float, default: float) -> float:
+    """A number of a link, which anybody may have written."""
+    try:
+        value = float(query[name])
+    except (KeyError, ValueError):
+        return default
+    return min(max(value, least), most) if isfinite(value) else default
+
+
+def refresh(runs, current, chosen):
+    """The runs there are; settings follow the run that is chosen."""
+    dropdown, empty = choose(runs, current, chosen)
+    settings = (gr.skip(), gr.skip()) if dropdown["value"] == chosen else defaults(dropdown["value"])
+    return dropdown, empty, *settings
 
 
 def defaults(run):
@@ -81,11 +128,3 @@ def defaults(run):
         return gr.skip(), gr.skip()
     known = catalog.find(service.status(run)["model"])
     return known.steps, known.guidance_scale or 0
-
-
-def refresh(runs, current, chosen):
-    """Runs to choose from: what was chosen, else what was pruned last."""
-    found = choices(runs, scored=True)
-    ids = [value for _, value in found]
-    value = chosen if chosen in ids else current if current in ids else (ids or [None])[0]
-    return gr.Dropdown(found, value=value), gr.Markdown(visible=not found)

@@ -5,9 +5,7 @@ import gradio as gr
 from .. import service
 from ..measure import megabytes
 from . import show
-from .common import choices, label, mine, told
-
-COLUMNS = ["Name", "Model", "Preset", "Learned for", "Step", "State"]
+from .common import MODELS, choices, label, mine, told, when
 
 
 def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.components.Component]:
@@ -18,11 +16,13 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     )
     empty = gr.Markdown("No runs yet. Start one in the **Prune** tab.")
     with gr.Column(visible=False) as shelf:
-        table = gr.Dataframe(headers=COLUMNS, interactive=False, wrap=True, show_label=False)
+        table = gr.HTML()
         with gr.Row():
-            run = gr.Dropdown([], label="Run", scale=2)
-            name = gr.Textbox(label="New name", max_length=60, scale=2)
-            rename = gr.Button("Rename", scale=1)
+            run = gr.Dropdown([], label="Run", scale=3, min_width=240)
+            name = gr.Textbox(label="New name", max_length=60, scale=3, min_width=240)
+            with gr.Column(scale=1, min_width=120):
+                rename = gr.Button("Rename", size="sm")
+                delete = gr.Button("Delete", size="sm", variant="stop")
         with gr.Row():
             size = gr.Slider(1, 90, value=20, step=1, label="Remove", info="% of the denoiser's parameters")
             make = gr.Button("Make the files", variant="primary")
@@ -37,6 +37,23 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
             translate = gr.Button("Cut it to fit")
             report = gr.Markdown()
             fitting = gr.DownloadButton("Translated LoRA", interactive=False)
+    with gr.Accordion("Bring a plan, a pruned model or EcoDiff's masks", open=False):
+        gr.Markdown(
+            "A plan file, the zip of a pruned model, or the `.pt` masks that EcoDiff's authors publish (of "
+            "heads, of neurons, or both). Only the plan in it is used: weights are cut from the dense model."
+        )
+        with gr.Row():
+            dense = gr.Dropdown(
+                MODELS, value="emoji-sdxl", label="Dense model", allow_custom_value=True, min_width=240
+            )
+            brought = gr.File(
+                label="Files",
+                file_count="multiple",
+                file_types=[".safetensors", ".zip", ".pt"],
+                height=150,
+                min_width=240,
+            )
+        take = gr.Button("Open it")
     with gr.Accordion("Open a run by its id", open=False), gr.Row():
         known = gr.Textbox(label="Id", max_length=32)
         add = gr.Button("Open")
@@ -44,26 +61,29 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     private = {"api_visibility": "private"}
     listed = [empty, shelf, table, run]
     rename.click(give_name, [run, name, runs], listed, **private)
+    sure = "(run, runs) => confirm('Delete this run and its files?') ? [run, runs] : ['', runs]"
+    delete.click(remove, [run, runs], [runs, *listed], js=sure, **private)
     make.click(files, [run, size], [plan, model, about, code], **private)
     translate.click(fit_lora, [run, size, lora], [report, fitting], **private)
     opened = add.click(open_run, [known, runs], runs, **private)
     opened.success(refresh, [runs, run], listed, **private)
+    taken = take.click(bring, [dense, brought, runs], runs, **private)
+    taken.success(refresh, [runs, run], listed, **private)
     return {"refresh": refresh, "inputs": [runs, run], "outputs": listed}
 
 
-def rows(runs):
-    """The table, as COLUMNS names it."""
-    return [
-        [
-            label(s),
-            s["model"],
-            s["preset"],
-            f"−{s['ratio']:.0%}",
-            f"{s['step']}/{s['steps']}",
-            show.STAGES[s["stage"]],
-        ]
-        for s in mine(runs)
-    ]
+def row(status: dict) -> dict[str, str]:
+    """A run in the table."""
+    return {
+        "Name": label(status),
+        "Started": when(status["created"]),
+        "Model": status["model"],
+        "Preset": status["preset"],
+        "Learned for": f"−{status['ratio']:.0%}",
+        "Step": f"{status['step']}/{status['steps']}",
+        "State": show.STAGES[status["stage"]],
+        "Kept": f"until {when(status['expires'])}" if status["expires"] else "until deleted",
+    }
 
 
 def refresh(runs, chosen):
@@ -74,7 +94,7 @@ def refresh(runs, chosen):
     return (
         gr.update(visible=not found),
         gr.update(visible=bool(found)),
-        rows(runs),
+        show.table([row(status) for status in mine(runs)]),
         gr.Dropdown(found, value=value),
     )
 
@@ -86,6 +106,16 @@ def give_name(run, name, runs):
         raise gr.Error("Choose a run first.", duration=8)
     service.rename(run, name)
     return refresh(runs, run)
+
+
+@told
+def remove(run, runs):
+    """Delete a run."""
+    if not run:
+        return runs, *(gr.skip() for _ in range(4))
+    service.delete(run)
+    runs = [other for other in runs or [] if other != run]
+    return runs, *refresh(runs, None)
 
 
 @told
@@ -110,6 +140,13 @@ def fit_lora(run, percent, file):
     made = service.lora(run, percent / 100, file)
     dropped = "".join(f"\n- `{name}` dropped: {why}" for name, why in made["dropped"].items())
     return made["report"] + dropped, gr.DownloadButton(made["name"], value=made["path"], interactive=True)
+
+
+@told
+def bring(model, files, runs):
+    """A run of what was learned elsewhere."""
+    made = service.bring(model, files or [])["run"]
+    return [*(runs or []), made]
 
 
 @told

@@ -39,6 +39,16 @@ def figures(rows: Iterable[tuple[str, str, str]]) -> str:
     return f'<dl class="eco-figures">{cards}</dl>'
 
 
+def table(rows: list[dict[str, str]]) -> str:
+    """Rows of the same columns; on a narrow screen it scrolls by itself."""
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in rows[0])
+    body = "".join(f"<tr>{''.join(f'<td>{escape(v)}</td>' for v in row.values())}</tr>" for row in rows)
+    scroll = 'class="eco-table" tabindex="0" role="region" aria-label="Runs"'
+    return f"<div {scroll}><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
 def failure(message: str) -> str:
     """What went wrong."""
     return f'<p class="eco-error" role="alert">{escape(message)}</p>'
@@ -145,10 +155,10 @@ def size(facts: dict) -> str:
     )
 
 
-def comparison(facts: dict) -> str:
-    """Speed, size and fidelity of one pair of images."""
+def comparison(facts: dict, link: str) -> str:
+    """Speed, size and fidelity of one pair of images, and where to find it again."""
     faster = facts["ms_dense"] / facts["ms_pruned"]
-    return figures(
+    cards = figures(
         [
             ("Parameters", millions(facts["params_pruned"]), f"dense {millions(facts['params_dense'])}"),
             ("Weights", megabytes(facts["bytes_pruned"]), f"dense {megabytes(facts['bytes_dense'])}"),
@@ -158,10 +168,44 @@ def comparison(facts: dict) -> str:
                 f"dense {facts['ms_dense']:.0f} ms ({faster:.2f}×)",
             ),
             ("Latent error", _error(facts["latent_error"]), "0 is identical"),
-            ("PSNR", f"{facts['psnr']:.1f} dB", "higher is closer"),
+            ("PSNR", f"{facts['psnr']:.1f} dB", closeness(facts["psnr"])),
             ("SSIM", f"{facts['ssim']:.3f}", "1 is identical"),
         ]
     )
+    return (
+        f'{cards}<p class="eco-notes"><a href="{escape(link)}">Link to this comparison</a>: run, size, '
+        "prompt, seed and settings. Whoever has it can use the run.</p>"
+    )
+
+
+# What people see, by PSNR of their images: rules of thumb.
+WORDS = (
+    (40.0, "hard to tell apart"),
+    (30.0, "small differences"),
+    (20.0, "visibly different"),
+    (0.0, "another image"),
+)
+
+
+def closeness(psnr: float) -> str:
+    """A PSNR in words."""
+    return next((word for least, word in WORDS if psnr >= least), WORDS[-1][1])
+
+
+def surveyed(means: list[dict], count: int, done: int = 0) -> str:
+    """What several sizes cost, on average over the prompts that were drawn so far."""
+    status = f"Loading and cutting; {count} prompts to draw." if not done else f"{done} of {count} prompts."
+    if done == count:
+        status = f"Averages over {count} prompts; below, the prompts that suffer most come first."
+    cards = [
+        (
+            f"−{m['ratio']:.0%}",
+            closeness(m["psnr"]),
+            f"PSNR {m['psnr']:.1f} dB, error {_error(m['latent_error'])}",
+        )
+        for m in means
+    ]
+    return f'{figures(cards)}<p class="eco-notes" role="status">{status}</p>'
 
 
 def layers(kept: dict[str, float]) -> str:

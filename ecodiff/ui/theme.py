@@ -50,6 +50,19 @@ CSS = """
   overflow: hidden; margin: 8px 0 4px; }
 .eco-progress > div { height: 100%; background: var(--primary-600); transition: width .5s; }
 .eco-notes { font-size: 13px; color: var(--body-text-color-subdued); margin: 10px 2px 0; }
+.eco-table { overflow-x: auto; }
+.eco-table tr { border: 0 !important; }
+.eco-table table { width: 100%; border: 0 !important; border-collapse: collapse;
+  font-variant-numeric: tabular-nums; }
+.eco-table :is(th, td) { text-align: left; white-space: nowrap; padding: 6px 12px 6px 0; font-size: 14px;
+  border: 0; border-bottom: 1px solid var(--border-color-primary); }
+.eco-table th { font-weight: 400; font-size: 12px; color: var(--body-text-color-subdued); }
+.eco-table td:first-child { font-weight: 600; }
+#strips, #strips .grid-wrap { height: auto !important; max-height: none !important;
+  min-height: 0 !important; }
+#strips .grid-container { grid-template-columns: 1fr !important; gap: 12px; }
+#strips .thumbnail-item { aspect-ratio: auto; height: auto; }
+#strips .thumbnail-item img { width: 100%; height: auto; object-fit: contain; }
 .eco-status { font-variant-numeric: tabular-nums; }
 .eco-error { border-left: 4px solid #dc2626; padding: 6px 12px; }
 .eco-layers { display: grid; gap: 4px; }

@@ -1,41 +1,33 @@
-"""What a person can do on the page or over the API, in plain arguments and plain results.
+"""Runs: predicted, started, watched, stopped, resumed, named."""
 
-The id of a run is its only key: whoever has it may watch, cut, compare and download that run.
-"""
-
-import hashlib
 import os
-import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from . import backends, catalog, checkpoint, gpu, memory
-from .errors import BudgetError, CheckpointError, ModelNotFoundError, RunError
-from .fidelity import Sample, fidelity
-from .groups import ALL_KINDS, PRESET_KINDS, find_groups, unrecognised
-from .jobs import WORKER
-from .lora import save_lora, translate
-from .plan import PrunePlan
-from .runs import STORE, Run
-from .scores import Scores
+from .. import backends, catalog, checkpoint, gpu, memory
+from ..errors import BudgetError, ModelNotFoundError, RunError
+from ..groups import ALL_KINDS, PRESET_KINDS, find_groups, unrecognised
+from ..jobs import WORKER
+from ..runs import STORE, Run
+from ..scores import Scores
 
 EXPIRY_SECONDS = 24 * 3600  # on a Space; at home runs are kept
 
 
 @cache
-def _denoiser(model: str) -> nn.Module:
+def empty_denoiser(model: str) -> nn.Module:
+    """A model's denoiser without weights, on the meta device."""
     return checkpoint.empty_denoiser(model)
 
 
 @cache
-def _sizes(model: str, kinds: tuple[str, ...] = PRESET_KINDS) -> tuple[Scores, int, int]:
+def unit_costs(model: str, kinds: tuple[str, ...] = PRESET_KINDS) -> tuple[Scores, int, int]:
     """Unit costs of a model, bytes of a weight in its files, bytes of all its weights."""
-    scores = Scores.unranked(_denoiser(model), kinds)
+    scores = Scores.unranked(empty_denoiser(model), kinds)
     itemsize = (checkpoint.disk_dtype(model) or torch.float16).itemsize
     source = Path(catalog.find(model).source)
     weights = sum(file.stat().st_size for file in source.rglob("*.safetensors"))
@@ -63,8 +55,8 @@ def predict(model: str, ratio: float) -> dict:
         bytes, an estimate, "left_alone": {class: parameters that no unit holds}}
     """
     known = _known(model)
-    scores, itemsize, dense_bytes = _sizes(known.name)
-    denoiser = _denoiser(known.name)
+    scores, itemsize, dense_bytes = unit_costs(known.name)
+    denoiser = empty_denoiser(known.name)
     removed = round(_checked(ratio, scores) * scores.total)
     return {
         "params_dense": scores.total,
@@ -108,7 +100,7 @@ def start(
     known = _known(model)
     changes = {"kinds": tuple(kinds)} if kinds and set(kinds) != set(PRESET_KINDS) else {}
     config = known.learn_config(preset, ratio, seed=int(seed), **changes)
-    _checked(ratio, _sizes(known.name, config.kinds)[0])
+    _checked(ratio, unit_costs(known.name, config.kinds)[0])
     if os.environ.get("SPACE_ID"):
         STORE.sweep(EXPIRY_SECONDS)
     prompts = known.prompts("calibration")
@@ -116,6 +108,19 @@ def start(
     if not backends.zerogpu():
         WORKER.submit(run)
     return status(run.id)
+
+
+def bring(model: str, files: Sequence[str]) -> dict:
+    """Open what was learned elsewhere as a run: nothing is learned again. Returns its status.
+
+    Args:
+        model: embedded name, folder or Hub id of the dense model.
+        files: paths of a plan file (.safetensors), or of the zip of a pruned model; or of EcoDiff's
+            published masks (.pt), of heads, of neurons, or both.
+    """
+    known = _known(model)
+    config = known.learn_config("fast", 0.2)
+    return status(Run.bring(STORE.new_folder(), known.name, config, files).id)
 
 
 def learn(run: str) -> Iterator[dict]:
@@ -143,7 +148,8 @@ def status(run: str) -> dict:
     """Where a run is.
 
     Returns:
-        {"run", "model", "preset", "name", "created", "ratio", "stage", "step", "steps", "ahead",
+        {"run", "model", "preset", "name", "created", "expires": seconds since 1970, or None, "ratio",
+        "stage", "step", "steps", "ahead",
         "seconds_left": measured, or None, "error", "memory", "history": one dict a step}; stage is queued,
         loading, learning, calibrating, finished, stopped, failed, or interrupted (nothing works on it: the
         server was restarted or, on ZeroGPU, `learn` is to be called).
@@ -151,7 +157,7 @@ def status(run: str) -> dict:
     opened = STORE.open(run)
     job = WORKER.job(run)
     state = job.state if job and job.state else opened.state()
-    step = state.step if state else 0
+    step = opened.config.total_steps if opened.imported else state.step if state else 0
     stage = job.stage if job else _stage(opened, step)
     return {
         "run": run,
@@ -159,6 +165,7 @@ def status(run: str) -> dict:
         "preset": opened.preset,
         "name": opened.name,
         "created": opened.created,
+        "expires": opened.touched + EXPIRY_SECONDS if os.environ.get("SPACE_ID") else None,
         "ratio": opened.config.ratio,
         "stage": stage,
         "step": step,
@@ -207,141 +214,22 @@ def resume(run: str) -> dict:
     return status(run)
 
 
+def delete(run: str) -> dict:
+    """Delete a run and all its files. Raises RunError while something works on it.
+
+    Returns:
+        {"deleted": its id}
+    """
+    opened, job = STORE.open(run), WORKER.job(run)
+    if opened.busy or (job and job.active):
+        raise RunError("The run is being worked on. Stop it first, then delete it.")
+    STORE.delete(opened)
+    return {"deleted": run}
+
+
 def rename(run: str, name: str) -> dict:
     """Give a run a name of up to 60 characters."""
     opened = STORE.open(run)
     opened.name = " ".join(str(name).split())[:60]
     opened.save()
     return status(run)
-
-
-def plan(run: str, ratio: float) -> PrunePlan:
-    """The plan of a run at a size. Milliseconds: nothing is learned again."""
-    opened = STORE.open(run)
-    if not (opened.folder / "scores.safetensors").exists():
-        raise RunError("This run has no scores yet. Let it learn for a few steps first.")
-    cut = opened.scores().plan(ratio=ratio)
-    cut.metadata |= {"model": opened.model}
-    return cut
-
-
-def cut(run: str, ratio: float) -> dict:
-    """Cut a run's ranking at a size.
-
-    Returns:
-        {"digest", "ratio", "params_dense", "params_pruned", "bytes_dense", "bytes_pruned",
-        "units_removed", "units", "kept": {group: fraction kept}}
-    """
-    made = plan(run, ratio)
-    _, itemsize, dense_bytes = _sizes(made.metadata["model"])
-    dense, pruned = made.metadata["params_dense"], made.metadata["params_pruned"]
-    return {
-        "digest": made.digest,
-        "ratio": 1 - pruned / dense,
-        "params_dense": dense,
-        "params_pruned": pruned,
-        "bytes_dense": dense_bytes,
-        "bytes_pruned": dense_bytes - (dense - pruned) * itemsize,
-        "units_removed": sum(int((~keep).sum()) for keep in made.values()),
-        "units": sum(len(keep) for keep in made.values()),
-        "kept": {name: float(keep.float().mean()) for name, keep in made.items()},
-    }
-
-
-def compare(
-    run: str,
-    ratio: float,
-    prompt: str,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    compensate: bool = True,
-) -> tuple[Sample, Sample, dict]:
-    """Draw one prompt with the dense and the pruned model, from the same noise, and measure.
-
-    Args:
-        compensate: let the weights that remain take over from those that went (closed form).
-
-    Returns:
-        dense sample, pruned sample, and `cut`'s result with latent_error, psnr, ssim, ms_dense,
-        ms_pruned: milliseconds for this image, after a warm-up
-    """
-    made, facts = plan(run, ratio), cut(run, ratio)
-    known = catalog.find(made.metadata["model"])
-    if not prompt.strip():
-        raise BudgetError("Write a prompt first: what should be drawn?")
-    options = known.drawing(int(steps) if steps else None, guidance_scale)
-    kept = str(STORE.open(run).folder / "variants")
-    (samples,) = gpu.results("draw", known.name, made, prompt, int(seed), options, compensate, kept)
-    facts |= asdict(fidelity(*samples))
-    facts |= {"ms_dense": samples[0].milliseconds, "ms_pruned": samples[1].milliseconds}
-    return *samples, facts
-
-
-def export(run: str, ratio: float, compensate: bool = True) -> dict:
-    """Write the pruned pipeline folder of a run at a size, as one zip file.
-
-    Args:
-        compensate: let the weights that remain take over from those that went (closed form).
-
-    Returns:
-        {"path", "name", "bytes", "sha256", "folder"}
-    """
-    made, opened = plan(run, ratio), STORE.open(run)
-    model = made.metadata["model"]
-    name = f"{model.rpartition('/')[2]}-eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}"
-    name += "" if compensate else "-uncompensated"
-    path = opened.folder / "models" / f"{name}.zip"
-    if not path.exists():
-        (folder,) = gpu.results(
-            "pack", model, made, compensate, str(opened.folder / "variants"), str(path.with_suffix(""))
-        )
-        _zip(Path(folder), path)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return {
-        "path": str(path),
-        "name": path.name,
-        "folder": name,
-        "bytes": path.stat().st_size,
-        "sha256": digest.hexdigest(),
-    }
-
-
-def _zip(folder: Path, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            for file in sorted(folder.rglob("*")):
-                archive.write(file, file.relative_to(folder.parent))
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(f"Could not pack the checkpoint: {error}. Is the disk full?") from None
-
-
-def lora(run: str, ratio: float, file: str) -> dict:
-    """Cut a LoRA of the dense model to fit the pruned model of a run at a size.
-
-    Args:
-        file: path of a .safetensors file in diffusers', PEFT's or kohya's naming.
-
-    Returns:
-        {"path", "name", "report": what was done, in words, "dropped": {layer: why}}
-    """
-    made, folder = plan(run, ratio), STORE.open(run).folder / "loras"
-    known = catalog.find(made.metadata["model"])
-    pipeline, component = checkpoint.classes(known.name)
-    tensors, report = translate(file, pipeline, component, made, _denoiser(known.name))
-    name = f"{Path(file).stem[:60]}-eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}.safetensors"
-    path = save_lora(tensors, folder / name, made)
-    return {"path": str(path), "name": name, "report": report.words(), "dropped": report.dropped}
-
-
-def plan_file(run: str, ratio: float) -> str:
-    """Write the plan file of a run at a size; returns its path."""
-    made = plan(run, ratio)
-    name = f"eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}.safetensors"
-    return str(made.save(STORE.open(run).folder / "plans" / name))

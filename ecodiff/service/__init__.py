@@ -1,0 +1,32 @@
+"""What a person can do on the page or over the API, in plain arguments and plain results.
+
+The id of a run is its only key: whoever has it may watch, cut, compare and download that run.
+"""
+
+from .drawing import MAX_PROMPTS, MAX_SIZES, compare, cut, means, plan, sizes
+from .files import export, lora, plan_file
+from .learning import EXPIRY_SECONDS, bring, delete, fail, learn, predict, rename, resume, start, status, stop
+
+__all__ = [
+    "EXPIRY_SECONDS",
+    "MAX_PROMPTS",
+    "MAX_SIZES",
+    "bring",
+    "compare",
+    "cut",
+    "delete",
+    "export",
+    "fail",
+    "learn",
+    "lora",
+    "means",
+    "plan",
+    "plan_file",
+    "predict",
+    "rename",
+    "resume",
+    "sizes",
+    "start",
+    "status",
+    "stop",
+]

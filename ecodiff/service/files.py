@@ -1,0 +1,81 @@
+"""Files that leave: pruned pipelines, plans, LoRAs cut to fit."""
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+from .. import catalog, checkpoint, gpu
+from ..errors import CheckpointError
+from ..lora import save_lora, translate
+from ..runs import STORE
+from .drawing import plan
+from .learning import empty_denoiser
+
+
+def export(run: str, ratio: float, compensate: bool = True) -> dict:
+    """Write the pruned pipeline folder of a run at a size, as one zip file.
+
+    Args:
+        compensate: let the weights that remain take over from those that went (closed form).
+
+    Returns:
+        {"path", "name", "bytes", "sha256", "folder"}
+    """
+    made, opened = plan(run, ratio), STORE.open(run)
+    model = made.metadata["model"]
+    name = f"{model.rpartition('/')[2]}-eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}"
+    name += "" if compensate else "-uncompensated"
+    path = opened.folder / "models" / f"{name}.zip"
+    if not path.exists():
+        (folder,) = gpu.results(
+            "pack", model, made, compensate, str(opened.folder / "variants"), str(path.with_suffix(""))
+        )
+        _zip(Path(folder), path)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return {
+        "path": str(path),
+        "name": path.name,
+        "folder": name,
+        "bytes": path.stat().st_size,
+        "sha256": digest.hexdigest(),
+    }
+
+
+def _zip(folder: Path, path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            for file in sorted(folder.rglob("*")):
+                archive.write(file, file.relative_to(folder.parent))
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"Could not pack the checkpoint: {error}. Is the disk full?") from None
+
+
+def lora(run: str, ratio: float, file: str) -> dict:
+    """Cut a LoRA of the dense model to fit the pruned model of a run at a size.
+
+    Args:
+        file: path of a .safetensors file in diffusers', PEFT's or kohya's naming.
+
+    Returns:
+        {"path", "name", "report": what was done, in words, "dropped": {layer: why}}
+    """
+    made, folder = plan(run, ratio), STORE.open(run).folder / "loras"
+    known = catalog.find(made.metadata["model"])
+    pipeline, component = checkpoint.classes(known.name)
+    tensors, report = translate(file, pipeline, component, made, empty_denoiser(known.name))
+    name = f"{Path(file).stem[:60]}-eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}.safetensors"
+    path = save_lora(tensors, folder / name, made)
+    return {"path": str(path), "name": name, "report": report.words(), "dropped": report.dropped}
+
+
+def plan_file(run: str, ratio: float) -> str:
+    """Write the plan file of a run at a size; returns its path."""
+    made = plan(run, ratio)
+    name = f"eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}.safetensors"
+    return str(made.save(STORE.open(run).folder / "plans" / name))
