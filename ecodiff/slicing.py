@@ -150,7 +150,7 @@ def variant(pipe, plan: PrunePlan | Mapping[str, Tensor]):
     """A pruned pipeline beside the dense one. Everything that is not cut is shared with `pipe`.
 
     The scheduler, which has state, is a new one. Takes milliseconds and the memory of the cut
-    layers.
+    layers. To quantize or train the one and not the other, `copy.deepcopy` its denoiser first.
 
     Raises:
         PlanError: the plan does not fit the pipeline's denoiser.

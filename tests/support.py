@@ -9,13 +9,14 @@ from pathlib import Path
 
 from ecodiff.groups import ALL_KINDS, WORDS, denoiser_of, find_groups
 
-from . import conftest
+from . import conftest, stacking
 from .architectures import ROWS
 from .pipelines import BUILDERS
 
 HOME = Path(__file__).parent.parent
 FILE, README = HOME / "ecodiff" / "supported.json", HOME / "README.md"
 BEGIN, END = "<!-- supported: python -m tests.support -->\n", "<!-- end -->\n"
+STACKED = "<!-- stacked: python -m tests.support -->\n"
 LABELS = {
     "sdxl": "Stable Diffusion XL, Turbo",
     "sd-1.5": "Stable Diffusion 1.5",
@@ -51,13 +52,14 @@ def table(found: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def section(readme: str) -> str:
+def section(readme: str, begin: str = BEGIN) -> str:
     """What the README says now."""
-    return readme.split(BEGIN)[1].split(END)[0]
+    return readme.partition(begin)[2].partition(END)[0]
 
 
 if __name__ == "__main__":
     made, readme = rows(), README.read_text(encoding="utf-8")
     FILE.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
-    README.write_text(before + BEGIN + table(made) + END + after, encoding="utf-8")
+    for begin, text in ((BEGIN, table(made)), (STACKED, stacking.table())):
+        readme = readme.replace(begin + section(readme, begin) + END, begin + text + END)
+    README.write_text(readme, encoding="utf-8")

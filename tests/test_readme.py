@@ -7,7 +7,7 @@ import pytest
 
 from ecodiff.ui import show
 
-from . import support
+from . import stacking, support
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,6 +39,10 @@ def test_supported_is_what_the_conformance_suite_passes():
     found = support.rows()
     assert json.loads(support.FILE.read_text()) == found, "run python -m tests.support"
     assert support.section(support.README.read_text(encoding="utf-8")) == support.table(found)
+
+
+def test_what_stacks_is_what_is_tried():
+    assert support.section(README, support.STACKED) == stacking.table(), "run python -m tests.support"
 
 
 def test_what_it_costs_is_as_measured():
