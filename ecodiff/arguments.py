@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Mapping
 
+from .heal import RATE as HEAL_RATE
 from .state import PRESETS
 from .units import ALL_KINDS
 
@@ -90,6 +91,17 @@ def parser(functions: Mapping[str, Callable]) -> argparse.ArgumentParser:
     sub.add_argument("--dense", help="the dense model (default: the one that the plan names)")
     sub.add_argument("--count", type=int, default=16, help="how many held-out prompts")
     _drawing(sub)
+
+    sub = _command(commands, "heal", "train what is left towards the dense model for a while (LoRA, merged)")
+    sub.add_argument("model", help="a pruned folder")
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder of the healed pipeline")
+    sub.add_argument("--steps", type=int, default=100)
+    sub.add_argument("--rank", type=int, default=16, help="of the updates")
+    sub.add_argument("--rate", type=float, default=HEAL_RATE, help="peak learning rate")
+    sub.add_argument("--dense", help="the dense model (default: the one that the plan names)")
+    sub.add_argument("--run", metavar="DIR", help="where its state is kept (default: OUT.heal)")
+    sub.add_argument("--count", type=int, default=8, help="held-out prompts to judge by")
+    sub.add_argument("--quiet", action="store_true", help="no progress bar")
 
     sub = _command(commands, "lora", "cut a LoRA of the dense model to fit a pruned one")
     sub.add_argument("model", help="a pruned folder")

@@ -1,10 +1,11 @@
 """The models that are offered by name, and how each is used by default: models.json, read."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .compensate import CompensateConfig
+from .heal import HealConfig
 from .state import LearnConfig
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -65,6 +66,16 @@ class Model:
             size=self.size,
             extra=self.extra,
         )
+
+    def heal_config(self, **changes) -> HealConfig:
+        """How a pruned one is healed, with this model's defaults."""
+        config = HealConfig(
+            inference_steps=self.learn_steps,
+            guidance_scale=self.guidance_scale,
+            size=self.size,
+            extra=self.extra,
+        )
+        return replace(config, **changes)
 
     def drawing(self, steps: int | None = None, guidance_scale: float | None = None) -> dict:
         """Options of `fidelity.generate`: as given, else this model's defaults."""

@@ -1,4 +1,4 @@
-"""The command line: prune, generate, compare, lora, fill, info."""
+"""The command line: prune, bring, generate, compare, heal, lora, fill, info."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ from .errors import EcodiffError, UnsupportedModelError
 from .fidelity import compare, fidelity, generate
 from .filling import save_filled
 from .groups import ALL_KINDS, WORDS, denoiser_of, find_groups, unit_parameters, unrecognised
+from .heal import heal
 from .logs import be_quiet
 from .lora import save_lora, translate_lora
 from .measure import megabytes, parameters
@@ -151,13 +152,7 @@ def generate_command(options: argparse.Namespace) -> int:
 
 def compare_command(options: argparse.Namespace) -> int:
     """Dense beside pruned: one prompt, or the held-out prompts of the model."""
-    small = checkpoint.load(options.model)
-    plan = plan_of(denoiser_of(small))
-    if plan is None:
-        raise UnsupportedModelError(f"{options.model} is not pruned; compare takes a pruned folder.")
-    base = options.dense or plan.metadata.get("model")
-    if not base:
-        raise EcodiffError("The plan does not name its dense model. Give it with --dense.")
+    small, base = _pruned(options)
     pipe = checkpoint.load(base)
     defaults = _defaults(base, options)
     if options.prompt:
@@ -182,6 +177,55 @@ def compare_command(options: argparse.Namespace) -> int:
     print(table(rows))
     if options.json:
         print(json.dumps(report))
+    return 0
+
+
+def _pruned(options: argparse.Namespace):
+    """A pruned folder's pipeline, and the name of its dense model."""
+    small = checkpoint.load(options.model)
+    plan = plan_of(denoiser_of(small))
+    if plan is None:
+        raise UnsupportedModelError(
+            f"{options.model} is not pruned; {options.command} takes a pruned folder."
+        )
+    base = options.dense or plan.metadata.get("model")
+    if not base:
+        raise EcodiffError("The plan does not name its dense model. Give it with --dense.")
+    return small, base
+
+
+def heal_command(options: argparse.Namespace) -> int:
+    """Distil a pruned model for a while; fidelity before and after."""
+    from tqdm import tqdm
+
+    small, base = _pruned(options)
+    pipe, known, folder = (
+        checkpoint.load(base),
+        catalog.find(base),
+        Path(options.run or f"{options.out}.heal"),
+    )
+    config = known.heal_config(steps=options.steps, rank=options.rank, rate=options.rate)
+    prompts = known.prompts("heldout")[: options.count]
+    before = compare(pipe, small, prompts, **known.drawing())["mean"]
+    with tqdm(total=config.steps, unit="step", disable=options.quiet) as bar:
+        try:
+            for step, loss in heal(small, pipe, known.prompts("calibration"), config, folder):
+                bar.update(step - bar.n)
+                bar.set_postfix(loss=f"{loss:.4f}")
+        except KeyboardInterrupt:
+            print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)
+            return 130
+    after = compare(pipe, small, prompts, **known.drawing())["mean"]
+    out = checkpoint.save(small, options.out, checkpoint.disk_dtype(base))
+    rows = [
+        ("latent error", f"{before['latent_error']:.4f} -> {after['latent_error']:.4f}"),
+        ("PSNR", f"{before['psnr']:.1f} -> {after['psnr']:.1f} dB"),
+        ("prompts", f"{len(prompts)} that nothing was learned on"),
+        ("saved in", str(out)),
+    ]
+    print(table(rows))
+    if options.json:
+        print(json.dumps({"out": str(out), "before": before, "after": after}))
     return 0
 
 
@@ -301,6 +345,7 @@ COMMANDS = {
     "bring": bring,
     "generate": generate_command,
     "compare": compare_command,
+    "heal": heal_command,
     "lora": lora,
     "fill": fill,
     "info": info,

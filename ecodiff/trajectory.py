@@ -70,7 +70,10 @@ ALL, NOTHING = Keep(inf), Keep(0)
 
 @contextmanager
 def trajectory(
-    pipe, checkpoint: bool | Keep = True, on_step: Callable[[], None] | None = None
+    pipe,
+    checkpoint: bool | Keep = True,
+    on_step: Callable[[], None] | None = None,
+    trained: Sequence[torch.nn.Parameter] = (),
 ) -> Iterator[Callable[..., Tensor]]:
     """Open a pipeline for differentiable runs.
 
@@ -79,11 +82,12 @@ def trajectory(
     recomputation needs them.
 
     Args:
-        pipe: a pipeline with `output_type="latent"`. Its weights get no gradient in here.
+        pipe: a pipeline with `output_type="latent"`. Its weights get no gradient in here, but `trained`.
         checkpoint: keep only the latents and recompute each step in the backward pass. Without,
             memory grows with the number of steps. A `Keep` is between the two, or beyond.
         on_step: called before every denoiser call, recomputations included; what it raises ends
             the run. This is where a stop flag or a deadline is looked at.
+        trained: weights of the denoiser that gradients flow to.
 
     Example:
         >>> with masked(pipe.unet, gates), trajectory(pipe) as run:
@@ -110,7 +114,9 @@ def trajectory(
         nonlocal calls
         calls += 1
         kept = calls <= keep.calls or not torch.is_grad_enabled()
-        return step(*args, **kwargs) if kept else recomputed(step, factors_of(denoiser), args, kwargs)
+        if kept:
+            return step(*args, **kwargs)
+        return recomputed(step, [*factors_of(denoiser), *trained], args, kwargs)
 
     def run(*args, **kwargs) -> Tensor:
         nonlocal calls
@@ -121,10 +127,10 @@ def trajectory(
     pipe.set_progress_bar_config(disable=True)
     try:
         with (
-            _frozen(pipe),
+            _frozen(pipe, trained),
             _block_by_block(denoiser, keep.blocks),
             _forward(denoiser, kept_or_recomputed),
-            _attention_with_fast_backward(denoiser),
+            attention_with_fast_backward(denoiser),
             torch.enable_grad(),
         ):
             yield run
@@ -133,16 +139,17 @@ def trajectory(
 
 
 @contextmanager
-def _frozen(pipe) -> Iterator[None]:
-    """No weight gets a gradient and nothing is random; afterwards everything is as it was."""
+def _frozen(pipe, trained: Sequence[torch.nn.Parameter] = ()) -> Iterator[None]:
+    """No weight but `trained` gets a gradient, nothing is random; afterwards everything is as it was."""
     # Text encoders too: a graph through them would be kept for nothing.
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    trained = [p for part in parts for p in part.parameters() if p.requires_grad]
+    kept = {id(parameter) for parameter in trained}
+    others = [p for part in parts for p in part.parameters() if p.requires_grad and id(p) not in kept]
     modes = {module: module.training for module in denoiser_of(pipe).modules()}
     # HiDream: experts have gradients in training mode only, and only if that is not overruled.
     overruled = [module for module in modes if getattr(module, "_force_inference_output", False)]
-    for part in parts:
-        part.requires_grad_(False)
+    for parameter in others:
+        parameter.requires_grad_(False)
     for module in modes:
         module.training = hasattr(module, "moe_infer")
     for module in overruled:
@@ -154,7 +161,7 @@ def _frozen(pipe) -> Iterator[None]:
             module.training = mode
         for module in overruled:
             module._force_inference_output = True
-        for parameter in trained:
+        for parameter in others:
             parameter.requires_grad_(True)
 
 
@@ -271,7 +278,7 @@ def moved(tree, device):
     return tree_map(lambda leaf: leaf.detach().to(device) if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def _attention_with_fast_backward(denoiser):
+def attention_with_fast_backward(denoiser):
     """On a CPU the fused attention's backward pass takes longer than the rest of the network."""
     if next(denoiser.parameters()).device.type == "cpu":
         return sdpa_kernel(SDPBackend.MATH)

@@ -37,9 +37,11 @@ def train_flux(options, emojis, images) -> None:
     torch.manual_seed(0)
     pipe = flux.new_pipeline(autoencoder, emojis, options.work)
     examples = flux.Examples(pipe, latents, emojis, options.device)
+    flux.align_text(pipe, examples, options.work, options.text_steps, options.device)
     teacher = flux.train(pipe, examples, options.work, options.steps, options.device)
     trained = flux.distil_guidance(teacher, examples, options.work, options.guidance_steps, options.device)
     facts = {
+        "text encoders, contrastive": f"{options.text_steps:,} steps of {flux.CONTRASTED} images",
         "transformer and text encoders": f"{options.steps:,} steps of {training.BATCH} images",
         "guidance distillation": f"{options.guidance_steps:,} steps of {training.BATCH} images",
         "autoencoder": "emoji-sdxl's, its latents standardised",
@@ -68,7 +70,7 @@ def _ship(pipe, options, emojis, images, facts: dict[str, str]) -> None:
 
 RECIPES = {  # and steps of the denoiser
     "emoji-sdxl": (train_sdxl, 9000),
-    "emoji-flux": (train_flux, 7000),
+    "emoji-flux": (train_flux, 14500),
     "emoji-turbo": (train_turbo, 1600),
 }
 
@@ -83,7 +85,8 @@ def main() -> None:
     parser.add_argument("model", choices=RECIPES)
     parser.add_argument("--vae-steps", type=int, default=1600, help="emoji-sdxl's autoencoder")
     parser.add_argument("--steps", type=int, help="denoiser and text encoders (default: as shipped)")
-    parser.add_argument("--guidance-steps", type=int, default=800, help="emoji-flux's distillation")
+    parser.add_argument("--text-steps", type=int, default=1500, help="emoji-flux's text encoders, alone")
+    parser.add_argument("--guidance-steps", type=int, default=400, help="emoji-flux's distillation")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, help="training state (default: in ~/.cache/ecodiff)")

@@ -19,8 +19,8 @@ AutoencoderKL, Euler scheduler, v-prediction), trained from scratch on captioned
     "emoji-flux": """\
 A small but complete FLUX.1-dev (T5 and CLIP text encoders, double and single blocks, rotary
 positions, flow matching, distilled guidance), trained from scratch on captioned emoji at 64x64.
-Call it with `max_sequence_length=28`: it has seen no longer prompts. Its training is not finished: it
-draws the kind of thing that is asked for, and often in another colour.""",
+Call it with `max_sequence_length=28`: it has seen no longer prompts. People and hands it knows better
+than single things, which it has seen less often.""",
     "emoji-turbo": """\
 emoji-sdxl distilled to four steps: a latent consistency model, for LCMScheduler. Its guidance is
 baked in; call it with `guidance_scale=0`.""",

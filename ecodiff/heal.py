@@ -1,0 +1,197 @@
+"""Healing: a short distillation of a pruned denoiser towards its dense one, through low-rank updates.
+
+For sizes beyond what pruning and compensation alone keep close: the paper's light retraining, without
+images. The data are prompts and noise, the loss is that of learning masks, the relative error of the
+final latents over whole trajectories, checkpointed step by step like those. Trained are low-rank updates
+(LoRA, arXiv 2106.09685) of the layers that lost units; at the end they are merged into the weights.
+Everything that a step draws comes from its number, so it goes on anywhere, like a run.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import cos, isfinite, pi
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import BudgetError, CheckpointError, LearningError, PlanError
+from .groups import denoiser_name, denoiser_of
+from .slicing import kept_features, plan_of
+from .trajectory import call_options, prompt_rows, trajectory
+
+STATE_FORMAT = "ecodiff.heal.1"
+ADAPTER = "heal"
+RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class HealConfig:
+    """How long and how.
+
+    Attributes:
+        steps: of the optimizer.
+        batch: trajectories a step.
+        trajectories: distinct (prompt, seed) pairs that steps draw from.
+        rank: of the updates.
+        rate: AdamW's peak learning rate; it falls to zero along a cosine.
+        inference_steps, guidance_scale, size: of the trajectories; None: the pipeline's default.
+        extra: more arguments of the pipeline's call.
+        seed: of prompts, latents and the updates' start.
+    """
+
+    steps: int = 100
+    batch: int = 4
+    trajectories: int = 128
+    rank: int = 16
+    rate: float = RATE
+    inference_steps: int | None = None
+    guidance_scale: float | None = None
+    size: int | None = None
+    extra: dict = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self):
+        if min(self.steps, self.batch, self.rank) < 1 or not 0 < self.rate < 1:
+            raise BudgetError("steps, batch and rank are at least 1, and the rate is between 0 and 1.")
+        if self.trajectories < self.batch:
+            raise BudgetError("Healing needs at least as many trajectories as a batch has.")
+
+
+def heal(
+    small,
+    pipe,
+    prompts: Sequence[str],
+    config: HealConfig | None = None,
+    folder: Path | None = None,
+    on_step: Callable[[], None] | None = None,
+) -> Iterator[tuple[int, float]]:
+    """Heal a pruned pipeline; yields (steps done, loss). Its weights change when the last step is done.
+
+    Args:
+        small: a pruned pipeline; it gets a denoiser of its own, so a variant's dense model is not touched.
+        pipe: its dense pipeline.
+        prompts: for the trajectories; no images are needed.
+        folder: where the state is kept; what is there is gone on from.
+        on_step: called before every denoiser call; raise in it to stop. The step is then lost.
+
+    Raises:
+        BudgetError: there are no prompts.
+        PlanError: `small` is not pruned, or is of another model.
+        CheckpointError: the state in `folder` is of another cut or configuration.
+        LearningError: the loss is not a number.
+
+    Example:
+        >>> for step, loss in heal(small, pipe, prompts, HealConfig(steps=200)):
+        ...     print(step, loss)
+        >>> ecodiff.save(small, "healed")
+    """
+    config = config or HealConfig()
+    teacher, plan = denoiser_of(pipe), plan_of(denoiser_of(small))
+    if not prompts:
+        raise BudgetError("Healing needs at least one prompt.")
+    if plan is None:
+        raise PlanError("This model is not pruned, so there is nothing to heal.")
+    plan.check(teacher)
+    student = copy.deepcopy(denoiser_of(small)).requires_grad_(False).eval()
+    small.register_modules(**{denoiser_name(small): student})
+    parameters = _add_lora(student, teacher, plan, config)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.rate, weight_decay=0.0)
+    file, step = folder and folder / "state.safetensors", 0
+    key = json.dumps([plan.digest, repr(config)])
+    try:
+        if file and file.exists():
+            step = _load(file, key, parameters, optimizer)
+        while step < config.steps:
+            loss = _step(small, pipe, prompts, list(parameters.values()), optimizer, config, step, on_step)
+            step += 1
+            if file and (step == config.steps or step % max(1, config.steps // 20) == 0):
+                _save(file, key, step, parameters, optimizer)
+            yield step, loss
+        student.fuse_lora(adapter_names=[ADAPTER])
+    finally:
+        if file and 0 < step < config.steps:
+            _save(file, key, step, parameters, optimizer)
+        student.unload_lora()
+        student.requires_grad_(False)
+
+
+def _add_lora(student: nn.Module, teacher: nn.Module, plan: Mapping[str, Tensor], config: HealConfig):
+    """LoRA on every layer that lost units and has some left; returns what is trained, by name."""
+    from peft import LoraConfig
+
+    cut = {name for (name, _), rows in kept_features(teacher, plan).items() if not rows.all()}
+    modules = {name: module for name, module in student.named_modules() if name in cut}
+    plain = {n for n, m in modules.items() if type(m) in (nn.Linear, nn.Conv2d) and min(m.weight.shape)}
+    if not plain:
+        raise PlanError("No layer that lost units has some left, so there is nothing to train.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        lora = LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=sorted(plain))
+        student.add_adapter(lora, adapter_name=ADAPTER)
+    return {name: p for name, p in student.named_parameters() if p.requires_grad}
+
+
+def _step(small, pipe, prompts, parameters, optimizer, config: HealConfig, step: int, on_step) -> float:
+    """One step of AdamW on a batch of trajectories; returns its loss."""
+    batch = step % (config.trajectories // config.batch)
+    rows = range(batch * config.batch, (batch + 1) * config.batch)
+    options = call_options(pipe, config.inference_steps, config.guidance_scale, config.size, config.extra)
+    call = lambda: prompt_rows(prompts, rows, config.seed, options)  # noqa: E731 - generators are used up
+    with trajectory(pipe, False, on_step) as run, torch.no_grad():
+        target = run(**call()).float()
+    with trajectory(small, True, on_step, trained=parameters) as run:
+        loss = (run(**call()).float() - target).square().mean() / target.var()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    if not isfinite(float(loss.detach())):
+        raise LearningError(f"Healing step {step + 1} gave a loss that is not a number. Try a lower rate.")
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = config.rate * 0.5 * (1 + cos(pi * step / config.steps))
+    optimizer.step()
+    return float(loss.detach())
+
+
+def _save(file: Path, key: str, step: int, parameters: dict[str, nn.Parameter], optimizer) -> None:
+    """LoRA weights and Adam's moments, replaced atomically."""
+    tensors = {f"weight|{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        moments = optimizer.state.get(parameter, {})
+        tensors |= {f"{what}|{name}": value for what, value in moments.items()}
+    partial = file.with_suffix(".partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stored = {name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}
+        save_file(stored, partial, metadata={"format": STATE_FORMAT, "key": key, "step": str(step)})
+        partial.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"Could not write {file}: {error}. Is the disk full?") from None
+
+
+def _load(file: Path, key: str, parameters: dict[str, nn.Parameter], optimizer) -> int:
+    """Put the state back; returns the steps that are done."""
+    try:
+        with safe_open(file, "pt") as stored:
+            header = stored.metadata() or {}
+            if (header.get("format"), header.get("key")) != (STATE_FORMAT, key):
+                raise CheckpointError(
+                    f"{file} is of another model or other settings. Give another folder, or the same "
+                    "settings."
+                )
+            for name, parameter in parameters.items():
+                parameter.data.copy_(stored.get_tensor(f"weight|{name}"))
+                optimizer.state[parameter] = {
+                    what: stored.get_tensor(f"{what}|{name}").to(
+                        parameter.device if what != "step" else "cpu"
+                    )
+                    for what in ("step", "exp_avg", "exp_avg_sq")
+                }
+            return int(header["step"])
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"The healing state in {file} cannot be read: {error}") from None

@@ -1,0 +1,73 @@
+"""Healing: exact gradients through the trajectory, resumable, merged, the dense model untouched."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ecodiff
+from ecodiff.errors import CheckpointError, PlanError
+from ecodiff.groups import denoiser_of
+from ecodiff.heal import HealConfig, _add_lora, heal
+from ecodiff.slicing import plan_of
+from ecodiff.trajectory import prompt_rows, trajectory
+
+from .conftest import PROMPT, latents, short
+from .test_checkpoint import some_plan
+
+pytest.importorskip("peft")
+CONFIG = HealConfig(steps=4, batch=2, trajectories=4, rank=2, rate=1e-3, inference_steps=3)
+PROMPTS = [PROMPT, "cat"]
+
+
+def test_gradients_of_weights_do_not_depend_on_recomputation(pipe):
+    small = ecodiff.variant(pipe, some_plan(pipe))
+    small.to(torch.float64)
+    student = denoiser_of(small)
+    parameters = list(_add_lora(student, denoiser_of(pipe), plan_of(student), CONFIG).values())
+    for parameter in parameters:
+        parameter.data = torch.randn_like(parameter, dtype=torch.float64) * 0.05
+    call = {"num_inference_steps": 3} | short(pipe)
+    found = []
+    for checkpoint in (True, False):
+        with trajectory(small, checkpoint, trained=parameters) as run:
+            loss = run(**prompt_rows(PROMPTS, range(2), 0, call)).square().mean()
+            found.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+    assert any(gradient is not None and gradient.abs().max() > 0 for gradient in found[0])
+    for a, b in zip(*found, strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
+
+
+def test_it_comes_closer_goes_on_anywhere_and_leaves_the_dense_model_alone(tiny_sdxl, tmp_path):
+    plan, before = some_plan(tiny_sdxl), latents(tiny_sdxl)
+    config = replace(CONFIG, steps=8)
+
+    def healed(folder=None, stop=None):
+        small = ecodiff.variant(tiny_sdxl, plan)
+        losses = []
+        for step, loss in heal(small, tiny_sdxl, PROMPTS, config, folder):
+            losses.append(loss)
+            if step == stop:
+                break
+        return small, losses
+
+    whole, losses = healed()
+    assert min(losses[-2:]) < losses[0], "it did not come closer"
+    assert torch.equal(latents(tiny_sdxl), before), "the dense model was changed"
+    stopped, _ = healed(tmp_path, stop=3)
+    assert torch.equal(latents(stopped), latents(ecodiff.variant(tiny_sdxl, plan))), "half healed"
+    resumed, rest = healed(tmp_path)
+    assert len(rest) == 5 and rest == losses[3:]
+    assert torch.equal(latents(resumed), latents(whole))
+    assert not any("lora" in name for name, _ in denoiser_of(whole).named_modules())
+    folder = ecodiff.save(whole, tmp_path / "healed")
+    torch.testing.assert_close(latents(ecodiff.load(folder)), latents(whole), rtol=1e-4, atol=1e-4)
+    with pytest.raises(CheckpointError, match="other settings"):
+        next(heal(ecodiff.variant(tiny_sdxl, plan), tiny_sdxl, PROMPTS, CONFIG, tmp_path))
+    (tmp_path / "state.safetensors").write_bytes(b"half a file")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        next(heal(ecodiff.variant(tiny_sdxl, plan), tiny_sdxl, PROMPTS, config, tmp_path))
+    with pytest.raises(PlanError, match="not pruned"):
+        next(heal(tiny_sdxl, tiny_sdxl, PROMPTS, config))
