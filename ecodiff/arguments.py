@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   python -m ecodiff generate small "a red apple" --seed 7
   python -m ecodiff compare small "a red apple" --seed 7
   python -m ecodiff bring sdxl heads.pt ffn.pt --run RUN     EcoDiff's masks, then: prune RUN --ratio 0.2
+  python -m ecodiff heal small --out healed --steps 200      a short distillation, resumable
   python -m ecodiff lora small pixel-art.safetensors --out small-pixel-art.safetensors
   python -m ecodiff info stabilityai/stable-diffusion-xl-base-1.0
   accelerate launch -m ecodiff prune sdxl --out small        each GPU takes its share of every batch

@@ -33,6 +33,7 @@ from .scores import Scores
 from .state import LearnConfig, LearnState
 
 RUN_FORMAT = "ecodiff.run.1"
+MIN_FREE_BYTES = 256 << 20
 SAVE_SECONDS = 2.0  # a state is saved after the first step that ends this long after the last save
 
 
@@ -319,8 +320,20 @@ class RunStore:
         self.root = Path(root or store_root())
 
     def new_folder(self) -> Path:
-        """A folder for a new run, named by 128 random bits."""
+        """A folder for a new run, named by 128 random bits. Raises RunError if the disk is nearly full."""
+        self.require_space()
         return self.root / secrets.token_hex(16)
+
+    def require_space(self) -> None:
+        """Raise RunError unless some disk is left: a run that cannot save what it learned is lost time."""
+        with contextlib.suppress(OSError):
+            self.root.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.root).free
+            if free < MIN_FREE_BYTES:
+                raise RunError(
+                    f"The disk is nearly full ({free >> 20} MiB left in {self.root}). Delete runs that are "
+                    "not needed, then try again."
+                )
 
     def open(self, run_id: str) -> Run:
         """The run of that id. Raises RunError if there is none (or the id is not one)."""

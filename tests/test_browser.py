@@ -14,6 +14,8 @@ from .server import serve
 from .test_zerogpu import ONE_STEP, space
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
+Axe = axe.Axe
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if CHROMIUM is None and not os.environ.get("CI"):
     pytest.skip("needs chromium (apt-get install chromium)", allow_module_level=True)
@@ -50,6 +52,16 @@ def shot(page, name):
         page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
 
+# Gradio's own: a link's icon says what its text says; its empty image has a label and no role.
+KNOWN = {"image-redundant-alt", "aria-prohibited-attr"}
+
+
+def accessible(page, where):
+    """axe finds nothing (WCAG, contrast included) that is ours."""
+    found = {v["id"]: v["nodes"][0]["html"][:200] for v in Axe().run(page).response["violations"]}
+    assert set(found) <= KNOWN, f"{where}: {found}"
+
+
 def button(page, name):
     return page.get_by_role("button", name=name, exact=True)
 
@@ -72,6 +84,7 @@ def test_the_main_job(page, url, tmp_path):
     page.get_by_text("What is left").wait_for()
     page.get_by_text("6.66 M").nth(1).wait_for()
     shot(page, "4-finished")
+    accessible(page, "a finished run")
 
     size = page.get_by_role("spinbutton", name="Remove").nth(1)
     size.fill("40")
@@ -97,6 +110,7 @@ def test_the_main_job(page, url, tmp_path):
     page.get_by_text("ms (").wait_for()
     page.wait_for_timeout(1500)
     shot(page, "6-compare")
+    accessible(page, "a comparison")
     link = page.get_by_role("link", name="Link to this comparison").get_attribute("href")
     page.get_by_role("tab", name="Sizes").click()
     page.get_by_role("slider", name="Prompts").or_(page.get_by_label("Prompts")).first.fill("2")
@@ -104,6 +118,7 @@ def test_the_main_job(page, url, tmp_path):
     page.get_by_text("Averages over 2 prompts").wait_for(timeout=120_000)
     page.wait_for_timeout(1500)
     shot(page, "6-sizes")
+    accessible(page, "sizes")
     page.get_by_role("tab", name="Library").click()
     page.locator("text=16/16 >> visible=true").first.wait_for()
     page.wait_for_timeout(500)
@@ -148,6 +163,7 @@ def test_every_tab_fits(browser, url, look, width):
         overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
         assert overflow <= 0, f"{tab} is {overflow} px too wide"
         assert not page.get_by_text("16/16").count()
+        accessible(page, f"{tab}, {look}, {width}")
         shot(page, f"{look}-{width}-{tab.lower()}")
     page.close()
 

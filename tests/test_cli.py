@@ -54,6 +54,16 @@ def test_prune_recut_generate_compare(capsys, tmp_path):
     # another command on it is refused
     code, _, err = run(capsys, "prune", "emoji-sdxl", "--ratio", 0.3, "--out", out, "--run", result["run"])
     assert code == 1 and "another --run" in err
+    # a run of the plan that is in the pruned folder, and that folder healed
+    brought = ["bring", "emoji-sdxl", result["plan"], "--run", tmp_path / "brought"]
+    assert run(capsys, *brought)[0] == 0
+    code, text, _ = run(capsys, "prune", tmp_path / "brought", "--out", tmp_path / "again", "--json")
+    assert code == 0 and last_json(text)["digest"] == result["digest"]
+    healing = ["heal", out, "--out", tmp_path / "healed", "--steps", 1, "--rank", 1, "--count", 1]
+    code, text, err = run(capsys, *healing, "--json")
+    assert code == 0, err
+    assert plan_of(ecodiff.load(tmp_path / "healed").unet).digest == result["digest"]
+    assert last_json(text)["before"] != last_json(text)["after"]
     # another size from the run
     again = ["prune", result["run"], "--ratio", 0.4, "--out", tmp_path / "s", "--no-compensate", "--layers"]
     code, text, _ = run(capsys, *again, "--json")

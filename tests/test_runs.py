@@ -199,3 +199,11 @@ def test_killed_at_twenty_random_moments(tiny_sdxl, tmp_path):
         steps.append(state.step if state else 0)
     assert steps == sorted(steps), "a kill lost what was saved"
     assert same(finish(run), alone)
+
+
+def test_a_full_disk_is_said_before_anything_is_lost(tmp_path, monkeypatch):
+    store = RunStore(tmp_path / "runs")
+    store.new_folder()
+    monkeypatch.setattr(runs, "MIN_FREE_BYTES", 1 << 60)
+    with pytest.raises(RunError, match="nearly full"):
+        store.new_folder()

@@ -1,5 +1,7 @@
 """The page: a thin layer over `ecodiff.service`."""
 
+from importlib.util import find_spec
+
 import gradio as gr
 
 from ..runs import STORE
@@ -47,4 +49,5 @@ def launch(demo: gr.Blocks, **options):
     demo.queue(max_size=32, default_concurrency_limit=4)
     settings = {"theme": theme(), "css": CSS, "show_error": True, "ssr_mode": False}
     settings |= {"max_file_size": "500mb", "footer_links": ["api", "settings"]}
+    settings["mcp_server"] = find_spec("mcp") is not None  # pip install "gradio[mcp]"
     return demo.launch(**(settings | options))

@@ -11,7 +11,7 @@ from . import show
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 TEXT = """
-### What it does
+## What it does
 ecodiff removes attention heads, feed-forward neurons and ResNet channels from a diffusion model's
 denoiser. It puts a gate on every one of them, runs whole generations, and learns which gates can close
 while the final latents stay what they were: no images, no retraining, prompts only. What is closed is
@@ -23,17 +23,17 @@ and time step gradient checkpointing. ecodiff starts the gates from a Gauss-Newt
 each one is worth, steers to a size that you choose, and lets the weights that stay take over from
 those that went (a closed-form update of each layer, as in Optimal Brain Surgeon: no training).
 
-### What it does not do
+## What it does not do
 - The ratio is of the denoiser's parameters. Time saved is less than that: not
   all layers are cut, and small widths do not use a GPU better.
 - Text encoders and the autoencoder are left as they are.
 - Pruned models keep the base model's licence and its flaws.
 
-### What ships with it
+## What ships with it
 emoji-sdxl, a small Stable Diffusion XL; emoji-turbo, the same distilled to four steps; emoji-flux, a
 small FLUX.1. All are trained on Microsoft's Fluent Emoji (MIT).
 
-### Privacy
+## Privacy
 No account, no analytics. Runs are folders on this server, found by a random id that your browser
 keeps.
 """
@@ -42,7 +42,7 @@ keeps.
 def build() -> None:
     """Lay out the tab."""
     gr.Markdown(TEXT)
-    gr.Markdown(f"### Architectures\n{_supported()}")
+    gr.Markdown(f"## Architectures\n{_supported()}")
     for name in catalog.MODELS:
         file = BENCHMARKS / ("fidelity.json" if name == "emoji-sdxl" else f"fidelity-{name}.json")
         if file.is_file():  # a wheel comes without

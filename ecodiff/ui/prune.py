@@ -108,7 +108,7 @@ def _panel() -> dict[str, gr.components.Component]:
 def _results() -> dict[str, gr.components.Component]:
     """What was cut, at a size that can be moved, and the download."""
     with gr.Column(visible=False) as column:
-        gr.Markdown("### What is left\nMove the size: nothing is learned again.")
+        gr.Markdown("## What is left\nMove the size: nothing is learned again.")
         size = gr.Slider(1, 90, value=20, step=1, label="Remove", info=PERCENT)
         figures = gr.HTML()
         layers = gr.HTML(label="Kept in each layer")
