@@ -216,7 +216,15 @@ def heal_command(options: argparse.Namespace) -> int:
             print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)
             return 130
     after = compare(pipe, small, prompts, **known.drawing())["mean"]
-    out = checkpoint.save(small, options.out, checkpoint.disk_dtype(base))
+    facts = {
+        "healed": f"{config.steps} steps, LoRA of rank {config.rank}, merged",
+        f"latent error, mean of {len(prompts)} prompts, before → after": (
+            f"{before['latent_error']:.4f} → {after['latent_error']:.4f}"
+        ),
+        "PSNR, before → after": f"{before['psnr']:.1f} → {after['psnr']:.1f} dB",
+    }
+    card = checkpoint.model_card(small, facts)
+    out = checkpoint.save(small, options.out, checkpoint.disk_dtype(base), card)
     rows = [
         ("latent error", f"{before['latent_error']:.4f} -> {after['latent_error']:.4f}"),
         ("PSNR", f"{before['psnr']:.1f} -> {after['psnr']:.1f} dB"),

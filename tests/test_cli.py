@@ -64,6 +64,7 @@ def test_prune_recut_generate_compare(capsys, tmp_path):
     assert code == 0, err
     assert plan_of(ecodiff.load(tmp_path / "healed").unet).digest == result["digest"]
     assert last_json(text)["before"] != last_json(text)["after"]
+    assert "| healed | 1 steps" in (tmp_path / "healed" / "README.md").read_text()
     # another size from the run
     again = ["prune", result["run"], "--ratio", 0.4, "--out", tmp_path / "s", "--no-compensate", "--layers"]
     code, text, _ = run(capsys, *again, "--json")

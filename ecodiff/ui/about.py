@@ -55,10 +55,10 @@ def _measured(found: dict) -> None:
         f"Error of the final latents on {found['pairs']} prompts that nothing was learned on, by the "
         "share of the denoiser's parameters removed; 0 is identical, 1 is unrelated. A + means "
         "compensated. Fast, balanced and paper are ecodiff's presets, ecodiff is the method as "
-        f"published.\n\n{show.benchmark(found)}\n\n"
-        f"`python benchmarks/fidelity.py --model {found['model']}`, {found['machine']}.",
-        elem_classes="eco-measured",
+        "published."
     )
+    gr.HTML(show.table(show.measured(found), f"Measured on {found['model']}"))
+    gr.Markdown(f"`python benchmarks/fidelity.py --model {found['model']}`, {found['machine']}.")
 
 
 def _supported() -> str:
@@ -67,6 +67,6 @@ def _supported() -> str:
     alone = [row["name"] for row in catalog.SUPPORTED if not row["pipeline"]]
     return (
         f"Every check passes through the whole pipeline: {', '.join(whole)}.\n\n"
-        f"Every check passes on the denoiser alone: {', '.join(alone)}.\n\n"
+        f"Every check passes on the denoiser, in a loop of its own: {', '.join(alone)}.\n\n"
         "Others work as far as their layers are known; what is not known is left alone."
     )

@@ -9,6 +9,7 @@ from .common import told
 def build() -> None:
     """Register the endpoints. Call inside Blocks."""
     _plain()
+    _with_images()
     _with_files()
 
 
@@ -70,16 +71,13 @@ def _plain() -> None:
         gr.api(told(function), api_name=function.__name__, api_description=source.__doc__)
 
 
-def _with_files() -> None:
-    """Endpoints that give files and images: they need components, gr.api passes plain data only."""
-    run = gr.Textbox(visible=False)
-    ratio = gr.Number(visible=False)
-    prompt = gr.Textbox(visible=False)
+def _with_images() -> None:
+    """/compare: gr.api passes plain data only, so images need components."""
+    run, ratio, prompt = gr.Textbox(visible=False), gr.Number(visible=False), gr.Textbox(visible=False)
     seed, steps = gr.Number(0, precision=0, visible=False), gr.Number(None, precision=0, visible=False)
     guidance, compensated = gr.Number(None, visible=False), gr.Checkbox(True, visible=False)
     dense = gr.Image(visible=False, format="png")
     pruned = gr.Image(visible=False, format="png")
-    facts, file, trigger = gr.JSON(visible=False), gr.File(visible=False), gr.Button(visible=False)
 
     @told
     def compare(run, ratio, prompt, seed, steps, guidance_scale, compensate=True):
@@ -87,53 +85,39 @@ def _with_files() -> None:
         a, b, found = service.compare(*asked)
         return a.image, b.image, found
 
-    trigger.click(
-        compare,
-        [run, ratio, prompt, seed, steps, guidance, compensated],
-        [dense, pruned, facts],
-        api_name="compare",
-        api_description=service.compare.__doc__,
+    given = [run, ratio, prompt, seed, steps, guidance, compensated]
+    _endpoint(compare, given, [dense, pruned, gr.JSON(visible=False)], service.compare)
+
+
+def _with_files() -> None:
+    """Endpoints that take or give files."""
+    run, ratio, compensated = (
+        gr.Textbox(visible=False),
+        gr.Number(visible=False),
+        gr.Checkbox(True, visible=False),
     )
+    model, file, facts = gr.Textbox(visible=False), gr.File(visible=False), gr.JSON(visible=False)
+    one = gr.File(visible=False, file_types=[".safetensors"])
+    several = gr.File(visible=False, file_count="multiple", file_types=[".safetensors", ".zip", ".pt"])
 
     @told
     def download(run, ratio, compensate=True):
         made = service.export(run, ratio, compensate)
         return made["path"], {key: made[key] for key in ("name", "folder", "bytes", "sha256")}
 
-    trigger.click(
-        download,
-        [run, ratio, compensated],
-        [file, facts],
-        api_name="download",
-        api_description=service.export.__doc__,
-    )
-
-    given = gr.File(visible=False, file_types=[".safetensors"])
-
     @told
     def lora(run, ratio, file):
         made = service.lora(run, ratio, file)
         return made["path"], {key: made[key] for key in ("name", "report", "dropped")}
 
-    trigger.click(
-        lora, [run, ratio, given], [file, facts], api_name="lora", api_description=service.lora.__doc__
-    )
+    _endpoint(download, [run, ratio, compensated], [file, facts], service.export)
+    _endpoint(lora, [run, ratio, one], [file, facts], service.lora)
+    _endpoint(told(service.plan_file), [run, ratio], file, service.plan_file)
+    _endpoint(told(service.bring), [model, several], facts, service.bring)
 
-    several = gr.File(visible=False, file_count="multiple", file_types=[".safetensors", ".zip", ".pt"])
-    model, status = gr.Textbox(visible=False), gr.JSON(visible=False)
 
-    trigger.click(
-        told(service.bring),
-        [model, several],
-        status,
-        api_name="bring",
-        api_description=service.bring.__doc__,
-    )
-
-    @told
-    def plan_file(run, ratio):
-        return service.plan_file(run, ratio)
-
-    trigger.click(
-        plan_file, [run, ratio], file, api_name="plan_file", api_description=service.plan_file.__doc__
+def _endpoint(function, inputs, outputs, source) -> None:
+    """`function` under its own name, described by `source`."""
+    gr.Button(visible=False).click(
+        function, inputs, outputs, api_name=function.__name__, api_description=source.__doc__
     )

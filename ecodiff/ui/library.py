@@ -37,6 +37,27 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
             translate = gr.Button("Cut it to fit")
             report = gr.Markdown()
             fitting = gr.DownloadButton("Translated LoRA", interactive=False)
+    dense, brought, take = _bringing()
+    with gr.Accordion("Open a run by its id", open=False), gr.Row():
+        known = gr.Textbox(label="Id", max_length=32)
+        add = gr.Button("Open")
+
+    private = {"api_visibility": "private"}
+    listed = [empty, shelf, table, run]
+    rename.click(give_name, [run, name, runs], listed, **private)
+    sure = "(run, runs) => confirm('Delete this run and its files?') ? [run, runs] : ['', runs]"
+    delete.click(remove, [run, runs], [runs, *listed], js=sure, **private)
+    make.click(files, [run, size], [plan, model, about, code], **private)
+    translate.click(fit_lora, [run, size, lora], [report, fitting], **private)
+    opened = add.click(open_run, [known, runs], runs, **private)
+    opened.success(refresh, [runs, run], listed, **private)
+    taken = take.click(bring, [dense, brought, runs], runs, **private)
+    taken.success(refresh, [runs, run], listed, **private)
+    return {"refresh": refresh, "inputs": [runs, run], "outputs": listed}
+
+
+def _bringing() -> tuple[gr.Dropdown, gr.File, gr.Button]:
+    """Where what others learned is handed in."""
     with gr.Accordion("Bring a plan, a pruned model or EcoDiff's masks", open=False):
         gr.Markdown(
             "A plan file, the zip of a pruned model, or the `.pt` masks that EcoDiff's authors publish (of "
@@ -54,22 +75,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
                 min_width=240,
             )
         take = gr.Button("Open it")
-    with gr.Accordion("Open a run by its id", open=False), gr.Row():
-        known = gr.Textbox(label="Id", max_length=32)
-        add = gr.Button("Open")
-
-    private = {"api_visibility": "private"}
-    listed = [empty, shelf, table, run]
-    rename.click(give_name, [run, name, runs], listed, **private)
-    sure = "(run, runs) => confirm('Delete this run and its files?') ? [run, runs] : ['', runs]"
-    delete.click(remove, [run, runs], [runs, *listed], js=sure, **private)
-    make.click(files, [run, size], [plan, model, about, code], **private)
-    translate.click(fit_lora, [run, size, lora], [report, fitting], **private)
-    opened = add.click(open_run, [known, runs], runs, **private)
-    opened.success(refresh, [runs, run], listed, **private)
-    taken = take.click(bring, [dense, brought, runs], runs, **private)
-    taken.success(refresh, [runs, run], listed, **private)
-    return {"refresh": refresh, "inputs": [runs, run], "outputs": listed}
+    return dense, brought, take
 
 
 def row(status: dict) -> dict[str, str]:
@@ -94,7 +100,7 @@ def refresh(runs, chosen):
     return (
         gr.update(visible=not found),
         gr.update(visible=bool(found)),
-        show.table([row(status) for status in mine(runs)]),
+        show.table([row(status) for status in mine(runs)], "Runs"),
         gr.Dropdown(found, value=value),
     )
 

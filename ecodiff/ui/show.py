@@ -39,13 +39,13 @@ def figures(rows: Iterable[tuple[str, str, str]]) -> str:
     return f'<dl class="eco-figures">{cards}</dl>'
 
 
-def table(rows: list[dict[str, str]]) -> str:
+def table(rows: list[dict[str, str]], label: str) -> str:
     """Rows of the same columns; on a narrow screen it scrolls by itself."""
     if not rows:
         return ""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in rows[0])
     body = "".join(f"<tr>{''.join(f'<td>{escape(v)}</td>' for v in row.values())}</tr>" for row in rows)
-    scroll = 'class="eco-table" tabindex="0" role="region" aria-label="Runs"'
+    scroll = f'class="eco-table" tabindex="0" role="region" aria-label="{escape(label)}"'
     return f"<div {scroll}><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
@@ -246,22 +246,27 @@ def snippet(name: str) -> str:
     )
 
 
-def benchmark(found: dict) -> str:
-    """Markdown of what benchmarks/fidelity.py measured: latent error, method by size."""
+def measured(found: dict) -> list[dict[str, str]]:
+    """What benchmarks/fidelity.py measured, a row a method: latent error by size."""
     ratios = sorted({row["ratio"] for row in found["rows"]})
     cells = {(row["method"], row["ratio"]): row for row in found["rows"]}
     methods = dict.fromkeys(row["method"] for row in found["rows"])
     methods = [method for method in methods if all((method, ratio) in cells for ratio in ratios)]
     methods.sort(key=lambda method: -cells[method, ratios[-1]]["latent_error"][0])
-    lines = [
-        "| method | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " | top-1 at 40 % | trajectories |",
-        "|---" * (len(ratios) + 3) + "|",
+    return [
+        {"method": method}
+        | {f"{ratio:.0%}": _error(cells[method, ratio]["latent_error"][0]) for ratio in ratios}
+        | {"top-1 at 40 %": f"{cells.get((method, 0.4), {}).get('top1', [float('nan')])[0]:.2f}"}
+        | {"trajectories": str(cells[method, ratios[0]]["trajectories"])}
+        for method in methods
     ]
-    for method in methods:
-        errors = " | ".join(_error(cells[method, ratio]["latent_error"][0]) for ratio in ratios)
-        right = cells.get((method, 0.4), {}).get("top1", [float("nan")])[0]
-        lines.append(f"| {method} | {errors} | {right:.2f} | {cells[method, ratios[0]]['trajectories']} |")
-    return "\n".join(lines)
+
+
+def benchmark(found: dict) -> str:
+    """The same as Markdown."""
+    rows = measured(found)
+    lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row.values())} |" for row in rows)])
 
 
 def _error(value: float) -> str:

@@ -35,8 +35,6 @@ CSS = """
 .gradio-container main { width: 100%; }
 #title h1 { margin-bottom: 0; }
 #history, #history .grid-wrap { height: auto !important; min-height: 0 !important; }
-.eco-measured table { display: block; overflow-x: auto; }
-.eco-measured :is(td, th) { white-space: nowrap; word-break: normal; padding: 4px 10px; }
 #history .grid-container { grid-template-columns: repeat(auto-fill, 104px) !important; }
 #history .thumbnail-item { aspect-ratio: 1; }
 .eco-figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(132px, 1fr)); gap: 10px; }
