@@ -112,7 +112,7 @@ STACKS = {
     "compile": Stack("`torch.compile`, one graph (AOT, eager kernels)", compiled, 1e-5, changes=False),
     "offload": Stack("group offloading of diffusers", offloaded, 1e-6, changes=False),
     "casting": Stack("layerwise casting: weights kept in bfloat16", cast, 0.1),
-    "torchao": Stack("torchao, int8 weights", torchao_int8, 0.2),
+    "torchao": Stack("torchao, int8 weights", torchao_int8, 0.3),
     "quanto": Stack("optimum-quanto, int8 weights", quanto_int8, 0.3),
     "FirstBlockCache": Stack("FirstBlockCache of diffusers", first_block_cache, None, ("emoji-flux",)),
     "DeepCache": Stack("DeepCache", deep_cache, None, ("emoji-sdxl",)),

@@ -127,11 +127,15 @@ def test_the_main_job(page, url, tmp_path):
 
     # Somebody who was sent the link, on another machine.
     other = page.context.browser.new_page(viewport={"width": 1200, "height": 900})
-    other.goto(url + "/" + link.replace("seed=0", "seed=nonsense").replace("steps=20", "steps=7"))
+    other.goto(
+        url
+        + "/"
+        + link.replace("seed=0", "seed=nonsense").replace("steps=20", "steps=7").replace("size=20", "size=35")
+    )
     other.get_by_role("textbox", name="Prompt").wait_for()
     expect = playwright.expect
     expect(other.get_by_role("textbox", name="Prompt")).to_have_value("cat face")
-    expect(other.get_by_role("spinbutton", name="Remove")).to_have_value("40")
+    expect(other.get_by_role("spinbutton", name="Remove")).to_have_value("35")
     button(other, "Draw both").click()
     other.get_by_text("Latent error").wait_for(timeout=60_000)
     assert "steps=7" in other.get_by_role("link", name="Link to this comparison").get_attribute("href")
