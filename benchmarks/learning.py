@@ -15,7 +15,6 @@ import json
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -109,7 +108,7 @@ def main() -> None:
     found["times"] = times(pipe, call, ways, options.repeats)
     planned = memory.plan(pipe, call, model.learn_steps)
     found["activations_mb"] = round(planned.activations / 1e6, 1)
-    found["planned"] = replace(planned, free=planned.free).words()
+    found["planned"] = planned.words()
     found["peak_mb"] = {
         name: {str(steps): round(peak(options, steps, keep), 1) for steps in counts}
         for name, keep, counts in (

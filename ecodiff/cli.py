@@ -199,11 +199,8 @@ def heal_command(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     small, base = _pruned(options)
-    pipe, known, folder = (
-        checkpoint.load(base),
-        catalog.find(base),
-        Path(options.run or f"{options.out}.heal"),
-    )
+    pipe, known = checkpoint.load(base), catalog.find(base)
+    folder = Path(options.run or f"{options.out}.heal")
     config = known.heal_config(steps=options.steps, rank=options.rank, rate=options.rate)
     prompts = known.prompts("heldout")[: options.count]
     before = compare(pipe, small, prompts, **known.drawing())["mean"]

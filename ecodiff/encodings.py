@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from .groups import denoiser_of
@@ -46,6 +47,8 @@ class Encodings:
         pipe, encode, device = self.pipe, self.pipe.encode_prompt, denoiser_of(self.pipe).device
 
         def encoded(*args, **kwargs):
+            if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves((args, kwargs))):
+                return encode(*args, **kwargs)  # embeddings of the caller's own: nothing to encode
             key = repr((args, kwargs))
             if key not in self._known:
                 if alone:

@@ -164,9 +164,10 @@ def _learn(folder: str) -> Iterator[dict]:
     run, started = Run.open(Path(folder)), time.monotonic()
     pipe = PIPELINES.dense(run.model)
     left = backends.CHUNK_SECONDS - (time.monotonic() - started)
-    for state, seconds in run.learn(pipe, DEVICE, budget=left):
-        PACE.note(run.model, step=seconds)
-        yield {"step": state.step, "seconds": seconds}
+    if not run.finished:
+        for state, seconds in run.learn(pipe, DEVICE, budget=left):
+            PACE.note(run.model, step=seconds)
+            yield {"step": state.step, "seconds": seconds}
     if not run.finished or (folder := recordings(run.model)) is None:
         return
     known, slowest, begun = catalog.find(run.model), 0.0, time.monotonic()
@@ -174,7 +175,7 @@ def _learn(folder: str) -> Iterator[dict]:
         slowest = max(slowest, time.monotonic() - begun)
         yield {"step": run.config.total_steps, "seconds": 0.0}
         begun = time.monotonic()
-        if begun - started + 1.5 * slowest > backends.CHUNK_SECONDS:
+        if run.stop_requested or begun - started + 1.5 * slowest > backends.CHUNK_SECONDS:
             return
 
 

@@ -11,6 +11,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import cos, isfinite, pi
 from pathlib import Path
 
@@ -102,12 +103,19 @@ def heal(
     parameters = _add_lora(student, teacher, plan, config)
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.rate, weight_decay=0.0)
     file, step = folder and folder / "state.safetensors", 0
-    key = json.dumps([plan.digest, repr(config)])
+    key, targets = json.dumps([plan.digest, repr(config)]), {}
     try:
         if file and file.exists():
             step = _load(file, key, parameters, optimizer)
         while step < config.steps:
-            loss = _step(small, pipe, prompts, list(parameters.values()), optimizer, config, step, on_step)
+            batch = step % (config.trajectories // config.batch)
+            call = partial(_call, pipe, prompts, batch, config)
+            if batch not in targets:
+                with trajectory(pipe, False, on_step) as run, torch.no_grad():
+                    targets[batch] = run(**call()).float()
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate * 0.5 * (1 + cos(pi * step / config.steps))
+            loss = _step(small, call(), targets[batch], list(parameters.values()), optimizer, on_step)
             step += 1
             if file and (step == config.steps or step % max(1, config.steps // 20) == 0):
                 _save(file, key, step, parameters, optimizer)
@@ -136,24 +144,23 @@ def _add_lora(student: nn.Module, teacher: nn.Module, plan: Mapping[str, Tensor]
     return {name: p for name, p in student.named_parameters() if p.requires_grad}
 
 
-def _step(small, pipe, prompts, parameters, optimizer, config: HealConfig, step: int, on_step) -> float:
-    """One step of AdamW on a batch of trajectories; returns its loss."""
-    batch = step % (config.trajectories // config.batch)
+def _call(pipe, prompts: Sequence[str], batch: int, config: HealConfig) -> dict:
+    """The pipeline's arguments for one batch of trajectories; generators in it are used up by one run."""
     rows = range(batch * config.batch, (batch + 1) * config.batch)
     options = call_options(pipe, config.inference_steps, config.guidance_scale, config.size, config.extra)
-    call = lambda: prompt_rows(prompts, rows, config.seed, options)  # noqa: E731 - generators are used up
-    with trajectory(pipe, False, on_step) as run, torch.no_grad():
-        target = run(**call()).float()
+    return prompt_rows(prompts, rows, config.seed, options)
+
+
+def _step(small, call: dict, target: Tensor, parameters, optimizer, on_step) -> float:
+    """One step of AdamW on a batch of trajectories; returns its loss."""
     with trajectory(small, True, on_step, trained=parameters) as run:
-        loss = (run(**call()).float() - target).square().mean() / target.var()
+        loss = (run(**call).float() - target).square().mean() / target.var()
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     if not isfinite(float(loss.detach())):
-        raise LearningError(f"Healing step {step + 1} gave a loss that is not a number. Try a lower rate.")
+        raise LearningError("Healing gave a loss that is not a number. Try a lower rate.")
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = config.rate * 0.5 * (1 + cos(pi * step / config.steps))
     optimizer.step()
     return float(loss.detach())
 
@@ -184,13 +191,14 @@ def _load(file: Path, key: str, parameters: dict[str, nn.Parameter], optimizer) 
                     f"{file} is of another model or other settings. Give another folder, or the same "
                     "settings."
                 )
+            moments = set(stored.keys())
             for name, parameter in parameters.items():
                 parameter.data.copy_(stored.get_tensor(f"weight|{name}"))
-                optimizer.state[parameter] = {
-                    what: stored.get_tensor(f"{what}|{name}").to(
-                        parameter.device if what != "step" else "cpu"
-                    )
-                    for what in ("step", "exp_avg", "exp_avg_sq")
+                if f"step|{name}" not in moments:  # it never had a gradient
+                    continue
+                optimizer.state[parameter] = {"step": stored.get_tensor(f"step|{name}")} | {
+                    what: stored.get_tensor(f"{what}|{name}").to(parameter.device)
+                    for what in ("exp_avg", "exp_avg_sq")
                 }
             return int(header["step"])
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:

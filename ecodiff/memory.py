@@ -199,16 +199,16 @@ def plan(pipe, call: dict, calls: int = 0, encoders: int = 0) -> MemoryPlan:
     """The fastest plan that fits.
 
     Args:
-        encoders: bytes of the text encoders.
         call: the pipeline's arguments; they fix batch, size and guidance.
         calls: denoiser calls of a trajectory; 0: not known, so none is kept.
+        encoders: bytes of the text encoders.
     """
     denoiser = denoiser_of(pipe)
     args, kwargs = denoiser_calls(pipe, call, limit=1)[0]
     free = free_bytes(denoiser.device)
     try:
         whole, by_block = activation_bytes(denoiser, args, kwargs)
-    except (RuntimeError, NotImplementedError, ValueError):  # it looks at values, which meta has not
+    except (RuntimeError, ValueError):  # it looks at values, which meta has not
         whole, by_block = free, free  # so nothing is kept, and less if that is too much
     encoders = 0 if denoiser.device.type == "cpu" else encoders  # where they are away, they are on the CPU
     return fitted(MemoryPlan(calls, max(1, whole), by_block, free, encoders=encoders))

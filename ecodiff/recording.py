@@ -114,7 +114,7 @@ def save(file: Path, calls: list[Call]) -> None:
     tensors = {str(i): leaf.clone().contiguous() for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     rest = {str(i): leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
     about = [(call.heldout, call.weight) for call in calls]
-    with suppress(TypeError, NotImplementedError, CheckpointError):
+    with suppress(TypeError, NotImplementedError, CheckpointError):  # NotImplemented: a nest of another kind
         header = {"spec": treespec_dumps(spec), "rest": json.dumps(rest), "calls": json.dumps(about)}
         write_small(file, tensors, header)
 

@@ -94,13 +94,8 @@ def trajectory(
         ...     z0 = run("a red apple", num_inference_steps=8, generator=generator)
         ...     z0.square().mean().backward()
     """
-    denoiser = denoiser_of(pipe)
+    denoiser, call = denoiser_of(pipe), _call_of(pipe)
     forward = denoiser.forward
-    call = inspect.unwrap(type(pipe).__call__)
-    if "output_type" not in inspect.signature(call).parameters:
-        raise UnsupportedModelError(
-            f"{type(pipe).__name__} cannot return latents (it has no output_type argument)."
-        )
 
     def step(*args, **kwargs):
         if on_step is not None:
@@ -123,19 +118,36 @@ def trajectory(
         calls = 0
         return call(pipe, *args, output_type="latent", return_dict=False, **kwargs)[0]
 
-    progress_bar = getattr(pipe, "_progress_bar_config", {})
+    with (
+        _quiet(pipe),
+        _frozen(pipe, trained),
+        _block_by_block(denoiser, keep.blocks),
+        _forward(denoiser, kept_or_recomputed),
+        _attention_with_fast_backward(denoiser),
+        torch.enable_grad(),
+    ):
+        yield run
+
+
+def _call_of(pipe) -> Callable:
+    """The pipeline's `__call__`, without diffusers' `torch.no_grad` around it."""
+    call = inspect.unwrap(type(pipe).__call__)
+    if "output_type" not in inspect.signature(call).parameters:
+        raise UnsupportedModelError(
+            f"{type(pipe).__name__} cannot return latents (it has no output_type argument)."
+        )
+    return call
+
+
+@contextmanager
+def _quiet(pipe) -> Iterator[None]:
+    """No progress bars."""
+    before = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)
     try:
-        with (
-            _frozen(pipe, trained),
-            _block_by_block(denoiser, keep.blocks),
-            _forward(denoiser, kept_or_recomputed),
-            attention_with_fast_backward(denoiser),
-            torch.enable_grad(),
-        ):
-            yield run
+        yield
     finally:
-        pipe.set_progress_bar_config(**progress_bar)
+        pipe.set_progress_bar_config(**before)
 
 
 @contextmanager
@@ -278,7 +290,7 @@ def moved(tree, device):
     return tree_map(lambda leaf: leaf.detach().to(device) if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def attention_with_fast_backward(denoiser):
+def _attention_with_fast_backward(denoiser):
     """On a CPU the fused attention's backward pass takes longer than the rest of the network."""
     if next(denoiser.parameters()).device.type == "cpu":
         return sdpa_kernel(SDPBackend.MATH)

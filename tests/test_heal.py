@@ -40,6 +40,24 @@ def test_gradients_of_weights_do_not_depend_on_recomputation(pipe):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
 
 
+def test_a_layer_that_nothing_reads_does_not_stop_it_from_going_on(tiny_sdxl, tmp_path, monkeypatch):
+    """Some layers never get a gradient, so Adam has no moments of theirs."""
+    real = torch.autograd.grad
+
+    def without_the_first(outputs, inputs, *args, **kwargs):
+        found = real(outputs, inputs, *args, **kwargs)
+        healing = isinstance(inputs, list) and all(isinstance(i, torch.nn.Parameter) for i in inputs)
+        return (None, *found[1:]) if healing else found
+
+    monkeypatch.setattr(torch.autograd, "grad", without_the_first)
+    plan = some_plan(tiny_sdxl)
+    for step, _ in heal(ecodiff.variant(tiny_sdxl, plan), tiny_sdxl, PROMPTS, CONFIG, tmp_path):
+        if step == 2:
+            break
+    rest = list(heal(ecodiff.variant(tiny_sdxl, plan), tiny_sdxl, PROMPTS, CONFIG, tmp_path))
+    assert [step for step, _ in rest] == [3, 4]
+
+
 def test_it_comes_closer_goes_on_anywhere_and_leaves_the_dense_model_alone(tiny_sdxl, tmp_path):
     plan, before = some_plan(tiny_sdxl), latents(tiny_sdxl)
     config = replace(CONFIG, steps=8)

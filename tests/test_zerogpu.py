@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gradio_client import Client
+from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from ecodiff import backends, catalog, gpu
@@ -117,6 +117,12 @@ def test_a_run_in_many_calls_whose_workers_are_killed(model, reference, tmp_path
         again = client.predict(*options, api_name="/compare")[2]
         assert again["latent_error"] == pytest.approx(first["latent_error"], rel=1e-3)
         assert client.predict(run, 0.2, True, api_name="/download")[1]["bytes"] > 10_000
+        # What was brought needs no learning, and is not asked to.
+        plan = client.predict(run, 0.2, api_name="/plan_file")
+        brought = client.predict(model, [handle_file(plan)], api_name="/bring")
+        assert brought["stage"] == "finished"
+        assert client.predict(brought["run"], api_name="/prune_step")["stage"] == "finished"
+        assert client.predict(brought["run"], 0.2, api_name="/cut")["digest"] == first["digest"]
         # Measured by now, so less than a full call is asked for.
         assert float(asked("/schedule")[-1]["durationSeconds"]) < backends.UNKNOWN_SECONDS
 

@@ -182,8 +182,8 @@ def status(run: str) -> dict:
 def _stage(run: Run, step: int) -> str:
     """The stage of a run that no job of this process is about: by what is on disk."""
     if step >= run.config.total_steps:
-        given_up = run.error or run.stop_requested  # the first image will take longer
-        return "finished" if given_up or gpu.calibrated(run.model) else "calibrating"
+        unasked = run.imported or run.error or run.stop_requested  # the first image will take longer
+        return "finished" if unasked or gpu.calibrated(run.model) else "calibrating"
     if run.busy:
         return "learning"
     if run.error:

@@ -218,8 +218,8 @@ def drive(run, turn):
             yield *view(service.fail(run, why)), gr.skip()
             return
     if found["stage"] in ("interrupted", "calibrating"):
-        going_on = {"interrupted": "learning", "calibrating": "calibrating"}
-        yield *view(found | {"stage": going_on[found["stage"]]}), turn + 1
+        stage = "learning" if found["stage"] == "interrupted" else "calibrating"
+        yield *view(found | {"stage": stage}), turn + 1
 
 
 @told
