@@ -6,6 +6,8 @@ function here and a row in tests/test_conformance.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import pairwise
 
 from torch import nn
 
@@ -14,22 +16,24 @@ from .units import Attribute, PruneGroup, Slot, units
 # Attention by the names of its Linears, of image and of text: those that give queries (and gates on
 # the output, as wide), keys and values; those that give several of them at once, stacked; and those
 # that read the heads' outputs.
-QUERIES = ("to_q", "add_q_proj", "to_q_t", "to_query", "to_gate")
-KEYS_AND_VALUES = ("to_k", "to_v", "add_k_proj", "add_v_proj", "to_k_t", "to_v_t", "to_key", "to_value")
+QUERIES = ("to_q", "add_q_proj", "to_q_t", "to_query", "to_gate", "q_img")
+KEYS_AND_VALUES = (
+    *("to_k", "to_v", "add_k_proj", "add_v_proj", "to_k_t", "to_v_t", "to_key", "to_value"),
+    *("k_img", "v_img"),
+)
 STACKED = {"img_qkv_proj": 3, "txt_kv_proj": 2, "img_attn_qkv": 3, "txt_attn_qkv": 3}  # PRX, JoyImage
 OUTPUTS = ("to_out", "to_add_out", "to_out_t", "out_layer", "img_attn_proj", "txt_attn_proj")
 QUERY_NORMS = ("norm_q", "norm_added_q", "q_rms_norm", "q_rms_norm_t")
 KEY_NORMS = ("norm_k", "norm_added_k", "k_rms_norm", "k_rms_norm_t")
 HEAD_COUNTS = ("heads", "num_heads")
-# Heads that are left alone: LTX-2 gates them and gives each positions of its own, Helios scales each
-# one's keys, AnyFlow's cache has a fixed number of them, Cosmos's may attend to images besides.
-NOT_HEADS = ("LTX2Attention", "HeliosAttention", "AnyFlow", "CosmosAttention")
+# Heads that are left alone: AnyFlow's cache of frames has as many of them as its config says.
+NOT_HEADS = ("AnyFlowCausal",)
 
 
 def attention(path: str, module: nn.Module) -> Iterator[PruneGroup]:
     """Heads of an attention with output Linears of its own."""
     outputs = _linears(module, OUTPUTS)
-    if outputs:
+    if outputs and not _processor(module).startswith("LuminaAttn"):  # two share one: summed_attentions
         yield from _heads(path, module, [f"{path}.{name}" for name in outputs], min(outputs.values()))
 
 
@@ -50,7 +54,7 @@ def _heads(path: str, module: nn.Module, consumers: list[str], width: int) -> It
     heads = next((getattr(module, name) for name in HEAD_COUNTS if hasattr(module, name)), 0)
     if not isinstance(heads, int) or heads < 1 or width % heads or _fused(module):
         return
-    if type(module).__name__.startswith(NOT_HEADS):
+    if _processor(module).startswith(NOT_HEADS):
         return
     stacked = _linears(module, STACKED)
     queries, keys = _linears(module, QUERIES), _linears(module, KEYS_AND_VALUES)
@@ -73,9 +77,13 @@ def _heads(path: str, module: nn.Module, consumers: list[str], width: int) -> It
     producers = [Slot(f"{path}.{name}", "out", q_index) for name in queries]
     producers += [Slot(f"{path}.{name}", "out", kv_index) for name in keys]
     producers += [Slot(f"{path}.{n}", "out", units(heads, head, STACKED[n])) for n in stacked]
+    if isinstance(getattr(module, "to_gate_logits", None), nn.Linear):  # LTX-2: a gate a head
+        producers.append(Slot(f"{path}.to_gate_logits", "out", units(heads)))
+    if getattr(module, "history_scale_mode", "") == "per_head":  # Helios
+        producers.append(Slot(path, "out", units(heads), bare=("history_key_scale", 0)))
     per_unit = {"heads": each, "num_heads": each, "sliceable_head_dim": each, "num_kv_heads": 1}
     per_unit |= {"inner_dim": each * head, "inner_kv_dim": head, "kv_inner_dim": head}
-    if type(getattr(module, "processor", None)).__name__.startswith("OmniGen"):
+    if _processor(module).startswith(("OmniGen", "CosmosAttnProcessor2_5")):
         per_unit["out_dim"] = each * head
     yield PruneGroup(
         name=path,
@@ -83,10 +91,18 @@ def _heads(path: str, module: nn.Module, consumers: list[str], width: int) -> It
         size=size,
         consumers=tuple(Slot(name, "in", q_index) for name in consumers),
         producers=tuple(producers),
-        attributes=tuple(Attribute(path, n, value) for n, value in per_unit.items() if hasattr(module, n)),
+        attributes=tuple(
+            Attribute(path, n, value)
+            for n, value in per_unit.items()
+            if getattr(module, n, 0) == size * value
+        ),
         norms=tuple(norms),
-        rope_by_head=type(module).__name__.startswith(("LTXAttention", "MochiAttention")),
+        rope_by_head=type(module).__name__.startswith(("LTXAttention", "LTX2Attention", "MochiAttention")),
     )
+
+
+def _processor(module: nn.Module) -> str:
+    return type(getattr(module, "processor", None)).__name__
 
 
 def _fused(module: nn.Module) -> bool:
@@ -98,11 +114,35 @@ def _norms(path: str, module: nn.Module, names: Iterable[str], head: int, index)
     for name in names:
         norm = getattr(module, name, None)
         weight = getattr(norm, "weight", None)
-        if weight is None or weight.numel() == head:
+        if norm is None or (weight is None and getattr(norm, "normalized_shape", (head,)) == (head,)):
+            continue
+        if weight is not None and weight.numel() == head:
             continue  # a head at a time: the same weights for all
-        follows = "RMS" in type(norm).__name__ and getattr(norm, "bias", None) is None
-        fits = weight.numel() == index.numel()
+        follows = type(norm) is nn.LayerNorm or (
+            "RMS" in type(norm).__name__ and getattr(norm, "bias", None) is None
+        )
+        fits = weight is not None and weight.numel() == index.numel()
         yield Slot(f"{path}.{name}", "out", index) if follows and fits else None
+
+
+def summed_attentions(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+    """Lumina-Next: one Linear reads the sum of two attentions' heads, of which one is scaled by head."""
+    first, second, scale = (getattr(module, name, None) for name in ("attn1", "attn2", "gate"))
+    if not _processor(first).startswith("LuminaAttn") or not isinstance(scale, nn.Parameter):
+        return
+    width = second.to_out[0].in_features
+    out = [f"{path}.attn2.to_out.0"]
+    pair = [g for n, m in (("attn1", first), ("attn2", second)) for g in _heads(f"{path}.{n}", m, out, width)]
+    if len(pair) != 2 or pair[0].size != pair[1].size:
+        return
+    gate = Slot(path, "out", units(pair[0].size, len(scale) // pair[0].size), bare=("gate", 0))
+    yield replace(
+        pair[1],
+        producers=(*pair[0].producers, *pair[1].producers, gate),
+        norms=pair[0].norms + pair[1].norms,
+        attributes=pair[0].attributes + pair[1].attributes,
+        least=1,
+    )
 
 
 def feed_forward(path: str, module: nn.Module) -> Iterator[PruneGroup]:
@@ -153,6 +193,27 @@ def named_feed_forward(path: str, module: nn.Module) -> Iterator[PruneGroup]:
             producers = tuple(Slot(f"{path}.{name}", "out", index) for name in names)
             yield PruneGroup(path, "ffn", hidden, (Slot(f"{path}.{last}", "in", units(hidden)),), producers)
             return
+
+
+def packed_experts(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+    """Neurons of Nucleus-Image's experts, whose weights lie in one tensor: the same of every expert.
+
+    gate_up_proj is (experts, width, 2 * neurons), down_proj (experts, neurons, width).
+    """
+    up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    if not isinstance(up, nn.Parameter) or not isinstance(down, nn.Parameter) or up.ndim != 3:
+        return
+    hidden = down.shape[1]
+    if up.shape[2] != 2 * hidden:
+        return
+    yield PruneGroup(
+        name=path,
+        kind="ffn",
+        size=hidden,
+        consumers=(Slot(path, "in", units(hidden), bare=("down_proj", 1)),),
+        producers=(Slot(path, "out", units(hidden, copies=2), bare=("gate_up_proj", 2)),),
+        attributes=(Attribute(path, "moe_intermediate_dim", 1),),
+    )
 
 
 def gated_convolutions(path: str, module: nn.Module) -> Iterator[PruneGroup]:
@@ -253,46 +314,82 @@ def resnet(path: str, module: nn.Module) -> Iterator[PruneGroup]:
     """Inner channels of diffusers' ResnetBlock2D, by groups of norm2: conv1 in, conv2 out.
 
     A group norm treats its groups apart, so removing whole ones leaves the others as they were.
+    DreamLite's convolutions are two each, of which the second one's first goes channel by channel.
     """
-    conv1, norm, conv2 = (getattr(module, name, None) for name in ("conv1", "norm2", "conv2"))
-    time = getattr(module, "time_emb_proj", None)
+    parts = dict(module.named_children())
+    for name in ("conv1", "conv2"):
+        for half in ("depthwise", "pointwise"):
+            if hasattr(parts.get(name), half):
+                parts[f"{name}.{half}"] = getattr(parts[name], half)
+    first, last = (
+        f"{name}.pointwise" if f"{name}.pointwise" in parts else name for name in ("conv1", "conv2")
+    )
+    conv1, norm, conv2, time = (parts.get(name) for name in (first, "norm2", last, "time_emb_proj"))
     if (
-        not isinstance(conv1, nn.Conv2d)
-        or not isinstance(conv2, nn.Conv2d)
+        not isinstance(conv1, (nn.Conv2d, nn.Conv3d))
+        or not isinstance(conv2, (nn.Conv2d, nn.Conv3d))
         or not isinstance(norm, nn.GroupNorm)
     ):
         return
     channels, count = norm.num_channels, norm.num_groups
     if not conv1.out_channels == channels == conv2.in_channels or not conv1.groups == conv2.groups == 1:
         return
-    index = units(count, channels // count)
-    producers = [Slot(f"{path}.conv1", "out", index), Slot(f"{path}.norm2", "out", index)]
+    width = channels // count
+    index = units(count, width)
+    producers = [Slot(f"{path}.{first}", "out", index), Slot(f"{path}.norm2", "out", index)]
+    counts = [Attribute(f"{path}.norm2", "num_groups", 1), Attribute(f"{path}.norm2", "num_channels", width)]
+    if "conv2.depthwise" in parts:
+        producers.append(Slot(f"{path}.conv2.depthwise", "out", index))
+        counts.append(Attribute(f"{path}.conv2.depthwise", "groups", width))
     if isinstance(time, nn.Linear):
         if time.out_features not in (channels, 2 * channels):
             return
         copies = time.out_features // channels  # two: scale and shift
-        producers.append(Slot(f"{path}.time_emb_proj", "out", units(count, channels // count, copies)))
-    yield PruneGroup(
-        name=path,
-        kind="resnet",
-        size=count,
-        consumers=(Slot(f"{path}.conv2", "in", index),),
-        producers=tuple(producers),
-        attributes=(
-            Attribute(f"{path}.norm2", "num_groups", 1),
-            Attribute(f"{path}.norm2", "num_channels", channels // count),
-        ),
-    )
+        producers.append(Slot(f"{path}.time_emb_proj", "out", units(count, width, copies)))
+    consumers = (Slot(f"{path}.{last}", "in", index),)
+    yield PruneGroup(path, "resnet", count, consumers, tuple(producers), tuple(counts))
+
+
+def bottleneck(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+    """Inner channels of Kandinsky 3's ResNets: between two of their convolutions where the size stays."""
+    steps = getattr(module, "resnet_blocks", None)
+    if not isinstance(steps, nn.ModuleList):
+        return
+    for i, (first, then) in enumerate(pairwise(steps)):
+        norm = getattr(getattr(then, "group_norm", None), "norm", None)
+        resized = (getattr(first, "down_sample", None), getattr(then, "up_sample", None))
+        if i % 2 or not isinstance(norm, nn.GroupNorm) or any(type(p) is not nn.Identity for p in resized):
+            continue  # the odd ones' convolutions are cut on their other side already
+        channels, count = norm.num_channels, norm.num_groups
+        index, place = units(count, channels // count), f"{path}.resnet_blocks"
+        modulated = units(count, channels // count, copies=2)  # scale and shift
+        yield PruneGroup(
+            name=f"{place}.{i}",
+            kind="resnet",
+            size=count,
+            consumers=(Slot(f"{place}.{i + 1}.projection", "in", index),),
+            producers=(
+                Slot(f"{place}.{i}.projection", "out", index),
+                Slot(f"{place}.{i + 1}.group_norm.context_mlp.1", "out", modulated),
+            ),
+            attributes=(
+                Attribute(f"{place}.{i + 1}.group_norm.norm", "num_groups", 1),
+                Attribute(f"{place}.{i + 1}.group_norm.norm", "num_channels", channels // count),
+            ),
+        )
 
 
 ADAPTERS: tuple[Callable[[str, nn.Module], Iterator[PruneGroup]], ...] = (
     attention,
+    summed_attentions,
     feed_forward,
     named_feed_forward,
+    packed_experts,
     gated_convolutions,
     pointwise_convolutions,
     single_stream,
     parallel_attention,
     resnet,
+    bottleneck,
     modulation,
 )

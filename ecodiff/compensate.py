@@ -51,6 +51,8 @@ class Statistics:
 
     def of(self, features: Tensor) -> "Statistics":
         """Those of some of the features of x, (features,) bool."""
+        if not self.rows:
+            return self
         xx = self.xx[features][:, features]
         return Statistics(self.rows, xx, self.yx[:, features], self.x[features], self.y)
 
@@ -151,7 +153,7 @@ class Calibration:
         for call in self.calls:
             dense = seen(self.dense, call, names)
             inputs = dense if pruned is None else seen(pruned, call, names)
-            for name in names:
+            for name in dense.keys() & inputs.keys():  # an expert may get no token, a branch not be asked
                 gathered[name][call.heldout].add(dense[name][1], inputs[name][0], call.weight)
         return gathered
 
@@ -220,15 +222,19 @@ def compensate_(
 def _kept_features(dense: nn.Module, plan: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Input features that stay, of every consumer that loses some, in network order."""
     kept = {name: rows for (name, axis), rows in kept_features(dense, plan).items() if axis == "in"}
-    for name, features in list(kept.items()):
-        weight = dense.get_submodule(name).weight
-        # A convolution reads each channel at every place of its kernel.
-        kept[name] = features.repeat_interleave(weight[0, 0].numel()).to(weight.device)
-    return {name: features for name, features in kept.items() if not features.all()}
+    modules, found = dict(dense.named_modules()), {}
+    for name, features in kept.items():  # packed experts and convolutions over time stay as they are
+        if isinstance(modules[name], (nn.Linear, nn.Conv2d)) and not features.all():
+            weight = modules[name].weight
+            # A convolution reads each channel at every place of its kernel.
+            found[name] = features.repeat_interleave(weight[0, 0].numel()).to(weight.device)
+    return found
 
 
 def _update(module: nn.Module, learned: Statistics, check: Statistics, damping: float) -> bool:
     """Solve for one layer; True if that is better on the held-out rows, and done."""
+    if not learned.rows or not check.rows:
+        return False
     weight = module.weight.float().flatten(1)
     bias = None if module.bias is None else module.bias.float()
     found = solve(learned, weight, bias, damping)

@@ -84,14 +84,17 @@ def gather_rope(attention: nn.Module, heads: torch.Tensor, count: int) -> None:
 
 def _own_rope(attention, args, kwargs):
     heads, count = attention.rope_heads, attention.rope_count
+    width = attention.to_q.out_features // max(1, len(heads))
 
-    def own(table):  # (..., heads, features), or (..., heads * features)
-        if table.shape[-2] == count:
-            return table.index_select(-2, heads)
-        return table.unflatten(-1, (count, -1)).index_select(-2, heads).flatten(-2)
+    def own(table):
+        if table.shape[-1] == count * width:  # (..., heads * features)
+            return table.unflatten(-1, (count, -1)).index_select(-2, heads).flatten(-2)
+        # (tokens, heads, features), or of LTX-2 (batch, heads, tokens, features)
+        return table.index_select(1 if table.ndim == 4 else -2, heads)
 
-    if kwargs.get("image_rotary_emb") is not None:
-        kwargs = kwargs | {"image_rotary_emb": tuple(own(table) for table in kwargs["image_rotary_emb"])}
+    for name in ("image_rotary_emb", "query_rotary_emb", "key_rotary_emb"):
+        if kwargs.get(name) is not None:
+            kwargs = kwargs | {name: tuple(own(table) for table in kwargs[name])}
     return args, kwargs
 
 
@@ -166,9 +169,9 @@ def set_features(module: nn.Module) -> None:
     """Let a Linear, a convolution or a norm say the shape that its weight has."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.RMSNorm):
+    elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
         module.normalized_shape = tuple(module.weight.shape)
-    elif isinstance(module, nn.Conv2d):
+    elif isinstance(module, (nn.Conv2d, nn.Conv3d)):
         module.out_channels = module.weight.shape[0]
         module.in_channels = module.weight.shape[1] * (1 if module.groups == 1 else module.weight.shape[0])
 

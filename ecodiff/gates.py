@@ -48,7 +48,7 @@ def _stretch(s: Tensor) -> Tensor:
 
 def _factors(denoiser: nn.Module, groups: list[PruneGroup], masks: Mapping[str, Tensor]):
     """One factor a feature that a consumer reads, or gives: (features,) or (rows, features)."""
-    factors: dict[tuple[str, str], Tensor] = {}
+    factors: dict[tuple[str, str, tuple | None], Tensor] = {}
     for group in groups:
         mask = masks.get(group.name)
         if mask is None:
@@ -58,13 +58,13 @@ def _factors(denoiser: nn.Module, groups: list[PruneGroup], masks: Mapping[str, 
                 f"The mask of {group.name} has shape {tuple(mask.shape)}; it has {group.size} units."
             )
         for slot in (*group.consumers, *group.norms):
-            weight = denoiser.get_submodule(slot.module).weight
-            mask = mask.to(weight.device, torch.promote_types(torch.float32, mask.dtype))
-            index = slot.index.to(weight.device)
+            device = slot.weight(denoiser).device
+            mask = mask.to(device, torch.promote_types(torch.float32, mask.dtype))
+            index = slot.index.to(device)
             spread = mask.repeat_interleave(index.shape[1], dim=-1)
-            whole = spread.new_ones(*mask.shape[:-1], weight.shape[1 if slot.axis == "in" else 0])
+            whole = spread.new_ones(*mask.shape[:-1], slot.features(denoiser))
             factor = whole.index_copy(-1, index.flatten(), spread)
-            key = (slot.module, "norm" if slot in group.norms else slot.axis)
+            key = (slot.module, "norm" if slot in group.norms else slot.axis, slot.bare)
             factors[key] = factors.get(key, 1) * factor
     return factors
 
@@ -93,9 +93,12 @@ def masked(denoiser: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
         )
     handles, factors, before = [], _factors(denoiser, groups, masks), factors_of(denoiser)
     _FACTORS[denoiser] = [*before, *factors.values()]
-    for (name, axis), factor in factors.items():
+    for (name, axis, bare), factor in factors.items():
         module = denoiser.get_submodule(name)
-        if axis == "in":
+        if bare:
+            handles.append(module.register_forward_pre_hook(partial(_multiply_parameter, factor, *bare)))
+            handles.append(module.register_forward_hook(partial(_restore, bare[0]), always_call=True))
+        elif axis == "in":
             handles.append(module.register_forward_pre_hook(partial(_multiply_input, factor)))
         else:
             hook = _renormalise if axis == "norm" else _multiply_output
@@ -116,8 +119,21 @@ def factors_of(denoiser: nn.Module) -> list[Tensor]:
     return _FACTORS.get(denoiser, [])
 
 
+def _multiply_parameter(factor: Tensor, name: str, dim: int, module: nn.Module, inputs: tuple) -> None:
+    """Packed experts read no module's input that could be multiplied; their weights' rows are instead.
+
+    The product hides the parameter, which stays where it was, for the time of one call.
+    """
+    weight = module.get_parameter(name)
+    module.__dict__[name] = _times(weight, factor, dim)
+
+
+def _restore(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    module.__dict__.pop(name, None)
+
+
 def _multiply_input(factor: Tensor, module: nn.Module, inputs: tuple) -> tuple:
-    features = 1 if isinstance(module, nn.Conv2d) else inputs[0].ndim - 1
+    features = 1 if isinstance(module, (nn.Conv2d, nn.Conv3d)) else inputs[0].ndim - 1
     return (_times(inputs[0], factor, features), *inputs[1:])
 
 
@@ -129,16 +145,19 @@ def _multiply_output(factor: Tensor, module: nn.Module, inputs: tuple, output: T
 
 
 def _renormalise(factor: Tensor, norm: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-    """The norm with its mean square over what is kept, sum(m x^2) / sum(m): its own at m = 1.
+    """The norm with its means over what is kept, sum(m x^2) / sum(m): its own at m = 1.
 
     A norm that is sliced takes its mean over the features that are left. A mask that is learned
     under any other reading would not be that of the model that is cut from it.
     """
     x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
     factor = _spread(factor, x, x.ndim - 1)
-    kept = (factor * x.square()).sum(-1, keepdim=True) / factor.sum(-1, keepdim=True).clamp_min(1e-12)
+    share = factor / factor.sum(-1, keepdim=True).clamp_min(1e-12)
+    if isinstance(norm, nn.LayerNorm):
+        x = x - (share * x).sum(-1, keepdim=True)
     eps = torch.finfo(inputs[0].dtype).eps if norm.eps is None else norm.eps
-    return (x * (kept + eps).rsqrt() * norm.weight).to(output.dtype)
+    x = x * ((share * x.square()).sum(-1, keepdim=True) + eps).rsqrt() * norm.weight
+    return (x if getattr(norm, "bias", None) is None else x + norm.bias).to(output.dtype)
 
 
 def _times(x: Tensor, factor: Tensor, features: int) -> Tensor:

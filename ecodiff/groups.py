@@ -110,12 +110,13 @@ def unit_parameters(denoiser: nn.Module, group: PruneGroup) -> int:
 
 
 def _per_feature(denoiser: nn.Module, slot: Slot) -> int:
-    weight = denoiser.get_submodule(slot.module).weight
-    return 0 if weight is None else weight.numel() // weight.shape[1 if slot.axis == "in" else 0]
+    weight = slot.weight(denoiser)
+    return 0 if weight is None else weight.numel() // weight.shape[slot.dim]
 
 
 def _bias_per_feature(denoiser: nn.Module, slot: Slot) -> int:
-    return int(slot.axis == "out" and getattr(denoiser.get_submodule(slot.module), "bias", None) is not None)
+    has_one = getattr(denoiser.get_submodule(slot.module), "bias", None) is not None
+    return int(slot.axis == "out" and slot.bare is None and has_one)
 
 
 def denoiser_name(pipe) -> str:

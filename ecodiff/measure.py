@@ -39,15 +39,21 @@ def unit_macs(pipe, call: dict, groups: Iterable[PruneGroup] | None = None) -> t
 
     def see(name: str):
         def hook(module, inputs, output):
-            wide = output.shape[1 if isinstance(module, nn.Conv2d) else -1]
+            wide = output.shape[1 if isinstance(module, (nn.Conv2d, nn.Conv3d)) else -1]
             rows[name] = rows.get(name, 0) + output.numel() // max(1, wide)
-            if inputs[0].ndim == 3:
+            if inputs and inputs[0].ndim == 3:
                 tokens[name] = tuple(inputs[0].shape[:2])
 
         return hook
 
-    layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    handles = [module.register_forward_hook(see(name)) for name, module in layers.items()]
+    weights = {  # of which each is applied to a row of what its module reads
+        name: [module.weight]
+        for name, module in denoiser.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d))
+    }
+    for slot in (slot for group in groups for slot in group.consumers if slot.bare):  # one expert a row
+        weights[slot.module] = [p[0] for p in denoiser.get_submodule(slot.module).parameters()]
+    handles = [denoiser.get_submodule(name).register_forward_hook(see(name)) for name in weights]
     try:
         args, kwargs = moved(denoiser_calls(pipe, call, limit=1)[0], denoiser.device)
         rows.clear()
@@ -55,15 +61,16 @@ def unit_macs(pipe, call: dict, groups: Iterable[PruneGroup] | None = None) -> t
     finally:
         for handle in handles:
             handle.remove()
-    total = sum(rows.get(name, 0) * module.weight.numel() for name, module in layers.items())
+    total = sum(rows.get(name, 0) * sum(w.numel() for w in own) for name, own in weights.items())
     by_unit = {}
     for group in groups:
         by_unit[group.name] = sum(
             rows.get(slot.module, 0)
             * slot.index.shape[1]
-            * (layers[slot.module].weight.numel() // layers[slot.module].weight.shape[slot.axis == "in"])
+            * ((slot.weight(denoiser)[0] if slot.bare else slot.weight(denoiser)).numel())
+            // slot.features(denoiser)
             for slot in group.slots
-            if slot.module in layers
+            if slot.module in weights
         )
         if group.kind == "heads":
             attended = _attention_macs(group, tokens)
@@ -134,9 +141,7 @@ def unit_milliseconds(
     by_unit = {}
     for group in groups:
         by_unit[group.name] = sum(
-            statistics.median(times[slot.module] or [0.0])
-            * slot.index.shape[1]
-            / denoiser.get_submodule(slot.module).weight.shape[1 if slot.axis == "in" else 0]
+            statistics.median(times[slot.module] or [0.0]) * slot.index.shape[1] / slot.features(denoiser)
             for slot in group.slots
         )
     return by_unit, latency(pipe, call, repeats)

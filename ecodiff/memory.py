@@ -102,7 +102,7 @@ def estimate(denoiser: nn.Module, model: catalog.Model, batch: int = 4) -> dict[
     """
     itemsize = getattr(torch, model.dtype).itemsize
     groups = find_groups(denoiser)
-    width = max(denoiser.get_submodule(g.consumers[0].module).weight.shape[0] for g in groups)
+    width = max(g.consumers[0].weight(denoiser).shape[0] for g in groups)
     rows = batch * (
         2 if (model.guidance_scale or 0) > 1 and not denoiser.config.get("guidance_embeds") else 1
     )

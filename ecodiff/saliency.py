@@ -26,8 +26,7 @@ def magnitude(denoiser: nn.Module, norm: int = 2) -> dict[str, Tensor]:
     for group in find_groups(denoiser):
         powers = torch.zeros(group.size)
         for slot in group.slots:
-            weight = denoiser.get_submodule(slot.module).weight.detach().float().cpu()
-            weight = weight.movedim(1 if slot.axis == "in" else 0, 0)
+            weight = slot.weight(denoiser).detach().float().cpu().movedim(slot.dim, 0)
             powers += weight.reshape(len(weight), -1).abs().pow(norm).sum(1)[slot.index].sum(1)
         values[group.name] = _relative(powers.pow(1 / norm))
     return values
@@ -53,7 +52,7 @@ def wanda(pipe, calls: Iterable[dict]) -> dict[str, Tensor]:
 
         return hook
 
-    names = {slot.module for group in groups for slot in group.consumers}
+    names = {slot.module for group in groups for slot in group.consumers if not slot.bare}
     handles = [denoiser.get_submodule(n).register_forward_pre_hook(record(n)) for n in names]
     try:
         with trajectory(pipe, checkpoint=False) as run, torch.no_grad():
@@ -66,8 +65,10 @@ def wanda(pipe, calls: Iterable[dict]) -> dict[str, Tensor]:
     for group in groups:
         unit = torch.zeros(group.size)
         for slot in group.consumers:
-            weight = denoiser.get_submodule(slot.module).weight.detach().float().cpu()
-            unit += (weight.abs().sum(0) * squares[slot.module].sqrt())[slot.index].sum(1)
+            weight = slot.weight(denoiser).detach().float().cpu().movedim(slot.dim, 0)
+            # What packed experts read inside is not seen: of them it is the weights alone.
+            size = 1.0 if slot.bare else squares[slot.module].sqrt()
+            unit += (weight.flatten(1).abs().sum(1) * size)[slot.index].sum(1)
         values[group.name] = _relative(unit)
     return values
 

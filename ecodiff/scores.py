@@ -33,6 +33,7 @@ class Scores:
         total_macs: of the dense denoiser's call.
         blocks: worth per parameter of whole transformer blocks; empty: they are not offered.
         itemsize: bytes of a parameter, in memory.
+        floors: the least number of units that must stay, of groups that cannot do without.
     """
 
     values: dict[str, Tensor]
@@ -44,6 +45,7 @@ class Scores:
     total_macs: int = 0
     blocks: dict[str, float] = field(default_factory=dict)
     itemsize: int = 4
+    floors: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -67,6 +69,7 @@ class Scores:
             total_macs=total_macs,
             blocks=dict(blocks or {}),
             itemsize=next(denoiser.parameters()).element_size(),
+            floors={g.name: g.floor for g in groups if g.floor},
         )
 
     @classmethod
@@ -87,7 +90,10 @@ class Scores:
         return self._removable(self.costs)
 
     def _removable(self, costs: Mapping[str, int]) -> int:
-        return sum(costs[n] * (len(v) - FLOORS[self.kinds[n]]) for n, v in self.values.items())
+        return sum(costs[n] * (len(v) - self._floor(n)) for n, v in self.values.items())
+
+    def _floor(self, name: str) -> int:
+        return max(FLOORS[self.kinds[name]], self.floors.get(name, 0))
 
     def removed(self, plan: Mapping[str, Tensor], costs: Mapping[str, int] | None = None) -> int:
         """Parameters that `plan` removes (or what else `costs` counts)."""
@@ -200,8 +206,8 @@ class Scores:
         """
         values = self.values[name] * (self.costs[name] / max(1, costs[name]))
         ranked, order = values.sort(stable=True)
-        floor = FLOORS[self.kinds[name]]
-        ranked, order = ranked[: len(ranked) - floor], order[: len(order) - floor]
+        left = len(values) - self._floor(name)
+        ranked, order = ranked[:left], order[:left]
         width = 1
         if align and self.kinds[name] in ("ffn", "conv_ffn"):
             width = 64 if len(values) >= 1024 else min(8, len(values))
@@ -212,7 +218,8 @@ class Scores:
 
     def _whole_blocks(self, costs: Mapping[str, int]) -> Iterator[tuple[float, dict]]:
         for block, worth in self.blocks.items():
-            members = {n: torch.arange(len(v)) for n, v in self.values.items() if n.startswith(block + ".")}
+            inside = {n: v for n, v in self.values.items() if n.startswith(block + ".")}
+            members = {n: v.argsort()[: len(v) - self._floor(n)] for n, v in inside.items()}
             params, cost = (sum(by[n] * len(v) for n, v in members.items()) for by in (self.costs, costs))
             yield worth * params / max(1, cost), members
 
@@ -220,7 +227,7 @@ class Scores:
         """Write the scores: safetensors, float32, costs and metadata in the header."""
         header = {
             "format": SCORES_FORMAT,
-            "about": json.dumps({name: getattr(self, name) for name in _ABOUT}),
+            "about": json.dumps({name: getattr(self, name) for name in (*_ABOUT, "floors")}),
         }
         return write_small(path, {n: v.contiguous() for n, v in self.values.items()}, header)
 
@@ -232,7 +239,7 @@ class Scores:
             about = json.loads(header["about"])
             _check(about, values)
             ordered = {name: values[name] for name in about["kinds"]}
-            return cls(ordered, **{name: about[name] for name in _ABOUT})
+            return cls(ordered, **{name: about[name] for name in (*_ABOUT, "floors") if name in about})
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a valid scores file: {error}") from None
 
@@ -250,6 +257,9 @@ def _check(about: dict, values: Mapping[str, Tensor]) -> None:
         raise ValueError("it has kinds of units that do not exist")
     if set(about["macs"]) not in (set(), set(values)):
         raise ValueError("its list of MACs does not match its contents")
+    floors = about.get("floors", {})  # files from before there were any have none
+    if not all(whole(n) and n <= len(values.get(name, ())) for name, n in floors.items()):
+        raise ValueError("its floors are not of its groups")
     numbers = [*about["costs"].values(), *about["macs"].values(), about["total_macs"], about["itemsize"]]
     if not all(map(whole, numbers)) or not whole(about["total"]) or about["total"] == 0:
         raise ValueError("its costs are not whole numbers")

@@ -40,9 +40,10 @@ def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Mo
     plan.check(denoiser)
     groups = [group for group in find_groups(denoiser, ALL_KINDS) if group.name in plan]
     kept = kept_features(denoiser, plan)
+    bare = {(slot.module, slot.axis): slot.bare for group in groups for slot in group.slots if slot.bare}
     for (module, axis), rows in kept.items():
         if not rows.all():
-            _cut(denoiser.get_submodule(module), axis, rows)
+            _cut(denoiser.get_submodule(module), axis, rows, bare.get((module, axis)))
     for name in {slot.module for group in groups for slot in group.slots if slot.scattered}:
         _scatter(denoiser.get_submodule(name), kept[name, "out"])
     for group in groups:
@@ -58,19 +59,18 @@ def kept_features(denoiser: nn.Module, plan: Mapping[str, Tensor]) -> dict[tuple
     kept: dict[tuple[str, str], Tensor] = {}
     for group in find_groups(denoiser, ALL_KINDS):
         for slot in group.slots if group.name in plan else ():
-            weight = denoiser.get_submodule(slot.module).weight
-            features = weight.shape[1 if slot.axis == "in" else 0]
-            rows = kept.setdefault((slot.module, slot.axis), torch.ones(features, dtype=torch.bool))
+            whole = torch.ones(slot.features(denoiser), dtype=torch.bool)
+            rows = kept.setdefault((slot.module, slot.axis), whole)
             rows[slot.index[~plan[group.name]].flatten()] = False
     return kept
 
 
-def _cut(module: nn.Module, axis: str, rows: Tensor) -> None:
-    index = rows.nonzero().flatten().to(module.weight.device)
+def _cut(module: nn.Module, axis: str, rows: Tensor, bare: tuple[str, int] | None) -> None:
     for name, parameter in list(module.named_parameters(recurse=False)):
-        if name == "bias" and axis == "in":
+        if (name == "bias" and axis == "in") or (bare and name != bare[0]):
             continue
-        cut = parameter.detach().index_select(1 if axis == "in" else 0, index)
+        index = rows.nonzero().flatten().to(parameter.device)
+        cut = parameter.detach().index_select(bare[1] if bare else int(axis == "in"), index)
         setattr(module, name, nn.Parameter(cut, requires_grad=parameter.requires_grad))
     set_features(module)
 

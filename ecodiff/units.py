@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import LongTensor
+from torch import LongTensor, Tensor, nn
 
 Kind = Literal["heads", "ffn", "conv_ffn", "resnet", "modulation"]
 ALL_KINDS: tuple[Kind, ...] = ("heads", "ffn", "conv_ffn", "resnet", "modulation")
@@ -26,13 +26,28 @@ class Slot:
     """One axis of one Linear, convolution or norm, indexed by unit.
 
     `index` has shape (units, width): the rows (axis "out") or columns (axis "in") of each unit; of
-    a convolution they are channels.
+    a convolution they are channels. Parameters that are no layer's weight (experts packed in one
+    tensor, a scale a head) are named, with the dimension that the units lie along.
     """
 
     module: str
     axis: Literal["in", "out"]
     index: LongTensor
     scattered: bool = False  # the output keeps its width; rows that are gone are zeros in it
+    bare: tuple[str, int] | None = None
+
+    @property
+    def dim(self) -> int:
+        """The dimension of the parameter that `index` is along."""
+        return self.bare[1] if self.bare else int(self.axis == "in")
+
+    def weight(self, denoiser: nn.Module) -> Tensor | None:
+        """The parameter itself; None of a norm that has none."""
+        return getattr(denoiser.get_submodule(self.module), self.bare[0] if self.bare else "weight")
+
+    def features(self, denoiser: nn.Module) -> int:
+        """How many there are along `dim`, of all units and of none."""
+        return self.weight(denoiser).shape[self.dim]
 
 
 @dataclass(frozen=True)
@@ -54,13 +69,14 @@ class PruneGroup:
     consumers: tuple[Slot, ...]  # where a mask is applied: to inputs, or to scattered outputs
     producers: tuple[Slot, ...]
     attributes: tuple[Attribute, ...] = ()
-    norms: tuple[Slot, ...] = ()  # RMS norms across units: their mean runs over what the mask keeps
+    norms: tuple[Slot, ...] = ()  # norms across units: their means run over what the mask keeps
     rope_by_head: bool = False  # each head has rotary positions of its own
+    least: int = 0  # diffusers' code cannot do with fewer
 
     @property
     def floor(self) -> int:
         """The least number of units that must stay."""
-        return FLOORS[self.kind]
+        return max(self.least, FLOORS[self.kind])
 
     @property
     def routed(self) -> bool:

@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from .architectures import Row
@@ -11,7 +12,7 @@ class LoopPipeline(DiffusionPipeline):
     """Draws latents with a denoiser of a `Row` and what that row calls it with; prompts say nothing.
 
     The first of the row's arguments is the latents. Where the denoiser predicts more than them (a
-    variance, say), the rest is left out.
+    variance, say), the rest is left out; where it reads conditions beside them, those stay.
     """
 
     def __init__(self, transformer: torch.nn.Module):
@@ -38,7 +39,9 @@ class LoopPipeline(DiffusionPipeline):
         for _ in range(num_inference_steps):
             out = self.transformer(**self.given | {name: latents}, return_dict=False)[0]
             out = torch.stack(out) if isinstance(out, list) else out
-            latents = latents - out.flatten(1)[:, : like[0].numel()].view_as(like) / num_inference_steps
+            out = out.flatten(1)[:, : like[0].numel()]
+            out = nn.functional.pad(out, (0, like[0].numel() - out.shape[1]))
+            latents = latents - out.view_as(like) / num_inference_steps
         return (latents,)
 
 
