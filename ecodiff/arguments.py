@@ -15,6 +15,7 @@ EXAMPLES = """examples:
   python -m ecodiff bring sdxl heads.pt ffn.pt --run RUN     EcoDiff's masks, then: prune RUN --ratio 0.2
   python -m ecodiff heal small --out healed --steps 200      a short distillation, resumable
   python -m ecodiff lora small pixel-art.safetensors --out small-pixel-art.safetensors
+  python -m ecodiff push small my-small-model                to the Hugging Face Hub; --plan: no weights
   python -m ecodiff info stabilityai/stable-diffusion-xl-base-1.0
   accelerate launch -m ecodiff prune sdxl --out small        each GPU takes its share of every batch
 
@@ -78,7 +79,11 @@ def parser(functions: Mapping[str, Callable]) -> argparse.ArgumentParser:
 
     sub = _command(commands, "bring", "make a run of what was learned elsewhere, to prune by")
     sub.add_argument("model", help="MODEL, the dense one")
-    sub.add_argument("files", nargs="+", help="a plan, the zip of a pruned model, or EcoDiff's .pt masks")
+    sub.add_argument(
+        "files",
+        nargs="+",
+        help="a plan, the zip of a pruned model, EcoDiff's .pt masks, or USER/NAME on the Hub",
+    )
     sub.add_argument("--run", required=True, metavar="DIR", help="a new folder; `prune DIR` cuts by it")
 
     sub = _command(commands, "generate", "generate an image")
@@ -112,6 +117,13 @@ def parser(functions: Mapping[str, Callable]) -> argparse.ArgumentParser:
     sub = _command(commands, "fill", "write a pruned model in the dense shapes, zeros where units were")
     sub.add_argument("model", help="a pruned folder")
     sub.add_argument("--out", required=True, metavar="PATH", help="a new folder, or a .safetensors file")
+
+    sub = _command(commands, "push", "upload a pruned model, or its plan, to the Hugging Face Hub")
+    sub.add_argument("model", help="a pruned folder")
+    sub.add_argument("repo", help="NAME, or USER/NAME; made if it is not there")
+    sub.add_argument("--plan", action="store_true", help="the plan alone, without weights")
+    sub.add_argument("--public", action="store_true", help="a new repository is private otherwise")
+    sub.add_argument("--token", help="default: $HF_TOKEN, or that of `hf auth login`")
 
     sub = _command(commands, "info", "show what can be pruned, without downloading weights")
     sub.add_argument("model", help="MODEL or a pruned folder")

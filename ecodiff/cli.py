@@ -1,4 +1,4 @@
-"""The command line: prune, bring, generate, compare, heal, lora, fill, info."""
+"""The command line: prune, bring, generate, compare, heal, lora, fill, push, info."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import catalog, checkpoint, memory, processes
+from . import catalog, checkpoint, hub, memory, processes
 from .arguments import parser
 from .compensate import compensate_
 from .errors import EcodiffError, UnsupportedModelError
@@ -85,7 +85,8 @@ def prune(options: argparse.Namespace) -> int:
 def bring(options: argparse.Namespace) -> int:
     """Make a run of what was learned elsewhere."""
     known = catalog.find(options.model)
-    run = Run.bring(Path(options.run), known.name, known.learn_config("fast", 0.2), options.files)
+    files = [hub.pull_plan(file) if hub.is_repo(file) else file for file in options.files]
+    run = Run.bring(Path(options.run), known.name, known.learn_config("fast", 0.2), files)
     print(f"  run  {run.folder}  (python -m ecodiff prune {run.folder} --out DIR)")
     if options.json:
         print(json.dumps({"run": str(run.folder)}))
@@ -278,6 +279,19 @@ def fill(options: argparse.Namespace) -> int:
     return 0
 
 
+def push(options: argparse.Namespace) -> int:
+    """Upload a pruned folder, or its plan."""
+    asked = (options.repo, options.token, not options.public)
+    if options.plan:
+        url = hub.push_plan(PrunePlan.load(Path(options.model) / checkpoint.PLAN_FILE), *asked)
+    else:
+        url = hub.push(options.model, *asked)
+    print(f"  uploaded to  {url}")
+    if options.json:
+        print(json.dumps({"url": url}))
+    return 0
+
+
 def info(options: argparse.Namespace) -> int:
     """What a model is made of and what of it can be pruned, from its configuration alone."""
     denoiser = checkpoint.empty_denoiser(options.model)
@@ -353,6 +367,7 @@ COMMANDS = {
     "heal": heal_command,
     "lora": lora,
     "fill": fill,
+    "push": push,
     "info": info,
 }
 

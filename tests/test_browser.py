@@ -7,10 +7,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from gradio_client import Client, handle_file
 
 import ecodiff
 
+from . import hub
 from .server import serve
+from .test_checkpoint import some_plan
 from .test_zerogpu import ONE_STEP, space
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -194,3 +197,36 @@ def test_the_page_sees_a_run_through_on_zerogpu(browser, tiny_sdxl, tmp_path):
         button(page, "Draw both").click()
         page.get_by_text("Latent error").wait_for(timeout=LEARNED)
         shot(page, "zerogpu-compare")
+
+
+def test_a_run_goes_to_the_hub(browser, tmp_path):
+    pipe = ecodiff.load("emoji-turbo")
+    plan = ecodiff.PrunePlan(some_plan(pipe), {"model": "emoji-turbo"}).save(tmp_path / "p.safetensors")
+    with hub.running() as stand_in:
+        signed = {"HF_TOKEN": "hf_ann", "OAUTH_CLIENT_ID": "outside of a Space Gradio makes one up"}
+        settings = hub.settings(stand_in.address, tmp_path) | signed
+        with serve(tmp_path, **settings) as url:
+            run = Client(url, verbose=False).predict("emoji-turbo", [handle_file(plan)], api_name="/bring")
+            page = browser.new_page(viewport={"width": 1200, "height": 900})
+            page.goto(url)
+            page.get_by_role("tab", name="Library").click()
+            page.get_by_text("Open a run by its id").click()
+            page.get_by_role("textbox", name="Id", exact=True).fill(run["run"])
+            button(page, "Open").click()
+            page.get_by_text("Put it on the Hugging Face Hub").click()
+            page.get_by_role("textbox", name="Repository").fill("little")
+            page.get_by_role("radio", name="Plan alone").check()
+            button(page, "Upload").click()
+            page.get_by_text("Sign in with Hugging Face first").wait_for()
+            page.locator("button", has_text="Sign in with Hugging Face").click()
+            page.get_by_text("Can be removed at most").wait_for()
+            page.get_by_role("tab", name="Library").click()
+            page.get_by_text("Put it on the Hugging Face Hub").click()
+            page.get_by_text("Logout (ann)").wait_for()
+            page.get_by_role("textbox", name="Repository").fill("little")
+            page.get_by_role("radio", name="Plan alone").check()
+            accessible(page, "the Hub")
+            shot(page, "hub")
+            button(page, "Upload").click()
+            page.get_by_role("link", name=f"{stand_in.address}/ann/little").wait_for(timeout=60_000)
+        assert ecodiff.checkpoint.PLAN_FILE in stand_in.repos["ann/little"]

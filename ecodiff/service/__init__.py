@@ -4,7 +4,7 @@ The id of a run is its only key: whoever has it may watch, cut, compare and down
 """
 
 from .drawing import MAX_PROMPTS, MAX_SIZES, compare, cut, means, plan, sizes
-from .files import export, lora, plan_file
+from .files import export, lora, plan_file, push
 from .learning import EXPIRY_SECONDS, bring, delete, fail, learn, predict, rename, resume, start, status, stop
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "plan",
     "plan_file",
     "predict",
+    "push",
     "rename",
     "resume",
     "sizes",

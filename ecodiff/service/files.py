@@ -4,7 +4,7 @@ import hashlib
 import zipfile
 from pathlib import Path
 
-from .. import catalog, checkpoint, gpu
+from .. import catalog, checkpoint, gpu, hub
 from ..errors import CheckpointError
 from ..lora import save_lora, translate
 from ..runs import STORE
@@ -79,3 +79,23 @@ def plan_file(run: str, ratio: float) -> str:
     made = plan(run, ratio)
     name = f"eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}.safetensors"
     return str(made.save(STORE.open(run).folder / "plans" / name))
+
+
+def push(
+    run: str, ratio: float, repo: str, token: str, plan_only: bool = False, private: bool = True
+) -> dict:
+    """Upload the pruned pipeline of a run at a size, or its plan alone, to the Hugging Face Hub.
+
+    Args:
+        repo: "name" or "user/name"; made if it is not there.
+        token: of the person who asks; needs the right to write to `repo`.
+
+    Returns:
+        {"url"}
+    """
+    if not token:
+        raise CheckpointError("Sign in with Hugging Face first.")
+    if plan_only:
+        return {"url": hub.push_plan(plan(run, ratio), repo, token, private)}
+    folder = Path(export(run, ratio)["path"]).with_suffix("")
+    return {"url": hub.push(folder, repo, token, private)}

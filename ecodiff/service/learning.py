@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import backends, catalog, checkpoint, gpu, memory
+from .. import backends, catalog, checkpoint, gpu, hub, memory
 from ..errors import BudgetError, ModelNotFoundError, RunError
 from ..groups import ALL_KINDS, PRESET_KINDS, find_groups, unrecognised
 from ..jobs import WORKER
@@ -110,15 +110,19 @@ def start(
     return status(run.id)
 
 
-def bring(model: str, files: Sequence[str]) -> dict:
+def bring(model: str, files: Sequence[str] = (), repo: str = "", token: str = "") -> dict:
     """Open what was learned elsewhere as a run: nothing is learned again. Returns its status.
 
     Args:
         model: embedded name, folder or Hub id of the dense model.
         files: paths of a plan file (.safetensors), or of the zip of a pruned model; or of EcoDiff's
             published masks (.pt), of heads, of neurons, or both.
+        repo: instead of files, the Hub id of a plan or a pruned model.
+        token: to read `repo` with; empty: as anybody may. The server's own is not used.
     """
     known = _known(model)
+    if repo.strip():
+        files = [hub.pull_plan(repo.strip(), token or False)]
     config = known.learn_config("fast", 0.2)
     return status(Run.bring(STORE.new_folder(), known.name, config, files).id)
 

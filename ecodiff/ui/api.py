@@ -51,6 +51,11 @@ def _plain() -> None:
     def delete(run: str) -> dict:
         return service.delete(run)
 
+    def push(
+        run: str, ratio: float, repo: str, token: str, plan_only: bool = False, private: bool = True
+    ) -> dict:
+        return service.push(run, ratio, repo, token, plan_only, private)
+
     def sizes(run: str, ratios: list[float], count: int = 8, compensate: bool = True) -> dict:
         rows = [row for _, row in service.sizes(run, ratios, count, compensate)]
         return {"means": service.means(rows), "rows": rows}
@@ -66,6 +71,7 @@ def _plain() -> None:
         (sizes, service.sizes),
         (rename, service.rename),
         (delete, service.delete),
+        (push, service.push),
     ):
         function.__doc__ = source.__doc__
         gr.api(told(function), api_name=function.__name__, api_description=source.__doc__)
@@ -98,6 +104,7 @@ def _with_files() -> None:
     )
     model, file, facts = gr.Textbox(visible=False), gr.File(visible=False), gr.JSON(visible=False)
     one = gr.File(visible=False, file_types=[".safetensors"])
+    repo, token = gr.Textbox("", visible=False), gr.Textbox("", visible=False)
     several = gr.File(visible=False, file_count="multiple", file_types=[".safetensors", ".zip", ".pt"])
 
     @told
@@ -110,10 +117,14 @@ def _with_files() -> None:
         made = service.lora(run, ratio, file)
         return made["path"], {key: made[key] for key in ("name", "report", "dropped")}
 
+    @told
+    def bring(model, files=None, repo="", token=""):
+        return service.bring(model, files or [], repo or "", token or "")
+
     _endpoint(download, [run, ratio, compensated], [file, facts], service.export)
     _endpoint(lora, [run, ratio, one], [file, facts], service.lora)
     _endpoint(told(service.plan_file), [run, ratio], file, service.plan_file)
-    _endpoint(told(service.bring), [model, several], facts, service.bring)
+    _endpoint(bring, [model, several, repo, token], facts, service.bring)
 
 
 def _endpoint(function, inputs, outputs, source) -> None:

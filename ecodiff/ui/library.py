@@ -2,7 +2,7 @@
 
 import gradio as gr
 
-from .. import service
+from .. import hub, service
 from ..measure import megabytes
 from . import show
 from .common import MODELS, choices, label, mine, told, when
@@ -37,7 +37,9 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
             translate = gr.Button("Cut it to fit")
             report = gr.Markdown()
             fitting = gr.DownloadButton("Translated LoRA", interactive=False)
-    dense, brought, take = _bringing()
+        if hub.offers_sign_in():
+            _pushing(run, size)
+    dense, brought, repo, take = _bringing()
     with gr.Accordion("Open a run by its id", open=False), gr.Row():
         known = gr.Textbox(label="Id", max_length=32)
         add = gr.Button("Open")
@@ -51,12 +53,25 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     translate.click(fit_lora, [run, size, lora], [report, fitting], **private)
     opened = add.click(open_run, [known, runs], runs, **private)
     opened.success(refresh, [runs, run], listed, **private)
-    taken = take.click(bring, [dense, brought, runs], runs, **private)
+    taken = take.click(bring, [dense, brought, repo, runs], runs, **private)
     taken.success(refresh, [runs, run], listed, **private)
     return {"refresh": refresh, "inputs": [runs, run], "outputs": listed}
 
 
-def _bringing() -> tuple[gr.Dropdown, gr.File, gr.Button]:
+def _pushing(run: gr.Dropdown, size: gr.Slider) -> None:
+    """Where a run goes to the Hub, under the account of whoever signs in."""
+    with gr.Accordion("Put it on the Hugging Face Hub", open=False):
+        gr.LoginButton(size="sm")
+        with gr.Row():
+            repo = gr.Textbox(label="Repository", placeholder="my-small-model", max_length=96, min_width=240)
+            what = gr.Radio(["Pruned pipeline", "Plan alone"], value="Pruned pipeline", label="What")
+            private = gr.Checkbox(True, label="Private", info="Only you see it", min_width=120)
+        go = gr.Button("Upload")
+        report = gr.Markdown()
+    go.click(upload, [run, size, repo, what, private], report, api_visibility="private")
+
+
+def _bringing() -> tuple[gr.Dropdown, gr.File, gr.Textbox, gr.Button]:
     """Where what others learned is handed in."""
     with gr.Accordion("Bring a plan, a pruned model or EcoDiff's masks", open=False):
         gr.Markdown(
@@ -74,19 +89,27 @@ def _bringing() -> tuple[gr.Dropdown, gr.File, gr.Button]:
                 height=150,
                 min_width=240,
             )
+            repo = gr.Textbox(
+                label="Or its Hub id",
+                placeholder="user/name",
+                info="A plan, or a pruned model",
+                max_length=96,
+                min_width=240,
+            )
         take = gr.Button("Open it")
-    return dense, brought, take
+    return dense, brought, repo, take
 
 
 def row(status: dict) -> dict[str, str]:
     """A run in the table."""
+    learned = status["preset"] != "imported"
     return {
         "Name": label(status),
         "Started": when(status["created"]),
         "Model": status["model"],
         "Preset": status["preset"],
-        "Learned for": f"−{status['ratio']:.0%}",
-        "Step": f"{status['step']}/{status['steps']}",
+        "Learned for": f"−{status['ratio']:.0%}" if learned else "brought",
+        "Step": f"{status['step']}/{status['steps']}" if learned else "–",
         "State": show.STAGES[status["stage"]],
         "Kept": f"until {when(status['expires'])}" if status["expires"] else "until deleted",
     }
@@ -149,10 +172,20 @@ def fit_lora(run, percent, file):
 
 
 @told
-def bring(model, files, runs):
+def bring(model, files, repo, runs, token: gr.OAuthToken | None = None):
     """A run of what was learned elsewhere."""
-    made = service.bring(model, files or [])["run"]
+    made = service.bring(model, files or [], repo, token.token if token else "")["run"]
     return [*(runs or []), made]
+
+
+@told
+def upload(run, percent, repo, what, private, token: gr.OAuthToken | None = None):
+    """Put the pruned pipeline or its plan on the Hub."""
+    if not run or not repo.strip():
+        raise gr.Error("Choose a run, and give the repository a name.", duration=8)
+    signed = token.token if token else ""
+    found = service.push(run, percent / 100, repo.strip(), signed, what == "Plan alone", private)
+    return f"Uploaded to [{found['url']}]({found['url']})."
 
 
 @told
