@@ -13,7 +13,7 @@ from .errors import EcodiffError, UnsupportedModelError
 from .fidelity import compare, fidelity, generate
 from .filling import save_filled
 from .groups import ALL_KINDS, WORDS, denoiser_of, find_groups, unit_parameters, unrecognised
-from .heal import heal
+from .heal import facts, heal
 from .logs import be_quiet
 from .lora import save_lora, translate_lora
 from .measure import megabytes, parameters
@@ -214,14 +214,7 @@ def heal_command(options: argparse.Namespace) -> int:
             print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)
             return 130
     after = compare(pipe, small, prompts, **known.drawing())["mean"]
-    facts = {
-        "healed": f"{config.steps} steps, LoRA of rank {config.rank}, merged",
-        f"latent error, mean of {len(prompts)} prompts, before → after": (
-            f"{before['latent_error']:.4f} → {after['latent_error']:.4f}"
-        ),
-        "PSNR, before → after": f"{before['psnr']:.1f} → {after['psnr']:.1f} dB",
-    }
-    card = checkpoint.model_card(small, facts)
+    card = checkpoint.model_card(small, facts(config, before, after, len(prompts)))
     out = checkpoint.save(small, options.out, checkpoint.disk_dtype(base), card)
     rows = [
         ("latent error", f"{before['latent_error']:.4f} -> {after['latent_error']:.4f}"),

@@ -1,11 +1,13 @@
-"""What needs the device: learning, drawing, packing. The only functions that ZeroGPU runs in a worker.
+"""What needs the device: learning, drawing, healing, packing. All that ZeroGPU runs in a worker.
 
 On ZeroGPU `work` runs in a forked process that is used again while it is warm: it is told ids, paths and
 plans and gives back plain data; what it loaded stays with it. Elsewhere `spaces.GPU` does nothing and
 everything happens in this process.
 """
 
+import copy
 import hashlib
+import json
 import threading
 import time
 from collections import OrderedDict
@@ -15,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import spaces
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,12 +25,14 @@ from torch import Tensor, nn
 from . import backends, catalog, checkpoint, memory, recording
 from .compensate import Calibration, compensate_
 from .errors import EcodiffError, RunError
-from .fidelity import Sample, generate
+from .fidelity import Sample, compare, generate
 from .groups import denoiser_of
+from .heal import facts, heal
 from .plan import PrunePlan, write_small
 from .runs import STORE, Run
 from .slicing import plan_of, variant
 
+HEALED_PROMPTS = 8  # held out, to judge healing by
 VARIANTS_KEPT = 4  # each costs the memory of its cut layers only
 PACE = backends.Pace(STORE.root / "pace.json")
 
@@ -62,7 +67,7 @@ class Pipelines:
     def __init__(self):
         self._name: str | None = None
         self._dense = None
-        self._variants: OrderedDict[tuple[str, bool], object] = OrderedDict()
+        self._variants: OrderedDict[tuple[str, bool], tuple[object, int]] = OrderedDict()
         self._calibration: Calibration | None = None
 
     def dense(self, model: str):
@@ -95,19 +100,20 @@ class Pipelines:
         """The variant of a model that keeps what `plan` keeps.
 
         Args:
-            kept: a folder for compensated weights, so that no other process computes them again.
+            kept: a folder for compensated or healed weights, so that no other process computes them again.
         """
         with DEVICE:
-            dense, key = self.dense(model), (plan.digest, compensate)
-            if key not in self._variants:
+            dense, file = self.dense(model), kept and kept / f"{plan.digest}.safetensors"
+            key = (plan.digest, compensate)
+            small, stamp = self._variants.pop(key, (None, None))
+            if small is None or (compensate and stamp != _stamp(file)):  # healed since, maybe elsewhere
                 small = variant(dense, plan)
                 if compensate:
-                    self._compensate(small, dense, model, kept and kept / f"{plan.digest}.safetensors")
-                self._variants[key] = small
-            self._variants.move_to_end(key)
+                    self._compensate(small, dense, model, file)
+            self._variants[key] = small, _stamp(file)
             while len(self._variants) > VARIANTS_KEPT:
                 self._variants.popitem(last=False)
-            return self._variants[key]
+            return small
 
     def _compensate(self, small, dense, model: str, file: Path | None) -> None:
         denoiser = denoiser_of(small)
@@ -120,6 +126,13 @@ class Pipelines:
             layers = tuple(f"{name}." for name, better in updated.items() if better)
             weights = denoiser.state_dict().items()
             write_small(file, {n: w.contiguous().cpu() for n, w in weights if n.startswith(layers)}, {})
+
+
+def _stamp(file: Path | None) -> int:
+    """When a file was last written, 0 if it is not there."""
+    with suppress(OSError):
+        return file.stat().st_mtime_ns if file else 0
+    return 0
 
 
 def recordings(model: str) -> Path | None:
@@ -207,17 +220,73 @@ def _draw(
         yield samples
 
 
+def _heal(folder: str, plan: PrunePlan, steps: int) -> Iterator[dict]:
+    """Heal a run's variant, on ZeroGPU for one call; if it got closer, it takes the compensated one's place.
+
+    Yields {"step", "loss", "seconds"} after every step, and last what `healed` reads. The state is on disk.
+    """
+    run, begun, slowest = Run.open(Path(folder)), time.monotonic(), 0.0
+    known, kept = catalog.find(run.model), run.folder / "variants"
+    config, state = known.heal_config(steps=steps), run.folder / "healing" / plan.digest
+    try:
+        with FileLock(run.folder / ".lock", timeout=0):
+            with DEVICE:
+                dense = PIPELINES.dense(run.model)
+                before = PIPELINES.pruned(run.model, plan, True, kept)
+                small = copy.copy(before)  # it gets a denoiser of its own
+            healing = heal(small, dense, known.prompts("calibration"), config, state)
+            while True:
+                started = time.monotonic()
+                with DEVICE:  # others draw between steps
+                    done = next(healing, None)
+                if done is None:
+                    break
+                slowest = max(slowest, time.monotonic() - started)
+                yield {"step": done[0], "loss": done[1], "seconds": time.monotonic() - started}
+                over = time.monotonic() - begun + 1.5 * slowest > backends.CHUNK_SECONDS
+                if run.stop_requested or (backends.zerogpu() and over and done[0] < steps):
+                    healing.close()
+                    return
+            prompts = known.prompts("heldout")[:HEALED_PROMPTS]
+            with DEVICE:
+                was = compare(dense, before, prompts, **known.drawing())["mean"]
+                now = compare(dense, small, prompts, **known.drawing())["mean"]
+            result = {"before": was["latent_error"], "after": now["latent_error"], "steps": steps}
+            if result["after"] < result["before"]:
+                plain = denoiser_of(variant(dense, plan)).state_dict()
+                weights = {n: w for n, w in denoiser_of(small).state_dict().items() if not w.equal(plain[n])}
+                write_small(
+                    kept / f"{plan.digest}.safetensors",
+                    {name: weight.contiguous().cpu() for name, weight in weights.items()},
+                    {},
+                )
+                about = result | {"facts": facts(config, was, now, len(prompts))}
+                (kept / f"{plan.digest}.json").write_text(json.dumps(about), encoding="utf-8")
+            yield result
+    except Timeout:
+        raise RunError("The run is being worked on already.") from None
+
+
+def healed(folder: Path, plan: PrunePlan) -> dict | None:
+    """{"before", "after": latent error, "steps", "facts"} of a run's variant that was healed; else None."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / "variants" / f"{plan.digest}.json").read_text(encoding="utf-8"))
+    return None
+
+
 def _pack(model: str, plan: PrunePlan, compensate: bool, kept: str, folder: str) -> Iterator[str]:
     """Write the pruned pipeline to `folder`."""
     with DEVICE:
         small, started = PIPELINES.pruned(model, plan, compensate, Path(kept)), time.monotonic()
         assert plan_of(denoiser_of(small)).digest == plan.digest
-        written = checkpoint.save(small, Path(folder), checkpoint.disk_dtype(model))
+        about = healed(Path(kept).parent, plan) if compensate else None
+        card = checkpoint.model_card(small, about["facts"]) if about else ""
+        written = checkpoint.save(small, Path(folder), checkpoint.disk_dtype(model), card)
     PACE.note(model, pack=time.monotonic() - started)
     yield str(written)
 
 
-TASKS = {"learn": _learn, "draw": _draw, "pack": _pack}
+TASKS = {"learn": _learn, "draw": _draw, "heal": _heal, "pack": _pack}
 
 
 def seconds_wanted(task: str, *args, **kwargs) -> float:
@@ -230,6 +299,8 @@ def seconds_wanted(task: str, *args, **kwargs) -> float:
             return backends.CHUNK_SECONDS + backends.START_SECONDS
         rest = PACE.seconds(run.model, "load", *["step"] * left)
         return min(backends.CHUNK_SECONDS + backends.START_SECONDS, rest)
+    if task == "heal":
+        return backends.CHUNK_SECONDS + backends.START_SECONDS
     images = (1 + len(args[1])) * len(args[2]) if task == "draw" else 1
     return min(2 * backends.CHUNK_SECONDS, PACE.seconds(args[0], "load", *[task] * images))
 

@@ -128,6 +128,16 @@ def heal(
         student.requires_grad_(False)
 
 
+def facts(config: HealConfig, before: Mapping[str, float], after: Mapping[str, float], count: int) -> dict:
+    """What a healed model's card says: {what: in words}, from the means of `fidelity.compare`."""
+    errors = f"{before['latent_error']:.4f} → {after['latent_error']:.4f}"
+    return {
+        "healed": f"{config.steps} steps, LoRA of rank {config.rank}, merged",
+        f"latent error, mean of {count} prompts, before → after": errors,
+        "PSNR, before → after": f"{before['psnr']:.1f} → {after['psnr']:.1f} dB",
+    }
+
+
 def _add_lora(student: nn.Module, teacher: nn.Module, plan: Mapping[str, Tensor], config: HealConfig):
     """LoRA on every layer that lost units and has some left; returns what is trained, by name."""
     from peft import LoraConfig

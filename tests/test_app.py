@@ -27,6 +27,8 @@ ENDPOINTS = {
     "/rename",
     "/delete",
     "/bring",
+    "/heal",
+    "/push",
     "/compare",
     "/sizes",
     "/download",

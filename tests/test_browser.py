@@ -199,7 +199,7 @@ def test_the_page_sees_a_run_through_on_zerogpu(browser, tiny_sdxl, tmp_path):
         shot(page, "zerogpu-compare")
 
 
-def test_a_run_goes_to_the_hub(browser, tmp_path):
+def test_a_run_is_healed_goes_to_the_hub_and_is_deleted(browser, tmp_path):
     pipe = ecodiff.load("emoji-turbo")
     plan = ecodiff.PrunePlan(some_plan(pipe), {"model": "emoji-turbo"}).save(tmp_path / "p.safetensors")
     with hub.running() as stand_in:
@@ -213,6 +213,19 @@ def test_a_run_goes_to_the_hub(browser, tmp_path):
             page.get_by_text("Open a run by its id").click()
             page.get_by_role("textbox", name="Id", exact=True).fill(run["run"])
             button(page, "Open").click()
+
+            page.get_by_text("Heal it").click()
+            page.get_by_role("spinbutton", name="Steps").fill("10")
+            page.get_by_role("spinbutton", name="Steps").press("Tab")
+            button(page, "Heal").click()
+            page.get_by_text("of 10 · loss").wait_for(timeout=60_000)
+            shot(page, "healing")
+            button(page, "Stop healing").click()
+            page.get_by_text("Nothing is lost").wait_for()
+            button(page, "Heal").click()
+            page.get_by_text(re.compile("Closer|did not get closer")).wait_for(timeout=120_000)
+            accessible(page, "a healed run")
+
             page.get_by_text("Put it on the Hugging Face Hub").click()
             page.get_by_role("textbox", name="Repository").fill("little")
             page.get_by_role("radio", name="Plan alone").check()
@@ -229,4 +242,12 @@ def test_a_run_goes_to_the_hub(browser, tmp_path):
             shot(page, "hub")
             button(page, "Upload").click()
             page.get_by_role("link", name=f"{stand_in.address}/ann/little").wait_for(timeout=60_000)
+
+            page.once("dialog", lambda dialog: dialog.dismiss())
+            button(page, "Delete").click()
+            assert (tmp_path / "runs" / run["run"]).is_dir(), "no was the answer"
+            page.once("dialog", lambda dialog: dialog.accept())
+            button(page, "Delete").click()
+            page.get_by_text("No runs yet").wait_for()
+            assert not (tmp_path / "runs" / run["run"]).exists()
         assert ecodiff.checkpoint.PLAN_FILE in stand_in.repos["ann/little"]

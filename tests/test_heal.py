@@ -1,14 +1,18 @@
 """Healing: exact gradients through the trajectory, resumable, merged, the dense model untouched."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import ecodiff
-from ecodiff.errors import CheckpointError, PlanError
+from ecodiff import catalog, gpu, service
+from ecodiff.errors import CheckpointError, PlanError, RunError
+from ecodiff.fidelity import generate
 from ecodiff.groups import denoiser_of
 from ecodiff.heal import HealConfig, _add_lora, heal
+from ecodiff.runs import STORE
 from ecodiff.slicing import plan_of
 from ecodiff.trajectory import prompt_rows, trajectory
 
@@ -89,3 +93,35 @@ def test_it_comes_closer_goes_on_anywhere_and_leaves_the_dense_model_alone(tiny_
         next(heal(ecodiff.variant(tiny_sdxl, plan), tiny_sdxl, PROMPTS, config, tmp_path))
     with pytest.raises(PlanError, match="not pruned"):
         next(heal(tiny_sdxl, tiny_sdxl, PROMPTS, config))
+
+
+def test_a_run_is_healed_stopped_and_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "HEALED_PROMPTS", 2)
+    monkeypatch.setattr(STORE, "root", tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    groups = ecodiff.find_groups(ecodiff.load("emoji-turbo").unet)
+    plan = ecodiff.PrunePlan({g.name: torch.rand(g.size, generator=generator) > 0.3 for g in groups})
+    run = service.bring("emoji-turbo", [plan.save(tmp_path / "plan.safetensors")])["run"]
+    compensated = service.compare(run, 0.2, "red apple")
+    before = service.export(run, 0.2)["name"]
+
+    healing = service.heal(run, 0.2, 4)
+    assert [next(healing)["step"], next(healing)["step"]] == [1, 2]
+    with pytest.raises(RunError, match="being worked on"):
+        list(service.heal(run, 0.2, 4))
+    service.stop(run)
+    assert [found["stage"] for found in healing] == ["stopped"]
+    found = list(service.heal(run, 0.2, 4))
+    assert [f["step"] for f in found] == [3, 4, 4], "it goes on where it was stopped"
+
+    assert found[-1]["stage"] == "healed" and found[-1]["after"] < found[-1]["before"]
+    drawn = service.compare(run, 0.2, "red apple")
+    assert not drawn[1].latents.equal(compensated[1].latents), "images are the healed model's now"
+    assert drawn[0].latents.equal(compensated[0].latents)
+    made = service.export(run, 0.2)
+    assert made["name"] != before and "healed4" in made["name"]
+    folder = Path(made["path"]).with_suffix("")
+    assert "4 steps, LoRA of rank 16, merged" in (folder / "README.md").read_text()
+    again = ecodiff.load(folder)
+    latents_ = generate(again, "red apple", 0, **catalog.find("emoji-turbo").drawing()).latents
+    torch.testing.assert_close(latents_, drawn[1].latents, atol=0.05, rtol=0.05)  # saved as float16

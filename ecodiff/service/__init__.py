@@ -3,12 +3,13 @@
 The id of a run is its only key: whoever has it may watch, cut, compare and download that run.
 """
 
-from .drawing import MAX_PROMPTS, MAX_SIZES, compare, cut, means, plan, sizes
+from .drawing import MAX_HEALING, MAX_PROMPTS, MAX_SIZES, compare, cut, heal, means, plan, sizes
 from .files import export, lora, plan_file, push
 from .learning import EXPIRY_SECONDS, bring, delete, fail, learn, predict, rename, resume, start, status, stop
 
 __all__ = [
     "EXPIRY_SECONDS",
+    "MAX_HEALING",
     "MAX_PROMPTS",
     "MAX_SIZES",
     "bring",
@@ -17,6 +18,7 @@ __all__ = [
     "delete",
     "export",
     "fail",
+    "heal",
     "learn",
     "lora",
     "means",

@@ -5,13 +5,14 @@ from dataclasses import asdict
 from statistics import fmean
 
 from .. import catalog, gpu
-from ..errors import BudgetError
+from ..errors import BudgetError, RunError
 from ..fidelity import Sample, fidelity
 from ..plan import PrunePlan
 from ..runs import STORE
 from .learning import unit_costs
 
 MAX_SIZES, MAX_PROMPTS = 4, 32  # of one call of `sizes`
+MAX_HEALING = 2000  # steps
 
 
 def plan(run: str, ratio: float) -> PrunePlan:
@@ -40,6 +41,35 @@ def cut(run: str, ratio: float) -> dict:
         "units": sum(len(keep) for keep in made.values()),
         "kept": {name: float(keep.float().mean()) for name, keep in made.items()},
     }
+
+
+def heal(run: str, ratio: float, steps: int = 100) -> Iterator[dict]:
+    """Train what is left of a run at a size towards the dense model for a while (LoRA, merged; no images).
+
+    If that brings it closer on held-out prompts, images and downloads of that size are the healed model's
+    from then on. On ZeroGPU a call goes on for about a minute: call it again while the stage is
+    "interrupted". Stopped (see `stop`), it goes on from there too.
+
+    Yields:
+        {"stage": healing, interrupted, stopped, healed or unchanged, "step", "steps", "loss",
+        "seconds_left"}, and at the end "before" and "after", mean latent errors
+    """
+    if not 1 <= steps <= MAX_HEALING:
+        raise BudgetError(f"Healing takes 1 to {MAX_HEALING} steps.")
+    opened, made = STORE.open(run), plan(run, ratio)
+    if not opened.finished:
+        raise RunError("The run is not finished. Healing is for what is cut in the end.")
+    opened.permit()
+    found = {"stage": "healing", "step": 0, "steps": steps, "loss": None, "seconds_left": None}
+    for done in gpu.results("heal", str(opened.folder), made, steps):
+        if "after" in done:
+            stage = "healed" if done["after"] < done["before"] else "unchanged"
+            yield found | {"stage": stage, "before": done["before"], "after": done["after"]}
+            return
+        left = {"seconds_left": (steps - done["step"]) * done["seconds"]}
+        found = found | {"step": done["step"], "loss": done["loss"]} | left
+        yield found
+    yield found | {"stage": "stopped" if opened.stop_requested else "interrupted", "seconds_left": None}
 
 
 def compare(

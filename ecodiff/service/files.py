@@ -24,7 +24,8 @@ def export(run: str, ratio: float, compensate: bool = True) -> dict:
     made, opened = plan(run, ratio), STORE.open(run)
     model = made.metadata["model"]
     name = f"{model.rpartition('/')[2]}-eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}"
-    name += "" if compensate else "-uncompensated"
+    healed = gpu.healed(opened.folder, made) if compensate else None
+    name += f"-healed{healed['steps']}" if healed else "" if compensate else "-uncompensated"
     path = opened.folder / "models" / f"{name}.zip"
     if not path.exists():
         (folder,) = gpu.results(

@@ -51,6 +51,11 @@ def _plain() -> None:
     def delete(run: str) -> dict:
         return service.delete(run)
 
+    def heal(run: str, ratio: float, steps: int = 100) -> dict:
+        for found in service.heal(run, ratio, steps):  # noqa: B007 - the last one is the answer
+            pass
+        return found
+
     def push(
         run: str, ratio: float, repo: str, token: str, plan_only: bool = False, private: bool = True
     ) -> dict:
@@ -71,6 +76,7 @@ def _plain() -> None:
         (sizes, service.sizes),
         (rename, service.rename),
         (delete, service.delete),
+        (heal, service.heal),
         (push, service.push),
     ):
         function.__doc__ = source.__doc__

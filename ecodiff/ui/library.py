@@ -3,6 +3,7 @@
 import gradio as gr
 
 from .. import hub, service
+from ..errors import EcodiffError
 from ..measure import megabytes
 from . import show
 from .common import MODELS, choices, label, mine, told, when
@@ -37,6 +38,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
             translate = gr.Button("Cut it to fit")
             report = gr.Markdown()
             fitting = gr.DownloadButton("Translated LoRA", interactive=False)
+        _healing(run, size)
         if hub.offers_sign_in():
             _pushing(run, size)
     dense, brought, repo, take = _bringing()
@@ -47,7 +49,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     private = {"api_visibility": "private"}
     listed = [empty, shelf, table, run]
     rename.click(give_name, [run, name, runs], listed, **private)
-    sure = "(run, runs) => confirm('Delete this run and its files?') ? [run, runs] : ['', runs]"
+    sure = "(run, runs) => confirm('Delete this run and its files?') ? [run, runs] : [null, runs]"
     delete.click(remove, [run, runs], [runs, *listed], js=sure, **private)
     make.click(files, [run, size], [plan, model, about, code], **private)
     translate.click(fit_lora, [run, size, lora], [report, fitting], **private)
@@ -56,6 +58,24 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     taken = take.click(bring, [dense, brought, repo, runs], runs, **private)
     taken.success(refresh, [runs, run], listed, **private)
     return {"refresh": refresh, "inputs": [runs, run], "outputs": listed}
+
+
+def _healing(run: gr.Dropdown, size: gr.Slider) -> None:
+    """Where what is left of a run is trained for a while."""
+    with gr.Accordion("Heal it: train what is left for a while", open=False):
+        gr.Markdown(
+            "For large cuts. What is left learns to draw what the dense model draws, from prompts alone. "
+            "Minutes do little; hours were not tried. If images get closer, images and downloads of this "
+            "size are the healed model's from then on; if not, nothing changes."
+        )
+        steps = gr.Slider(10, 500, value=100, step=10, label="Steps", info="Each is a few generations long")
+        with gr.Row():
+            go, end = gr.Button("Heal"), gr.Button("Stop healing", variant="stop", interactive=False)
+        report, turn = gr.Markdown(), gr.State(0)
+    private = {"api_visibility": "private", "concurrency_limit": 2}
+    for event in (go.click, turn.change):
+        event(mend, [run, size, steps, turn], [report, go, end, turn], show_progress="hidden", **private)
+    end.click(lambda run: service.stop(run) and None, run, None, queue=False, api_visibility="private")
 
 
 def _pushing(run: gr.Dropdown, size: gr.Slider) -> None:
@@ -169,6 +189,22 @@ def fit_lora(run, percent, file):
     made = service.lora(run, percent / 100, file)
     dropped = "".join(f"\n- `{name}` dropped: {why}" for name, why in made["dropped"].items())
     return made["report"] + dropped, gr.DownloadButton(made["name"], value=made["path"], interactive=True)
+
+
+@told
+def mend(run, percent, steps, turn):
+    """Heal a run at a size. On ZeroGPU in calls of a minute: one that ends early starts the next."""
+    if not run:
+        raise gr.Error("Choose a run first.", duration=8)
+    yield "Starting.", gr.Button(interactive=False), gr.Button(interactive=True), gr.skip()
+    idle = gr.Button(interactive=True), gr.Button(interactive=False)
+    try:
+        for found in service.heal(run, percent / 100, int(steps)):
+            yield show.healing(found), gr.skip(), gr.skip(), gr.skip()
+    except EcodiffError as error:
+        yield str(error), *idle, gr.skip()
+        return
+    yield show.healing(found), *idle, turn + 1 if found["stage"] == "interrupted" else gr.skip()
 
 
 @told

@@ -271,3 +271,24 @@ def benchmark(found: dict) -> str:
 
 def _error(value: float) -> str:
     return f"{value:.3f}" if value >= 0.1 else f"{value:.2g}" if value >= 1e-4 else f"{value:.5f}"
+
+
+def healing(found: dict) -> str:
+    """Where healing is, in words."""
+    if found["stage"] == "healed":
+        return (
+            f"**Closer.** Mean latent error of held-out prompts: {found['before']:.4f} before, "
+            f"{found['after']:.4f} after {found['steps']} steps. Images and downloads of this size are the "
+            "healed model's now."
+        )
+    if found["stage"] == "unchanged":
+        return (
+            f"It did not get closer ({found['before']:.4f} before, {found['after']:.4f} after "
+            f"{found['steps']} steps), so nothing was changed."
+        )
+    where = f"Step {found['step']} of {found['steps']}"
+    if found["stage"] == "stopped":
+        return f"Stopped at step {found['step']}. Nothing is lost: with the same number of steps it goes on."
+    if found["loss"] is not None:
+        where += f" · loss {found['loss']:.4f}"
+    return where + (f" · {duration(found['seconds_left'])} left" if found["seconds_left"] else "")
