@@ -63,6 +63,7 @@ class Run:
     created: float = 0.0
     name: str = ""
     imported: bool = False  # nothing is learned: what others learned was brought
+    visitor: str = ""  # who started it, on a server that is shared: a hash
 
     @property
     def id(self) -> str:
@@ -306,7 +307,8 @@ class Run:
 
 def _check(run: Run) -> None:
     """Raise TypeError unless what a run.json said is of the right kinds."""
-    words, numbers = (run.model, run.preset, run.name, *run.prompts), (run.created, run.config.total_steps)
+    words = (run.model, run.preset, run.name, run.visitor, *run.prompts)
+    numbers = (run.created, run.config.total_steps)
     if not isinstance(run.prompts, list) or not all(isinstance(word, str) for word in words):
         raise TypeError("its words are no words")
     if not all(isinstance(number, (int, float)) for number in numbers):
@@ -342,6 +344,12 @@ class RunStore:
         if not (self.root / run_id / "run.json").is_file():
             raise RunError("There is no such run any more. It may have expired.")
         return Run.open(self.root / run_id)
+
+    def runs(self) -> Iterator[Run]:
+        """All runs that can be read."""
+        for file in self.root.glob("*/run.json"):
+            with contextlib.suppress(RunError):
+                yield Run.open(file.parent)
 
     def delete(self, run: Run) -> None:
         """Delete a run's folder. Raises CheckpointError if that fails."""

@@ -1,9 +1,11 @@
 """The page by its named endpoints, through gradio_client, on the real app.py."""
 
+import ast
 import hashlib
 import time
 import zipfile
 
+import httpx
 import pytest
 import torch
 from gradio_client import Client, handle_file
@@ -12,8 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ecodiff
+from ecodiff.service import limits
 
-from .server import serve
+from .server import ROOT, serve
+from .test_checkpoint import some_plan
 
 ENDPOINTS = {
     "/predict",
@@ -56,6 +60,25 @@ def test_endpoints_are_named_and_described(client):
     named = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     assert set(named) == ENDPOINTS
     assert all(about.get("description") for about in named.values())
+
+
+def test_the_readme_has_an_example_of_each(client):
+    """Every endpoint is in it, called by names that it has."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = next(part for part in readme.split("```") if "from gradio_client import" in part)
+    calls = [node for node in ast.walk(ast.parse(block.removeprefix("python"))) if isinstance(node, ast.Call)]
+    examples = [
+        {word.arg: ast.unparse(word.value).strip("'") for word in call.keywords}
+        for call in calls
+        if getattr(call.func, "attr", "") == "predict"
+    ]
+    assert {example["api_name"] for example in examples} == ENDPOINTS
+    named = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    for example in examples:
+        parameters = {p["parameter_name"]: p for p in named[example.pop("api_name")]["parameters"]}
+        assert set(example) <= set(parameters)
+        needed = {name for name, p in parameters.items() if not p["parameter_has_default"]}
+        assert needed <= set(example), "an argument that has no default is missing"
 
 
 def test_the_main_job(client, tmp_path):
@@ -147,7 +170,46 @@ def test_bad_requests_are_one_sentence(client, arguments, endpoint, message):
 
 
 def test_files_of_the_machine_are_not_served(client):
-    import httpx
-
     for path in ("/etc/passwd", "app.py", "../app.py", "ecodiff/cli.py"):
         assert httpx.get(f"{client.src}gradio_api/file={path}").status_code in (403, 404)
+
+
+def test_visitors_of_a_shared_server(tmp_path):
+    """Each has a share of it, and none finds what is another's."""
+    plan = ecodiff.PrunePlan(some_plan(ecodiff.load("emoji-turbo"))).save(tmp_path / "plan.safetensors")
+    with serve(tmp_path, ECODIFF_SHARED="1") as url:
+        ann, bob = (
+            Client(url, verbose=False, headers={"x-forwarded-for": address, "x-ip-token": address})
+            for address in ("192.0.2.1", "192.0.2.2")
+        )
+
+        def bring(client):
+            return client.predict("emoji-turbo", [handle_file(plan)], api_name="/bring")["run"]
+
+        hers = [bring(ann) for _ in range(limits.MAX_RUNS)]
+        with pytest.raises(AppError, match="as many as one visitor may keep"):
+            bring(ann)
+        his = bring(bob)
+        ann.predict(hers.pop(), api_name="/delete")
+        hers.append(bring(ann))
+
+        started = [bob.predict("emoji-turbo", 0.2, "fast", 0, api_name="/prune_start") for _ in range(2)]
+        with pytest.raises(AppError, match="learning or waiting already"):
+            bob.predict("emoji-turbo", 0.2, "fast", 0, api_name="/prune_start")
+        for status in started:
+            bob.predict(status["run"], api_name="/prune_stop")
+
+        # No answer and no address tells of a run to whom its id was not given.
+        known = {path.name for path in (tmp_path / "runs").iterdir()}
+        assert {*hers, his} <= known
+        pages = [f"{url}/", f"{url}/config", f"{url}/gradio_api/info"]
+        places = (tmp_path / "runs", tmp_path, tmp_path / "salt", f"{tmp_path}/runs/../salt")
+        pages += [f"{url}/gradio_api/file={place}" for place in places] + [f"{url}/gradio_api/queue/status"]
+        for page in pages:
+            answer = httpx.get(page)
+            assert not any(run in answer.text for run in known), page
+            assert "salt" not in page or answer.status_code in (403, 404), page
+        near = his[:-1] + ("0" if his[-1] != "0" else "1")
+        with pytest.raises(AppError, match="no such run"):
+            ann.predict(near, api_name="/prune_status")
+        assert "192.0.2" not in "".join(p.read_text() for p in (tmp_path / "runs").glob("*/run.json"))

@@ -16,10 +16,12 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from ecodiff import backends, catalog, gpu
+from ecodiff.plan import PrunePlan
 from ecodiff.runs import Run
 from ecodiff.scores import Scores
 
 from .server import free_port, serve
+from .test_checkpoint import some_plan
 
 SEVERAL = {"CHUNK_SECONDS": "1"}  # of learning a call: the tiny model takes several
 ONE_STEP = {"CHUNK_SECONDS": "0"}  # a call makes one step at least: here just that, however fast it is
@@ -145,6 +147,17 @@ def test_stop_resume_two_visitors_and_no_quota(model, reference, tmp_path):
         assert learn(client, first)["stage"] == learn(client, second)["stage"] == "finished"
     for run in (first, second):
         assert same(Run.open(tmp_path / "runs" / run).scores(), reference)
+
+
+def test_healing_goes_on_call_after_call(model, tiny_sdxl, tmp_path):
+    plan = PrunePlan(some_plan(tiny_sdxl)).save(tmp_path / "plan.safetensors")
+    with space(tmp_path, **ONE_STEP) as (client, asked):
+        run = client.predict(model, [handle_file(plan)], api_name="/bring")["run"]
+        found = [client.predict(run, 0.2, 3, api_name="/heal") for _ in range(3)]
+        assert [f["step"] for f in found] == [1, 2, 3]
+        assert [f["stage"] for f in found[:2]] == ["interrupted"] * 2
+        assert found[2]["stage"] in ("healed", "unchanged") and found[2]["before"] > 0
+        assert len(asked("/schedule")) == 3
 
 
 def test_what_a_call_asks_for(model, tmp_path, monkeypatch):

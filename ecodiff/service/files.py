@@ -8,6 +8,7 @@ from .. import catalog, checkpoint, gpu, hub
 from ..errors import CheckpointError
 from ..lora import save_lora, translate
 from ..runs import STORE
+from . import limits
 from .drawing import plan
 from .learning import empty_denoiser
 
@@ -28,6 +29,7 @@ def export(run: str, ratio: float, compensate: bool = True) -> dict:
     name += f"-healed{healed['steps']}" if healed else "" if compensate else "-uncompensated"
     path = opened.folder / "models" / f"{name}.zip"
     if not path.exists():
+        limits.require_bytes()
         (folder,) = gpu.results(
             "pack", model, made, compensate, str(opened.folder / "variants"), str(path.with_suffix(""))
         )
@@ -67,6 +69,7 @@ def lora(run: str, ratio: float, file: str) -> dict:
         {"path", "name", "report": what was done, in words, "dropped": {layer: why}}
     """
     made, folder = plan(run, ratio), STORE.open(run).folder / "loras"
+    limits.require_bytes()
     known = catalog.find(made.metadata["model"])
     pipeline, component = checkpoint.classes(known.name)
     tensors, report = translate(file, pipeline, component, made, empty_denoiser(known.name))

@@ -14,6 +14,7 @@ from ..groups import ALL_KINDS, PRESET_KINDS, find_groups, unrecognised
 from ..jobs import WORKER
 from ..runs import STORE, Run
 from ..scores import Scores
+from . import limits
 
 EXPIRY_SECONDS = 24 * 3600  # on a Space; at home runs are kept
 
@@ -103,8 +104,10 @@ def start(
     _checked(ratio, unit_costs(known.name, config.kinds)[0])
     if os.environ.get("SPACE_ID"):
         STORE.sweep(EXPIRY_SECONDS)
+    limits.require_room(learning=True)
     prompts = known.prompts("calibration")
     run = Run.create(STORE.new_folder(), model, config, prompts, preset)
+    limits.admit(run)
     if not backends.zerogpu():
         WORKER.submit(run)
     return status(run.id)
@@ -121,10 +124,13 @@ def bring(model: str, files: Sequence[str] = (), repo: str = "", token: str = ""
         token: to read `repo` with; empty: as anybody may. The server's own is not used.
     """
     known = _known(model)
+    limits.require_room()
     if repo.strip():
         files = [hub.pull_plan(repo.strip(), token or False)]
     config = known.learn_config("fast", 0.2)
-    return status(Run.bring(STORE.new_folder(), known.name, config, files).id)
+    run = Run.bring(STORE.new_folder(), known.name, config, files)
+    limits.admit(run)
+    return status(run.id)
 
 
 def learn(run: str) -> Iterator[dict]:

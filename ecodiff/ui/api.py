@@ -84,16 +84,20 @@ def _plain() -> None:
 
 
 def _with_images() -> None:
-    """/compare: gr.api passes plain data only, so images need components."""
+    """/compare: gr.api passes plain data only, so images need components.
+
+    A component without a value would have to be given: 0 steps and guidance below 0 are the model's own.
+    """
     run, ratio, prompt = gr.Textbox(visible=False), gr.Number(visible=False), gr.Textbox(visible=False)
-    seed, steps = gr.Number(0, precision=0, visible=False), gr.Number(None, precision=0, visible=False)
-    guidance, compensated = gr.Number(None, visible=False), gr.Checkbox(True, visible=False)
+    seed, steps = gr.Number(0, precision=0, visible=False), gr.Number(0, precision=0, visible=False)
+    guidance, compensated = gr.Number(-1, visible=False), gr.Checkbox(True, visible=False)
     dense = gr.Image(visible=False, format="png")
     pruned = gr.Image(visible=False, format="png")
 
     @told
     def compare(run, ratio, prompt, seed, steps, guidance_scale, compensate=True):
-        asked = (run, ratio, prompt, seed or 0, steps or None, guidance_scale, compensate)
+        own = guidance_scale is None or guidance_scale < 0
+        asked = (run, ratio, prompt, seed or 0, steps or None, None if own else guidance_scale, compensate)
         a, b, found = service.compare(*asked)
         return a.image, b.image, found
 

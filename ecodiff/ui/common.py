@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable
 
 import gradio as gr
+from gradio.context import LocalContext
 
 from .. import catalog, service
 from ..errors import EcodiffError
 from ..groups import WORDS
+from ..service import limits
 
 MODELS = [(model.title, model.name) for model in catalog.MODELS.values()]
 PRESETS = [
@@ -34,11 +36,21 @@ def readable(error: Exception) -> gr.Error:
     return error
 
 
+def address() -> str:
+    """Where the request that is being answered comes from, as far as can be told."""
+    request = LocalContext.request.get(None)
+    if request is None:
+        return ""
+    forwarded = request.headers.get("x-forwarded-for", "").partition(",")[0].strip()  # a Space has a proxy
+    return forwarded or getattr(request.client, "host", "")
+
+
 def told(function: Callable) -> Callable:
-    """Turn ecodiff's errors into Gradio's, so that the person reads their text."""
+    """Turn ecodiff's errors into Gradio's, so that the person reads their text; note who it is."""
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
+        limits.come_from(address())
         try:
             return function(*args, **kwargs)
         except (EcodiffError, gr.Error) as error:
