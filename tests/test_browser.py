@@ -251,3 +251,52 @@ def test_a_run_is_healed_goes_to_the_hub_and_is_deleted(browser, tmp_path):
             page.get_by_text("No runs yet").wait_for()
             assert not (tmp_path / "runs" / run["run"]).exists()
         assert ecodiff.checkpoint.PLAN_FILE in stand_in.repos["ann/little"]
+
+
+WHERE = """() => {
+    const at = document.activeElement, said = at.getAttribute('aria-label') || at.innerText
+        || (at.labels && at.labels[0] && at.labels[0].innerText) || '';
+    return [at.tagName, said.trim(), getComputedStyle(at).outlineStyle];
+}"""
+
+
+def test_the_page_by_keyboard(browser, url):
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.goto(url)
+    page.get_by_text("Can be removed at most").wait_for()
+
+    def go(*name):
+        """Tab until it is reached; wherever the focus is on the way, it can be seen."""
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            tag, said, outline = page.evaluate(WHERE)
+            assert tag == "BODY" or outline != "none", f"nobody sees that the focus is on {said or tag}"
+            if said.startswith(name):
+                return
+        raise AssertionError(f"the keyboard does not reach {name}")
+
+    go("number input for Remove")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("15")
+    go("Prune")
+    page.keyboard.press("Enter")
+    button(page, "Stop").wait_for(timeout=60_000)
+    go("Stop")
+    page.keyboard.press("Enter")
+    page.get_by_text("Nothing is lost").wait_for(timeout=60_000)
+    for tab, first in (("Compare", "Pruned model"), ("Sizes", "Pruned model"), ("Library", "Bring a plan")):
+        go(tab)
+        page.keyboard.press("Enter")
+        go(first)
+    page.keyboard.press("Enter")  # opens what is folded
+    go("Open it")
+    go("Open a run by its id")
+    page.keyboard.press("Enter")
+    go("Id")
+    page.keyboard.type("0" * 32)
+    go("Open")
+    page.keyboard.press("Enter")
+    page.get_by_text("There is no such run any more").wait_for()
+    go("About")
+    page.keyboard.press("Enter")
+    page.get_by_text("What it does not do").wait_for()

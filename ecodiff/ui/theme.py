@@ -34,6 +34,9 @@ CSS = """
 .gradio-container { max-width: 1100px !important; margin: 0 auto !important; width: 100%; }
 .gradio-container main { width: 100%; }
 #title h1 { margin-bottom: 0; }
+/* Where the keyboard is: Gradio hides it on most of its inputs. */
+.gradio-container :is(button, input, textarea, a, [role="region"]):focus-visible {
+  outline: 2px solid var(--primary-600) !important; outline-offset: 2px !important; }
 #history, #history .grid-wrap { height: auto !important; min-height: 0 !important; }
 #history .grid-container { grid-template-columns: repeat(auto-fill, 104px) !important; }
 #history .thumbnail-item { aspect-ratio: 1; }
