@@ -249,6 +249,7 @@ def save(pipe, folder: str | Path, dtype: torch.dtype | None = None, card: str =
         raise CheckpointError(f"Could not write {folder}: {error}.") from None
     try:
         pipe.save_pretrained(partial)
+        open_in_one_dtype(partial)
         plan.save(partial / PLAN_FILE)
         (partial / "README.md").write_text(card or model_card(pipe), encoding="utf-8")
         partial.chmod(0o755)
@@ -262,6 +263,15 @@ def save(pipe, folder: str | Path, dtype: torch.dtype | None = None, card: str =
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def open_in_one_dtype(folder: Path) -> None:
+    """Where no dtype is asked for, diffusers opens its models in float32, and transformers its own in the
+    type that their config names: text encoders in half precision would meet a denoiser that is not."""
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if "dtype" in config:
+            file.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
 
 def _cast(pipe, dtype: torch.dtype):
@@ -308,6 +318,7 @@ pipe = DiffusionPipeline.from_pretrained("THIS FOLDER", trust_remote_code=True)
 image = pipe("a prompt").images[0]
 ```
 
+It opens in float32; on a GPU give `torch_dtype=torch.float16` (or `bfloat16`) as well.
 `trust_remote_code` runs `{name}/{ecodiff_sliced_v1.NAME}.py`, which only gives the layers their
 smaller shapes. With ecodiff {version("ecodiff") if _installed() else ""} installed,
 `ecodiff.load("THIS FOLDER")` needs no remote code. The licence is the base model's.

@@ -9,6 +9,7 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from .checkpoint import open_in_one_dtype
 from .errors import CheckpointError, PlanError
 from .groups import ALL_KINDS, denoiser_name, denoiser_of, find_groups
 from .slicing import kept_features, plan_of
@@ -81,6 +82,7 @@ def save_filled(pipe, out: str | Path, dtype: torch.dtype | None = None) -> Path
         }
         whole.register_modules(**{n: p.to(dtype) if dtype else p for n, p in parts.items()})
         whole.save_pretrained(out)
+        open_in_one_dtype(out)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"Could not write {out}: {error}. Is the disk full?") from None
     return out

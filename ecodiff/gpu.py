@@ -220,6 +220,24 @@ def _draw(
         yield samples
 
 
+def _draw_loras(
+    model: str, plan: PrunePlan, kept: str, files: tuple[str, str], prompt: str, seed: int, options: dict
+) -> Iterator[Sample]:
+    """One prompt with the dense model and a LoRA, then with the pruned one and the LoRA cut to fit."""
+    with DEVICE:
+        for pipe, file in zip(
+            (PIPELINES.dense(model), PIPELINES.pruned(model, plan, True, Path(kept))), files, strict=True
+        ):
+            try:
+                pipe.load_lora_weights(file)
+                yield generate(pipe, prompt, seed, **options)
+            except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+                words = str(error).splitlines() or [type(error).__name__]
+                raise RunError(f"diffusers could not load this LoRA: {words[0][:200]}") from None
+            finally:
+                pipe.unload_lora_weights()
+
+
 def _heal(folder: str, plan: PrunePlan, steps: int) -> Iterator[dict]:
     """Heal a run's variant, on ZeroGPU for one call; if it got closer, it takes the compensated one's place.
 
@@ -286,7 +304,7 @@ def _pack(model: str, plan: PrunePlan, compensate: bool, kept: str, folder: str)
     yield str(written)
 
 
-TASKS = {"learn": _learn, "draw": _draw, "heal": _heal, "pack": _pack}
+TASKS = {"learn": _learn, "draw": _draw, "draw_loras": _draw_loras, "heal": _heal, "pack": _pack}
 
 
 def seconds_wanted(task: str, *args, **kwargs) -> float:
@@ -301,8 +319,9 @@ def seconds_wanted(task: str, *args, **kwargs) -> float:
         return min(backends.CHUNK_SECONDS + backends.START_SECONDS, rest)
     if task == "heal":
         return backends.CHUNK_SECONDS + backends.START_SECONDS
-    images = (1 + len(args[1])) * len(args[2]) if task == "draw" else 1
-    return min(2 * backends.CHUNK_SECONDS, PACE.seconds(args[0], "load", *[task] * images))
+    images = (1 + len(args[1])) * len(args[2]) if task == "draw" else 2 if task == "draw_loras" else 1
+    pace = "draw" if task == "draw_loras" else task
+    return min(2 * backends.CHUNK_SECONDS, PACE.seconds(args[0], "load", *[pace] * images))
 
 
 # One function for all tasks: ZeroGPU keeps a worker a function, and this one's pipelines serve them all.

@@ -24,6 +24,7 @@ ENDPOINTS = {
     "/prune_start",
     "/prune_status",
     "/lora",
+    "/lora_images",
     "/prune_step",
     "/prune_stop",
     "/prune_resume",
@@ -148,6 +149,14 @@ def test_the_main_job(client, tmp_path):
     fitting, made = client.predict(run, 0.2, given, api_name="/lora")
     kept = small.unet.get_submodule(layer.removeprefix("unet.")).out_features
     assert load_file(fitting)[f"{layer}.lora_B.weight"].shape == (kept, 2), made["report"]
+
+    def drawn():
+        return [Image.open(path).tobytes() for path in client.predict(*asked, api_name="/compare")[:2]]
+
+    asked = (run, 0.2, "red apple", 3)
+    before, with_lora = drawn(), client.predict(run, 0.2, given, *asked[2:], api_name="/lora_images")
+    assert all(Image.open(path).tobytes() != plain for path, plain in zip(with_lora, before, strict=True))
+    assert drawn() == before, "the LoRA stayed in the pipelines"
 
 
 @pytest.mark.parametrize(

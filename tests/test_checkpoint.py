@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import ecodiff
-from ecodiff.checkpoint import PLAN_FILE
+from ecodiff.checkpoint import PLAN_FILE, disk_dtype
 from ecodiff.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from ecodiff.groups import ALL_KINDS, denoiser_of
 from ecodiff.slicing import plan_of
@@ -33,6 +34,14 @@ pipe.save_pretrained("{folder}-again")
 _, again = draw("{folder}-again")
 save_file({{"latents": latents.contiguous(), "again": again.contiguous()}}, "{folder}.latents")
 """
+
+
+def drawn_by_diffusers_alone(folder, pipe) -> dict[str, torch.Tensor]:
+    """Latents of PROMPT by a process without ecodiff: {"latents", "again": saved by it and reloaded}."""
+    script = PLAIN.format(folder=folder, prompt=PROMPT, short=short(pipe), threads=torch.get_num_threads())
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return load_file(f"{folder}.latents")
 
 
 def some_plan(pipe, seed=0, empty=True):
@@ -62,15 +71,20 @@ def test_reloads_bit_exactly_both_ways_and_again(pipe, tmp_path):
     assert plan_of(denoiser_of(loaded)).digest == plan_of(denoiser_of(small)).digest
     assert ecodiff.PrunePlan.load(folder / PLAN_FILE).digest == plan_of(denoiser_of(small)).digest
 
-    script = PLAIN.format(folder=folder, prompt=PROMPT, short=short(pipe), threads=torch.get_num_threads())
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    from safetensors.torch import load_file
-
-    for name, found in load_file(f"{folder}.latents").items():
+    for name, found in drawn_by_diffusers_alone(folder, pipe).items():
         assert torch.equal(found, expected), name
     suffixes = {file.suffix for file in folder.rglob("*") if file.is_file()}
     assert suffixes <= {".safetensors", ".json", ".py", ".md", ".txt"}, "no pickles"
+
+
+@pytest.mark.parametrize("model", ["emoji-sdxl", "emoji-flux"])
+def test_what_ships_in_half_precision_opens_without_a_word_of_it(model, tmp_path):
+    dense = ecodiff.load(model)
+    small = ecodiff.variant(dense, some_plan(dense, empty=False))
+    folder = ecodiff.save(small, tmp_path / "small", dtype=disk_dtype(model))
+    expected = latents(ecodiff.load(folder))
+    found = drawn_by_diffusers_alone(folder, dense)["latents"]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_pipeline_sliced_in_place_opens_too(pipe, tmp_path):

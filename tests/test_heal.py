@@ -17,7 +17,7 @@ from ecodiff.slicing import plan_of
 from ecodiff.trajectory import prompt_rows, trajectory
 
 from .conftest import PROMPT, latents, short
-from .test_checkpoint import some_plan
+from .test_checkpoint import drawn_by_diffusers_alone, some_plan
 
 pytest.importorskip("peft")
 CONFIG = HealConfig(steps=4, batch=2, trajectories=4, rank=2, rate=1e-3, inference_steps=3)
@@ -122,6 +122,7 @@ def test_a_run_is_healed_stopped_and_gone_on_with(tmp_path, monkeypatch):
     assert made["name"] != before and "healed4" in made["name"]
     folder = Path(made["path"]).with_suffix("")
     assert "4 steps, LoRA of rank 16, merged" in (folder / "README.md").read_text()
+    assert drawn_by_diffusers_alone(folder, ecodiff.load("emoji-turbo"))["latents"].isfinite().all()
     again = ecodiff.load(folder)
     latents_ = generate(again, "red apple", 0, **catalog.find("emoji-turbo").drawing()).latents
     torch.testing.assert_close(latents_, drawn[1].latents, atol=0.05, rtol=0.05)  # saved as float16

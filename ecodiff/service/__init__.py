@@ -4,7 +4,7 @@ The id of a run is its only key: whoever has it may watch, cut, compare and down
 """
 
 from .drawing import MAX_HEALING, MAX_PROMPTS, MAX_SIZES, compare, cut, heal, means, plan, sizes
-from .files import export, lora, plan_file, push
+from .files import export, lora, lora_images, plan_file, push
 from .learning import EXPIRY_SECONDS, bring, delete, fail, learn, predict, rename, resume, start, status, stop
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "heal",
     "learn",
     "lora",
+    "lora_images",
     "means",
     "plan",
     "plan_file",

@@ -5,7 +5,8 @@ import zipfile
 from pathlib import Path
 
 from .. import catalog, checkpoint, gpu, hub
-from ..errors import CheckpointError
+from ..errors import BudgetError, CheckpointError
+from ..fidelity import Sample
 from ..lora import save_lora, translate
 from ..runs import STORE
 from . import limits
@@ -76,6 +77,23 @@ def lora(run: str, ratio: float, file: str) -> dict:
     name = f"{Path(file).stem[:60]}-eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}.safetensors"
     path = save_lora(tensors, folder / name, made)
     return {"path": str(path), "name": name, "report": report.words(), "dropped": report.dropped}
+
+
+def lora_images(run: str, ratio: float, file: str, prompt: str, seed: int = 0) -> tuple[Sample, Sample]:
+    """See what a LoRA became: one prompt, from the same noise, as in `compare`.
+
+    Args:
+        file: as in `lora`.
+
+    Returns:
+        dense model with the LoRA as it is, pruned model with the LoRA cut to fit
+    """
+    if not prompt.strip():
+        raise BudgetError("Write a prompt first: what should be drawn?")
+    fitting, made = lora(run, ratio, file), plan(run, ratio)
+    known = catalog.find(made.metadata["model"])
+    asked = (str(STORE.open(run).folder / "variants"), (file, fitting["path"]), prompt, int(seed))
+    return tuple(gpu.results("draw_loras", known.name, made, *asked, known.drawing()))
 
 
 def plan_file(run: str, ratio: float) -> str:

@@ -115,6 +115,8 @@ def _with_files() -> None:
     model, file, facts = gr.Textbox(visible=False), gr.File(visible=False), gr.JSON(visible=False)
     one = gr.File(visible=False, file_types=[".safetensors"])
     repo, token = gr.Textbox("", visible=False), gr.Textbox("", visible=False)
+    prompt, seed = gr.Textbox(visible=False), gr.Number(0, precision=0, visible=False)
+    images = [gr.Image(visible=False, format="png") for _ in range(2)]
     several = gr.File(visible=False, file_count="multiple", file_types=[".safetensors", ".zip", ".pt"])
 
     @told
@@ -131,8 +133,13 @@ def _with_files() -> None:
     def bring(model, files=None, repo="", token=""):
         return service.bring(model, files or [], repo or "", token or "")
 
+    @told
+    def lora_images(run, ratio, file, prompt, seed=0):
+        return tuple(sample.image for sample in service.lora_images(run, ratio, file, prompt, seed or 0))
+
     _endpoint(download, [run, ratio, compensated], [file, facts], service.export)
     _endpoint(lora, [run, ratio, one], [file, facts], service.lora)
+    _endpoint(lora_images, [run, ratio, one, prompt, seed], images, service.lora_images)
     _endpoint(told(service.plan_file), [run, ratio], file, service.plan_file)
     _endpoint(bring, [model, several, repo, token], facts, service.bring)
 

@@ -35,8 +35,17 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
         with gr.Accordion("Use a LoRA of the dense model", open=False):
             gr.Markdown("A LoRA that was made for the dense model, cut to fit this run at this size.")
             lora = gr.File(label="LoRA (.safetensors)", file_types=[".safetensors"], height=150)
-            translate = gr.Button("Cut it to fit")
+            lora_prompt = gr.Textbox(
+                label="Prompt of a preview", max_length=500, info="With the words that wake the LoRA"
+            )
+            with gr.Row():
+                translate, preview = gr.Button("Cut it to fit"), gr.Button("Preview")
             report = gr.Markdown()
+            with gr.Row(visible=False) as pair:
+                shown = [
+                    gr.Image(label=label, interactive=False, format="png", height=260, min_width=240)
+                    for label in ("Dense, with the LoRA", "Pruned, with the LoRA cut to fit")
+                ]
             fitting = gr.DownloadButton("Translated LoRA", interactive=False)
         _healing(run, size)
         if hub.offers_sign_in():
@@ -53,6 +62,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     delete.click(remove, [run, runs], [runs, *listed], js=sure, **private)
     make.click(files, [run, size], [plan, model, about, code], **private)
     translate.click(fit_lora, [run, size, lora], [report, fitting], **private)
+    preview.click(preview_lora, [run, size, lora, lora_prompt], [pair, *shown], **private)
     opened = add.click(open_run, [known, runs], runs, **private)
     opened.success(refresh, [runs, run], listed, **private)
     taken = take.click(bring, [dense, brought, repo, runs], runs, **private)
@@ -189,6 +199,15 @@ def fit_lora(run, percent, file):
     made = service.lora(run, percent / 100, file)
     dropped = "".join(f"\n- `{name}` dropped: {why}" for name, why in made["dropped"].items())
     return made["report"] + dropped, gr.DownloadButton(made["name"], value=made["path"], interactive=True)
+
+
+@told
+def preview_lora(run, percent, file, prompt):
+    """The LoRA on the dense model, and cut to fit on the pruned one."""
+    if not run or not file:
+        raise gr.Error("Choose a run and a LoRA file first.", duration=8)
+    dense, pruned = service.lora_images(run, percent / 100, file, prompt)
+    return gr.Row(visible=True), dense.image, pruned.image
 
 
 @told

@@ -70,7 +70,7 @@ def _ship(pipe, options, emojis, images, facts: dict[str, str]) -> None:
 
 RECIPES = {  # and steps of the denoiser
     "emoji-sdxl": (train_sdxl, 9000),
-    "emoji-flux": (train_flux, 14500),
+    "emoji-flux": (train_flux, 20000),
     "emoji-turbo": (train_turbo, 1600),
 }
 
