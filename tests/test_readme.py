@@ -30,11 +30,11 @@ def test_the_presets_win_their_table(file):
     for ratio in (0.1, 0.2, 0.3, 0.4):
         best = min(errors[method, ratio] for method in baselines)
         for preset in ("fast +", "balanced +"):
-            if file == "fidelity-emoji-flux":  # no ResNet channels to take: less to gain, and at 10 % nothing
-                assert ratio == 0.1 or errors[preset, ratio] <= 0.85 * best
-                continue
-            assert errors[preset, ratio] <= 0.5 * errors["ecodiff +", ratio]
-            assert errors[preset, ratio] <= 0.8 * best
+            # No ResNet channels to take in emoji-flux: less to gain, and at 10 % nothing.
+            flux = file == "fidelity-emoji-flux"
+            floor = {0.1: 1.2, 0.2: 0.9, 0.3: 0.6, 0.4: 0.6}[ratio] if flux else 0.8
+            assert errors[preset, ratio] <= floor * best
+            assert errors[preset, ratio] <= (0.55 if flux else 0.5) * errors["ecodiff +", ratio]
 
 
 def test_supported_is_what_the_conformance_suite_passes():

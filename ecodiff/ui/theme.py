@@ -34,6 +34,7 @@ CSS = """
 .gradio-container { max-width: 1100px !important; margin: 0 auto !important; width: 100%; }
 .gradio-container main { width: 100%; }
 #title h1 { margin-bottom: 0; }
+.gradio-container .label-wrap { text-align: left; }
 /* Where the keyboard is: Gradio hides it on most of its inputs. */
 .gradio-container :is(button, input, textarea, a, [role="region"]):focus-visible {
   outline: 2px solid var(--primary-600) !important; outline-offset: 2px !important; }
