@@ -2,8 +2,8 @@
 
     python benchmarks/full_size.py        about 11 GB of memory and 10 GB of disk
 
-The UNet is the published one (2,567,463,684 parameters, bfloat16); the text encoders have its widths
-but one layer each, and the autoencoder is tiny: neither is pruned. Latents are 16x16, two time steps.
+The UNet is the published one (2,567,463,684 parameters, bfloat16), the rest is small (random_weights.py).
+Latents are 16x16, two time steps.
 """
 
 import argparse
@@ -16,58 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from random_weights import pipeline
 
 import ecodiff
-from ecodiff import checkpoint
-from ecodiff.catalog import EMBEDDED
 from ecodiff.measure import parameters
-
-
-def random_unet() -> UNet2DConditionModel:
-    """The UNet in bfloat16, every weight random, none in float32 on the way."""
-    unet = (
-        checkpoint.empty_denoiser("sdxl")
-        .to(torch.bfloat16)
-        .to_empty(device="cpu")
-        .eval()
-        .requires_grad_(False)
-    )
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in unet.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
-        else:
-            parameter.fill_(float(not name.endswith("bias")))
-    return unet
-
-
-def pipeline() -> StableDiffusionXLPipeline:
-    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "emoji-sdxl" / "tokenizer")
-
-    def text(cls, width):
-        shape = {"hidden_size": width, "intermediate_size": width, "num_attention_heads": width // 64}
-        more = {"projection_dim": 1280, "num_hidden_layers": 1, "max_position_embeddings": 24}
-        return cls(CLIPTextConfig(vocab_size=len(tokenizer), **shape, **more)).to(torch.bfloat16).eval()
-
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-    )
-    return StableDiffusionXLPipeline(
-        vae=vae.to(torch.bfloat16).eval(),
-        text_encoder=text(CLIPTextModel, 768),
-        text_encoder_2=text(CLIPTextModelWithProjection, 1280),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=random_unet(),
-        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear"),
-        add_watermarker=False,
-    )
 
 
 def checksums(module: torch.nn.Module) -> dict[str, int]:
@@ -96,7 +48,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     try:
         with step("build"):
-            pipe = pipeline()
+            pipe = pipeline("sdxl", vae_blocks=2)
         dense = parameters(pipe.unet)
         with step("find groups"):
             groups = ecodiff.find_groups(pipe.unet, ecodiff.LearnConfig().kinds)

@@ -10,6 +10,7 @@ from .. import catalog, service
 from . import show
 from .common import choices, choose, told
 
+COPY = "() => navigator.clipboard.writeText(document.querySelector('#figures a').href)"
 QUERY = ("run", "size", "prompt", "seed", "steps", "guidance", "compensate")  # of a link
 EXAMPLES = ["red apple", "woman artist, medium skin tone", "cat face", "rocket", "france flag"]
 
@@ -42,7 +43,8 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
             gr.Examples(EXAMPLES, prompt, label="Try")
         with gr.Column(scale=3, min_width=300):
             slider = gr.ImageSlider(label="Dense ◂ ▸ pruned", format="png", max_height=460, interactive=False)
-            figures = gr.HTML()
+            figures = gr.HTML(elem_id="figures")
+            copy = gr.Button("Copy the link", size="sm", visible=False)
     history = gr.Gallery(
         label="This session: dense, pruned, dense, pruned, …",
         columns=8,
@@ -55,7 +57,8 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     )
 
     settings = [run, ratio, prompt, seed, steps, guidance, compensate]
-    draw.click(compare, [*settings, history], [slider, figures, history], api_visibility="private")
+    draw.click(compare, [*settings, history], [slider, figures, history, copy], api_visibility="private")
+    copy.click(None, js=COPY, api_visibility="private")
 
     # Not on every change: a link brings settings of its own.
     run.input(told(defaults), run, [steps, guidance], api_visibility="private", show_progress="hidden")
@@ -81,7 +84,8 @@ def compare(run, percent, prompt, seed, steps, guidance, compensate, history):
     shown = [(pair[0], f"{title} · dense"), (pair[1], f"{title} · −{percent} %")]
     values = (run, percent, prompt, int(seed or 0), steps, guidance, int(compensate))
     link = f"?{urlencode(dict(zip(QUERY, values, strict=True)))}"
-    return pair, show.comparison(facts, link), gr.update(value=shown + (history or [])[:22], visible=True)
+    older = gr.update(value=shown + (history or [])[:22], visible=True)
+    return pair, show.comparison(facts, link), older, gr.Button(visible=True)
 
 
 @told
