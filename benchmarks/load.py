@@ -1,6 +1,6 @@
 """Many visitors drawing while one prunes: errors, memory, and whether the run ends as it would have alone.
 
-    python benchmarks/load.py                     50 visitors, five minutes, the real app.py on this machine
+    python -m benchmarks.load                     50 visitors, five minutes, the real app.py on this machine
 
 Every visitor draws a finished run's images, dense and pruned, one after the other, over the API. Errors are
 counted by their text: the queue's own ("Queue is full") is the app's answer to too many at once.

@@ -30,7 +30,7 @@ HALF = torch.bfloat16
 
 
 def pipeline(name: str, device: str = "cpu", vae_blocks: int = 4):
-    """ "sdxl" or "flux-dev".
+    """The pipeline of "sdxl" or of "flux-dev".
 
     Args:
         vae_blocks: latents are 2 ** (vae_blocks - 1) times smaller than images.

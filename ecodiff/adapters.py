@@ -114,9 +114,9 @@ def _norms(path: str, module: nn.Module, names: Iterable[str], head: int, index)
     for name in names:
         norm = getattr(module, name, None)
         weight = getattr(norm, "weight", None)
-        if norm is None or (weight is None and getattr(norm, "normalized_shape", (head,)) == (head,)):
-            continue
-        if weight is not None and weight.numel() == head:
+        shape = getattr(norm, "normalized_shape", getattr(norm, "dim", None))  # diffusers' RMSNorm: dim
+        wide = shape[-1] if isinstance(shape, tuple) and shape else head
+        if norm is None or (wide if weight is None else weight.numel()) == head:
             continue  # a head at a time: the same weights for all
         follows = type(norm) is nn.LayerNorm or (
             "RMS" in type(norm).__name__ and getattr(norm, "bias", None) is None

@@ -94,7 +94,7 @@ def pull_plan(repo_id: str, token: str | bool | None = None) -> Path:
 
 
 def _upload(files: dict[str, Path], card: str, repo_id: str, token: str | None, private: bool) -> str:
-    """One commit with these files and the card, and without what an earlier size left there."""
+    """One commit with these files and the card, and without what an earlier push left there."""
     api = HfApi(token=token, library_name="ecodiff")
     try:
         made = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -103,7 +103,8 @@ def _upload(files: dict[str, Path], card: str, repo_id: str, token: str | None, 
             raise CheckpointError(f"{made.repo_id} holds something else. Name a new repository.")
         contents = files | {"README.md": card.replace("THIS FOLDER", made.repo_id).encode()}
         operations = [CommitOperationAdd(path, content) for path, content in contents.items()]
-        operations += [CommitOperationDelete(path) for path in sorted(there - set(contents))]
+        stale = [path for path in sorted(there - set(contents)) if _of_a_pipeline(path)]
+        operations += [CommitOperationDelete(path) for path in stale]
         api.create_commit(made.repo_id, operations, commit_message="Pruned with ecodiff")
         return str(made)
     except LocalTokenNotFoundError:
@@ -112,6 +113,12 @@ def _upload(files: dict[str, Path], card: str, repo_id: str, token: str | None, 
         ) from None
     except (HfHubHTTPError, HFValidationError, *_NETWORK, OSError, RuntimeError) as error:
         raise CheckpointError(_words(error, repo_id, "write to")) from None
+
+
+def _of_a_pipeline(path: str) -> bool:
+    """True for files that `checkpoint.save` may have written; pictures and licences are their owner's."""
+    inside = "/" in path and Path(path).suffix in (".safetensors", ".json", ".py", ".txt", ".model")
+    return inside or path == "model_index.json"
 
 
 def _words(error: Exception, repo_id: str, what: str) -> str:

@@ -77,9 +77,11 @@ def test_a_folder_goes_there_and_its_plan_comes_back(command, stand_in, small, t
 
 def test_a_plan_alone_and_what_an_earlier_upload_left(command, stand_in, small, tmp_path):
     assert command("push", small, "ann/little", "--public")[0] == 0
+    stand_in.repos["ann/little"] |= {"sample.png": b"hers", "LICENSE": b"hers"}
     code, said = command("push", small, "ann/little", "--plan")
     assert code == 0, said
-    assert set(stand_in.repos["ann/little"]) == {PLAN_FILE, "README.md", ".gitattributes"}
+    theirs = {"sample.png", "LICENSE"}
+    assert set(stand_in.repos["ann/little"]) == {PLAN_FILE, "README.md", ".gitattributes"} | theirs
     assert 'bring emoji-turbo "ann/little"' in stand_in.repos["ann/little"]["README.md"].decode()
     # and another person's command reads it, as it is public
     code, said = command("bring", "emoji-turbo", "ann/little", "--run", tmp_path / "run", token="hf_bob")
