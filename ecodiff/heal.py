@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .errors import BudgetError, CheckpointError, LearningError, PlanError
 from .groups import denoiser_name, denoiser_of
 from .slicing import kept_features, plan_of
-from .trajectory import call_options, prompt_rows, trajectory
+from .trajectory import call_options, gradients, prompt_rows, trajectory
 
 STATE_FORMAT = "ecodiff.heal.1"
 ADAPTER = "heal"
@@ -100,7 +100,7 @@ def heal(
     plan.check(teacher)
     student = copy.deepcopy(denoiser_of(small)).requires_grad_(False).eval()
     small.register_modules(**{denoiser_name(small): student})
-    parameters = _add_lora(student, teacher, plan, config)
+    lora, parameters = _add_lora(student, teacher, plan, config)
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.rate, weight_decay=0.0)
     file, step = folder and folder / "state.safetensors", 0
     key, targets = json.dumps([plan.digest, repr(config)]), {}
@@ -120,11 +120,12 @@ def heal(
             if file and (step == config.steps or step % max(1, config.steps // 20) == 0):
                 _save(file, key, step, parameters, optimizer)
             yield step, loss
-        student.fuse_lora(adapter_names=[ADAPTER])
+        lora.merge_adapter()
     finally:
         if file and 0 < step < config.steps:
             _save(file, key, step, parameters, optimizer)
-        student.unload_lora()
+        lora.unload()
+        student.__dict__.pop("peft_config", None)  # older versions of peft leave it
         student.requires_grad_(False)
 
 
@@ -139,19 +140,26 @@ def facts(config: HealConfig, before: Mapping[str, float], after: Mapping[str, f
 
 
 def _add_lora(student: nn.Module, teacher: nn.Module, plan: Mapping[str, Tensor], config: HealConfig):
-    """LoRA on every layer that lost units and has some left; returns what is trained, by name."""
-    from peft import LoraConfig
+    """LoRA on every layer that lost units and has some left; returns it, and what is trained, by name."""
+    from peft import LoraConfig, LoraModel
 
     cut = {name for (name, _), rows in kept_features(teacher, plan).items() if not rows.all()}
     modules = {name: module for name, module in student.named_modules() if name in cut}
-    plain = {n for n, m in modules.items() if type(m) in (nn.Linear, nn.Conv2d) and min(m.weight.shape)}
+    plain = {  # convolutions of groups: peft cannot merge them
+        name
+        for name, m in modules.items()
+        if type(m) in (nn.Linear, nn.Conv2d) and min(m.weight.shape) and getattr(m, "groups", 1) == 1
+    }
     if not plain:
         raise PlanError("No layer that lost units has some left, so there is nothing to train.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        lora = LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=sorted(plain))
-        student.add_adapter(lora, adapter_name=ADAPTER)
-    return {name: p for name, p in student.named_parameters() if p.requires_grad}
+        layers = LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=sorted(plain))
+        lora = LoraModel(student, layers, ADAPTER)
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    for parameter in trained.values():  # Adam's steps are lost in 16 bits, and its epsilon is 0 in float16
+        parameter.data = parameter.data.float()
+    return lora, trained
 
 
 def _call(pipe, prompts: Sequence[str], batch: int, config: HealConfig) -> dict:
@@ -164,11 +172,12 @@ def _call(pipe, prompts: Sequence[str], batch: int, config: HealConfig) -> dict:
 def _step(small, call: dict, target: Tensor, parameters, optimizer, on_step) -> float:
     """One step of AdamW on a batch of trajectories; returns its loss."""
     with trajectory(small, True, on_step, trained=parameters) as run:
-        loss = (run(**call).float() - target).square().mean() / target.var()
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        z0 = run(**call)
+        loss = (z0.float() - target).square().mean() / target.var()
+        found = gradients(loss, z0, parameters)
     if not isfinite(float(loss.detach())):
         raise LearningError("Healing gave a loss that is not a number. Try a lower rate.")
-    for parameter, gradient in zip(parameters, gradients, strict=True):
+    for parameter, gradient in zip(parameters, found, strict=True):
         parameter.grad = gradient
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()

@@ -19,7 +19,7 @@ from .errors import BudgetError, CheckpointError, LearningError
 from .groups import WORDS, blocks, denoiser_of, find_groups, unit_parameters
 from .scores import Scores
 from .state import LearnConfig, LearnState
-from .trajectory import ALL, NOTHING, Keep, call_options, prompt_rows, trajectory
+from .trajectory import ALL, NOTHING, Keep, call_options, gradients, prompt_rows, trajectory
 
 # Of the official SDXL configuration: log-alpha at the start, temperature of the gates, and eps,
 # which bounds their noise to |log((u + eps) / (1 - u + eps))| <= log((1 + eps) / eps).
@@ -54,7 +54,7 @@ class _Learner:
         names = [g.name for g in self.groups for _ in range(g.size)]
         where = {name: row for row, members in enumerate(self.blocks.values()) for name in members}
         self.block_of = torch.tensor([where.get(name, len(self.blocks)) for name in names])  # last: none
-        self.targets: dict[int, Tensor] = {}
+        self.targets: dict[int, tuple[Tensor, Tensor]] = {}  # and their variance
         ceiling = float(self.shares.sum())
         self.budget = ceiling - config.ratio  # share of the denoiser that units may keep
         if not 0 < config.ratio < ceiling:
@@ -212,12 +212,13 @@ class _Learner:
         else:
             noise = (noise + PUBLISHED_EPS) / (1 + 2 * PUBLISHED_EPS)
             gate = gates.sample(log_alpha, noise, PUBLISHED_TEMPERATURE)
-        target = self._target(batch)
+        target, variance = self._target(batch)
         with trajectory(self.pipe, self._keep(), self._on_step) as run, self._masked(gate):
-            loss = self._relative_error(run(**self._call(batch)), target)
+            z0 = run(**self._call(batch))
+            loss = (z0.float() - target).square().mean() / variance
             size = self._expected(log_alpha)
             price = state.multiplier * size if config.penalty is None else self._penalty(log_alpha)
-            (gradient,) = torch.autograd.grad(loss + price, log_alpha)
+            (gradient,) = gradients(loss + price, z0, [log_alpha])
         gradient, loss = processes.mean(gradient), processes.mean(loss.detach())
         updates = state.step - config.warm_steps + 1
         _adam(vectors, gradient, config.rate, updates)
@@ -243,28 +244,26 @@ class _Learner:
 
     def _gap(self, log_alpha: Tensor, batch: int) -> dict:
         """Loss with the gates' medians and with the plan that is cut from them, on one batch."""
-        losses, target = {}, self._target(batch)
+        losses, (target, variance) = {}, self._target(batch)
         size = {"ratio": self.config.ratio} if self.macs is None else {"macs": self._macs_left()}
         plan = self._cut(log_alpha).plan(**size)
         kept = torch.cat([plan[name].float() for name in self.names] + [torch.ones(len(self.blocks))])
         for name, gate in (("relaxed", gates.hard(log_alpha)), ("hardened", kept)):
             with trajectory(self.pipe, False, self._on_step) as run, self._masked(gate), torch.no_grad():
-                losses[name] = float(processes.mean(self._relative_error(run(**self._call(batch)), target)))
+                error = (run(**self._call(batch)).float() - target).square().mean() / variance
+                losses[name] = float(processes.mean(error))
         return losses
 
     def _macs_left(self) -> int:
         return round((1 - self.config.ratio) * self.macs[1])
 
-    def _target(self, batch: int) -> Tensor:
-        """z_0 of the dense model for a batch, computed once."""
+    def _target(self, batch: int) -> tuple[Tensor, Tensor]:
+        """z_0 of the dense model for a batch, and the variance of all processes' share of it; found once."""
         if batch not in self.targets:
             with trajectory(self.pipe, False, self._on_step) as run, torch.no_grad():
-                self.targets[batch] = run(**self._call(batch)).float()
+                z0 = run(**self._call(batch)).float()
+            self.targets[batch] = z0, processes.whole(z0).var()
         return self.targets[batch]
-
-    def _relative_error(self, z0: Tensor, target: Tensor) -> Tensor:
-        """Squared error of the final latents, relative to the variance of the dense batch's."""
-        return (z0.float() - target).square().mean() / processes.whole(target).var()
 
     def scores(self, state: LearnState) -> Scores:
         """The ranking so far. Log-alphas become worths: the exponential keeps their order."""

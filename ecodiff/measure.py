@@ -113,8 +113,7 @@ def unit_milliseconds(
     device = denoiser.device  # finding it out costs more than a small layer
 
     def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _wait_for(device)
         return 1000 * time.perf_counter()
 
     def start(name, *_):
@@ -147,6 +146,11 @@ def unit_milliseconds(
     return by_unit, latency(pipe, call, repeats)
 
 
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 @torch.no_grad()
 def latency(pipe, call: dict, repeats: int = 5) -> float:
     """Median milliseconds of one denoiser call, after a warm-up.
@@ -160,7 +164,6 @@ def latency(pipe, call: dict, repeats: int = 5) -> float:
     for _ in range(repeats + 1):
         start = time.perf_counter()
         denoiser(*args, **kwargs)
-        if denoiser.device.type == "cuda":
-            torch.cuda.synchronize(denoiser.device)
+        _wait_for(denoiser.device)
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times[1:])

@@ -16,7 +16,7 @@ from .errors import BudgetError
 def join() -> None:
     """Join the others, if `accelerate launch` (or torchrun) started more than this process."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
-        PartialState(cpu=not torch.cuda.is_available())
+        PartialState(cpu=True)  # by gloo, also on GPUs: what they tell each other is small
 
 
 def leave() -> None:
@@ -50,9 +50,9 @@ def share(batch: int) -> slice:
 def mean(tensor: Tensor) -> Tensor:
     """The mean over all processes, the same bits in each."""
     if count() > 1:
-        tensor = tensor.contiguous()
-        distributed.all_reduce(tensor)
-        tensor /= count()
+        total = tensor.cpu().contiguous()
+        distributed.all_reduce(total)
+        return (total / count()).to(tensor.device)
     return tensor
 
 
@@ -60,9 +60,9 @@ def whole(part: Tensor) -> Tensor:
     """All processes' parts of a batch, in order."""
     if count() == 1:
         return part
-    parts = [torch.empty_like(part) for _ in range(count())]
-    distributed.all_gather(parts, part.contiguous())
-    return torch.cat(parts)
+    parts = [torch.empty_like(part, device="cpu") for _ in range(count())]
+    distributed.all_gather(parts, part.cpu().contiguous())
+    return torch.cat(parts).to(part.device)
 
 
 def agreed(value):

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import inf
+from math import inf, log2
 
 import torch
 from torch import Tensor
@@ -251,6 +251,17 @@ def recomputed(step: Callable, factors: list[Tensor], args: tuple, kwargs: dict)
 
     outputs = _Recomputed.apply(call, factors, *(leaves[index] for index in at), *factors)
     return tree_unflatten(list(outputs), given[0])
+
+
+def gradients(loss: Tensor, z0: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of a loss that is a mean over the elements of z_0.
+
+    They are computed of the sum: an element's share of a mean, 1 / elements of it, is less than float16
+    can hold once latents are as large as those of SDXL. A power of two, so no other bit changes.
+    """
+    scale = 2.0 ** round(log2(z0.numel()))
+    found = torch.autograd.grad(scale * loss, inputs, allow_unused=True)
+    return [None if gradient is None else gradient / scale for gradient in found]
 
 
 class EnoughError(Exception):

@@ -28,7 +28,7 @@ def test_gradients_of_weights_do_not_depend_on_recomputation(pipe):
     small = ecodiff.variant(pipe, some_plan(pipe))
     small.to(torch.float64)
     student = denoiser_of(small)
-    parameters = list(_add_lora(student, denoiser_of(pipe), plan_of(student), CONFIG).values())
+    parameters = list(_add_lora(student, denoiser_of(pipe), plan_of(student), CONFIG)[1].values())
     for parameter in parameters:
         parameter.data = torch.randn_like(parameter, dtype=torch.float64) * 0.05
     call = {"num_inference_steps": 3} | short(pipe)
@@ -93,6 +93,19 @@ def test_it_comes_closer_goes_on_anywhere_and_leaves_the_dense_model_alone(tiny_
         next(heal(ecodiff.variant(tiny_sdxl, plan), tiny_sdxl, PROMPTS, config, tmp_path))
     with pytest.raises(PlanError, match="not pruned"):
         next(heal(tiny_sdxl, tiny_sdxl, PROMPTS, config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_healed_in_float32(tiny_sdxl, dtype):
+    tiny_sdxl.to(dtype)
+    plan = some_plan(tiny_sdxl)
+    small = ecodiff.variant(tiny_sdxl, plan)
+    losses = [loss for _, loss in heal(small, tiny_sdxl, PROMPTS, replace(CONFIG, steps=8))]
+    assert min(losses[-2:]) < losses[0]
+    healed, cut = denoiser_of(small), denoiser_of(ecodiff.variant(tiny_sdxl, plan))
+    assert {p.dtype for p in healed.parameters()} == {dtype}
+    changed = [n for n, p in cut.named_parameters() if not p.equal(healed.get_parameter(n))]
+    assert len(changed) > 10
 
 
 def test_a_run_is_healed_stopped_and_gone_on_with(tmp_path, monkeypatch):

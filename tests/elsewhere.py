@@ -1,0 +1,232 @@
+"""A device that this machine has not: tensors on it are real, and cannot be mixed with those of the CPU.
+
+A stand-in for a GPU, as strict as CUDA about what may meet in one operation. It computes on the CPU, so
+results are those of the CPU, bit for bit. `python -m tests.elsewhere` does the whole job there with every
+tiny pipeline and every architecture, and prints {name: what went wrong, or ""} as JSON; it is a process
+of its own, because a device that is registered stays.
+"""
+
+import json
+import sys
+import traceback
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import diffusers
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+import ecodiff
+from ecodiff import measure
+from ecodiff.compensate import CompensateConfig
+from ecodiff.fidelity import compare
+from ecodiff.groups import ALL_KINDS, denoiser_of
+from ecodiff.heal import HealConfig, heal
+from ecodiff.learn import learn
+from ecodiff.scores import Scores
+from ecodiff.trajectory import call_options, prompt_rows
+
+from .architectures import ROWS
+from .conftest import PIPELINES, SHORT, randomise
+from .pipelines import BUILDERS
+from .test_conformance import _cast, kept, run
+
+NAME = "elsewhere"
+MOVES = {"aten::_to_copy", "aten::copy_"}  # from one device to another
+CPU_INDEX = {"aten::index", "aten::index_put_", "aten::index_put"}  # CUDA takes indices from the CPU too
+
+
+class Module:
+    """What torch asks of a device's module."""
+
+    current_device = staticmethod(lambda: 0)
+    device_count = staticmethod(lambda: 1)
+    is_available = is_initialized = staticmethod(lambda: True)
+    _is_in_bad_fork = staticmethod(lambda: False)
+    manual_seed_all = set_rng_state = synchronize = staticmethod(lambda *args: None)
+    get_rng_state = staticmethod(lambda *args: torch.zeros(1, dtype=torch.uint8))
+    device = staticmethod(lambda index: nullcontext())
+
+
+class There(torch.Tensor):
+    """A tensor on the device: `here` holds its values."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, here: torch.Tensor):
+        layout = {"strides": here.stride(), "storage_offset": here.storage_offset(), "dtype": here.dtype}
+        tensor = torch.Tensor._make_wrapper_subclass(cls, here.size(), device=f"{NAME}:0", **layout)
+        tensor.here = here
+        return tensor
+
+    def __repr__(self) -> str:
+        return f"There({self.here})"
+
+    @property
+    def data(self) -> torch.Tensor:
+        return super().data
+
+    @data.setter
+    def data(self, value: "There") -> None:
+        torch.Tensor.data.__set__(self, value)
+        self.here = value.here
+
+    def tolist(self) -> list:
+        return self.here.tolist()
+
+    def __getitem__(self, index) -> torch.Tensor:
+        return super().__getitem__(_with_tensors(index))
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return _dispatch(function, args, kwargs or {})
+
+
+class Elsewhere(TorchDispatchMode):
+    """While this is entered, tensors can be made on the device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return _dispatch(function, args, kwargs or {})
+
+
+def _dispatch(function, args, kwargs):
+    if function._can_decompose():  # under inference mode, operations come whole
+        with Elsewhere():
+            result = function.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    with torch.inference_mode(False), torch._C._AutoDispatchBelowAutograd():
+        return _computed(function, args, kwargs)
+
+
+def _computed(function, args, kwargs):
+    name = function._schema.name
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    there = {id(tensor.here): tensor for tensor in tensors if isinstance(tensor, There)}
+    if there and name not in MOVES | CPU_INDEX:
+        strangers = [tuple(t.shape) for t in tensors if not isinstance(t, There) and t.ndim]
+        if strangers:
+            raise RuntimeError(f"{name} of tensors on two devices; on the CPU: {strangers}")
+    if name == "aten::copy_":
+        _here(args[0]).copy_(_here(args[1]))
+        return args[0]
+    wanted = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
+    if wanted == NAME:
+        kwargs = kwargs | {"device": "cpu"}
+    args, kwargs = tree_map(_here, (args, kwargs))
+    result = function(*args, **kwargs)
+    if not (wanted == NAME if wanted else there):
+        return result
+
+    def back(leaf):
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return there[id(leaf)] if id(leaf) in there else There(leaf)
+
+    return tree_map(back, result)
+
+
+def _made(function, *args, device=None, **kwargs):
+    made = function(*map(_here, args), **kwargs)
+    return made if device is None else made.to(device)
+
+
+def _with_tensors(index):
+    """An index with its lists as tensors."""
+    if isinstance(index, list):
+        return torch.tensor(index)
+    return tuple(map(_with_tensors, index)) if isinstance(index, tuple) else index
+
+
+def _here(leaf):
+    return leaf.here if isinstance(leaf, There) else leaf
+
+
+@contextmanager
+def elsewhere():
+    """Register the device, once, and let tensors be made on it."""
+    if torch._C._get_privateuse1_backend_name() != NAME:
+        _setup_privateuseone_for_python_backend(NAME, Module)
+        for name in ("tensor", "as_tensor"):  # they would be made in C++, before anything is dispatched
+            setattr(torch, name, partial(_made, getattr(torch, name)))
+        torch.accelerator.synchronize = lambda device=None: None
+        plain = torch.autocast
+        torch.autocast = lambda device_type, *args, **kw: (
+            nullcontext() if device_type == NAME else plain(device_type, *args, **kw)
+        )
+    # Engine threads of such a device do not know the mode.
+    with Elsewhere(), torch.autograd.set_multithreading_enabled(False):
+        yield
+
+
+def whole_job(pipe, size, extra: dict) -> None:
+    """Learn, cut, compensate, heal, draw, measure: each step on the device, in bfloat16."""
+    pipe = pipe.to(torch.bfloat16).to(f"{NAME}:0")
+    pipe.set_progress_bar_config(disable=True)
+    assert denoiser_of(pipe).device.type == NAME
+    prompts, extra = ["red apple", "blue whale"], extra | SHORT.get(type(pipe), {})
+    short = {"inference_steps": 2, "size": size, "extra": extra}
+    ratio = Scores.unranked(denoiser_of(pipe)).ceiling / 2
+    config = ecodiff.LearnConfig(ratio=ratio, warm_steps=1, steps=1, batch=2, trajectories=4, **short)
+    scores = [scores for _, scores in learn(pipe, prompts, config)][-1]
+    small = ecodiff.variant(pipe, scores.plan(ratio=ratio))
+    few = CompensateConfig(trajectories=4, heldout=2, batch=2, **short)
+    ecodiff.compensate_(small, pipe, prompts, few)
+    list(heal(small, pipe, prompts, HealConfig(steps=1, batch=2, trajectories=2, rank=2, **short)))
+    found = compare(pipe, small, prompts[:1], steps=2, size=size, extra=extra)
+    assert found["mean"]["latent_error"] < 10
+    call = prompt_rows(prompts, range(2), 0, call_options(pipe, 2, None, size, extra))
+    measure.unit_milliseconds(pipe, call, repeats=1)
+
+
+def row_job(row) -> None:
+    """One architecture: masked, differentiated and cut on the device, as on the CPU."""
+    denoiser = randomise(getattr(diffusers, row.cls)(**row.config)).to(row.dtype)
+    given = tree_map(lambda leaf: _cast(leaf, row.dtype), row.given())
+    generator = torch.Generator().manual_seed(0)
+    groups = ecodiff.find_groups(denoiser, ALL_KINDS)
+    plan = ecodiff.PrunePlan({group.name: kept("partial", group, generator) for group in groups})
+    with torch.no_grad(), ecodiff.masked(denoiser, plan):
+        expected = run(denoiser, given)
+    scale = float(expected.abs().max())
+
+    def check(result: torch.Tensor) -> None:
+        torch.testing.assert_close(result.cpu() / scale, expected / scale, rtol=0, atol=row.digits[0])
+
+    denoiser = denoiser.to(f"{NAME}:0")
+    given = tree_map(lambda leaf: leaf.to(f"{NAME}:0") if isinstance(leaf, torch.Tensor) else leaf, given)
+    gates = {name: keep.to(row.dtype).requires_grad_() for name, keep in plan.items()}
+    with ecodiff.masked(denoiser, gates):
+        masked = run(denoiser, given)
+        torch.autograd.grad(masked.abs().sum(), list(gates.values()), allow_unused=True)
+    check(masked.detach())
+    ecodiff.slice_(denoiser, plan)
+    with torch.no_grad():
+        check(run(denoiser, given))
+
+
+def main() -> None:
+    builders = {name: (build, None, {}) for name, build in PIPELINES.items()} | BUILDERS
+    jobs = {f"{name} pipeline": partial(_built, *built) for name, built in builders.items()}
+    jobs |= {name: partial(row_job, row) for name, row in ROWS.items()}
+    wanted, results = sys.argv[1:] or list(jobs), {}
+    with elsewhere():
+        for name in wanted:
+            try:
+                jobs[name]()
+                results[name] = ""
+            except Exception as error:  # the test reads it
+                frames = [f for f in traceback.format_tb(error.__traceback__) if "/torch/" not in f]
+                results[name] = f"{type(error).__name__}: {error}\n{''.join(frames[-8:])}"
+    print(json.dumps(results))
+
+
+def _built(build, size, extra) -> None:
+    whole_job(build(), size, extra)
+
+
+if __name__ == "__main__":
+    main()
