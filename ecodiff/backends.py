@@ -17,13 +17,22 @@ def zerogpu() -> bool:
     return os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "true", "t", "yes")
 
 
-def device() -> str:
-    """The device that pipelines are put on: $ECODIFF_DEVICE, else "cuda", "mps" or "cpu"."""
+def devices() -> list[str]:
+    """The devices that the app uses: those of $ECODIFF_DEVICE ("cuda:0,cuda:2"), else every CUDA GPU,
+    "mps" or "cpu". Of several processes (`accelerate launch`) each uses one."""
     if chosen := os.environ.get("ECODIFF_DEVICE"):
-        return chosen
+        return [name.strip() for name in chosen.split(",")]
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        return [f"cuda:{os.environ['LOCAL_RANK']}"]
     if torch.cuda.is_available():
-        return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+        several = not zerogpu() and torch.cuda.device_count() > 1
+        return [f"cuda:{index}" for index in range(torch.cuda.device_count())] if several else ["cuda"]
+    return ["mps" if torch.backends.mps.is_available() else "cpu"]
+
+
+def device() -> str:
+    """The device that a pipeline is put on if nobody says where: the first one."""
+    return devices()[0]
 
 
 class Pace:

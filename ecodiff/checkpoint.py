@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from . import backends, catalog, ecodiff_sliced_v1
-from .errors import CheckpointError, EcodiffError, ModelNotFoundError, UnsupportedModelError
+from .errors import CheckpointError, EcodiffError, ModelNotFoundError, UnsupportedModelError, memory_advice
 from .groups import denoiser_name, denoiser_of
+from .measure import megabytes
 from .slicing import plan_of
 
 # diffusers reads components of a pruned folder from the module that its index names, if imported.
@@ -78,7 +79,10 @@ def _ready(pipe, device: str):
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.eval()
-    return pipe.to(device)
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    needed = megabytes(sum(p.numel() * p.element_size() for part in parts for p in part.parameters()))
+    with memory_advice(f"The weights alone take {needed}. Take a smaller model, or a larger device."):
+        return pipe.to(device)
 
 
 def is_single_file(source: str) -> bool:

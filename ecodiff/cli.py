@@ -9,7 +9,7 @@ from pathlib import Path
 from . import catalog, checkpoint, hub, memory, processes
 from .arguments import parser
 from .compensate import compensate_
-from .errors import EcodiffError, UnsupportedModelError
+from .errors import EcodiffError, UnsupportedModelError, memory_advice
 from .fidelity import compare, fidelity, generate
 from .filling import save_filled
 from .groups import ALL_KINDS, WORDS, denoiser_of, find_groups, unit_parameters, unrecognised
@@ -371,7 +371,8 @@ def main(arguments: list[str] | None = None) -> int:
     be_quiet()
     try:
         processes.join()
-        return options.function(options)
+        with memory_advice("Take a smaller model or image, or a device with more memory."):
+            return options.function(options)
     except EcodiffError as error:
         print(f"ecodiff: {error}", file=sys.stderr)
         return 1

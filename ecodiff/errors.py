@@ -1,5 +1,8 @@
 """What can go wrong, in words for the person who asked: what was wrong, what was expected, what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class EcodiffError(Exception):
     """Base of every error that ecodiff raises on purpose. Its text is meant to be shown."""
@@ -30,4 +33,25 @@ class RunError(EcodiffError):
 
 
 class LearningError(EcodiffError):
-    """Learning cannot go on (not a number, out of memory). The last saved state is kept."""
+    """Learning cannot go on: values are not numbers. The last saved state is kept."""
+
+
+class OutOfMemoryError(EcodiffError):
+    """The device has less memory than was needed."""
+
+
+def exhausted(error: Exception) -> bool:
+    """True if an error says that memory ran out, on whatever device."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
+@contextmanager
+def memory_advice(advice: str) -> Iterator[None]:
+    """Raise OutOfMemoryError, with what to do, where memory runs out in here."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not exhausted(error):
+            raise
+        raise OutOfMemoryError(f"The device ran out of memory. {advice}") from None

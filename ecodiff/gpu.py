@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import backends, catalog, checkpoint, memory, recording
 from .compensate import Calibration, compensate_
-from .errors import EcodiffError, RunError
+from .errors import EcodiffError, OutOfMemoryError, RunError, memory_advice
 from .fidelity import Sample, compare, generate
 from .groups import denoiser_of
 from .heal import facts, heal
@@ -33,6 +33,9 @@ from .runs import STORE, Run
 from .slicing import plan_of, variant
 
 HEALED_PROMPTS = 8  # held out, to judge healing by
+ADVICE = (
+    "Nothing is lost. Try again when nothing else is learned or drawn here, or take a smaller model or image."
+)
 VARIANTS_KEPT = 4  # each costs the memory of its cut layers only
 PACE = backends.Pace(STORE.root / "pace.json")
 
@@ -52,11 +55,9 @@ class Turn:
         time.sleep(0.005)  # a plain lock would mostly be won by the thread that just had it
 
 
-DEVICE = Turn()
-
-
-class Pipelines:
-    """The dense pipeline that was used last, and the variants of it that were used last.
+class Place:
+    """A device, whose turn it is there, and the pipelines on it: the dense one that was used last, and
+    variants of it.
 
     A variant is known by its plan's digest: swapping to one that is kept costs nothing, to a new
     one the slicing, some milliseconds to a second. Compensation needs statistics of the dense
@@ -64,7 +65,8 @@ class Pipelines:
     of it are kept on disk.
     """
 
-    def __init__(self):
+    def __init__(self, device: str):
+        self.device, self.turn = device, Turn()
         self._name: str | None = None
         self._dense = None
         self._variants: OrderedDict[tuple[str, bool], tuple[object, int]] = OrderedDict()
@@ -72,12 +74,12 @@ class Pipelines:
 
     def dense(self, model: str):
         """The dense pipeline of a model, loaded if another one was in use."""
-        with DEVICE:
+        with self.turn:
             if model != self._name:
                 started = time.monotonic()
                 self._name = self._dense = self._calibration = None  # free it before the new one loads
                 self._variants.clear()
-                self._dense = checkpoint.load(model)
+                self._dense = checkpoint.load(model, device=self.device)
                 self._dense.set_progress_bar_config(disable=True)
                 self._name = model
                 PACE.note(model, load=time.monotonic() - started)
@@ -85,7 +87,7 @@ class Pipelines:
 
     def calibration(self, model: str) -> Calibration:
         """What compensation needs to know of a dense model, gathered on its calibration prompts."""
-        with DEVICE:
+        with self.turn:
             dense = self.dense(model)
             if self._calibration is None:
                 known = catalog.find(model)
@@ -102,7 +104,7 @@ class Pipelines:
         Args:
             kept: a folder for compensated or healed weights, so that no other process computes them again.
         """
-        with DEVICE:
+        with self.turn:
             dense, file = self.dense(model), kept and kept / f"{plan.digest}.safetensors"
             key = (plan.digest, compensate)
             small, stamp = self._variants.pop(key, (None, None))
@@ -114,6 +116,13 @@ class Pipelines:
             while len(self._variants) > VARIANTS_KEPT:
                 self._variants.popitem(last=False)
             return small
+
+    def forget(self) -> None:
+        """Free what can be made again."""
+        with self.turn:
+            self._variants.clear()
+            self._calibration = None
+            memory.release()
 
     def _compensate(self, small, dense, model: str, file: Path | None) -> None:
         denoiser = denoiser_of(small)
@@ -136,8 +145,9 @@ def _stamp(file: Path | None) -> int:
 
 
 def recordings(model: str) -> Path | None:
-    """Where a model's recorded calls are kept: on ZeroGPU, whose workers come and go."""
-    if not backends.zerogpu():
+    """Where a model's recorded calls are kept, if anybody else needs them: other places, or ZeroGPU's
+    workers, who come and go."""
+    if not backends.zerogpu() and len(PLACES) == 1:
         return None
     known = catalog.find(model)
     key = repr((known.name, known.compensation(), known.prompts("calibration")))
@@ -145,9 +155,10 @@ def recordings(model: str) -> Path | None:
 
 
 def calibrated(model: str) -> bool:
-    """True if compensation would find all that it needs, as far as it takes long."""
-    folder = recordings(model)
-    return folder is None or recording.complete(catalog.find(model).compensation(), folder)
+    """False if calls are still to be recorded, in a call of ZeroGPU of its own."""
+    if not backends.zerogpu():
+        return True
+    return recording.complete(catalog.find(model).compensation(), recordings(model))
 
 
 def _replace(denoiser: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -159,7 +170,9 @@ def _replace(denoiser: nn.Module, weights: dict[str, Tensor]) -> None:
         setattr(denoiser.get_submodule(path), leaf, parameter)
 
 
-PIPELINES = Pipelines()
+# On a machine with several devices images are drawn on the first, and each of the others learns a run.
+PLACES = [Place(device) for device in backends.devices()]
+DRAWING, LEARNING = PLACES[0], PLACES[1:] or PLACES
 
 
 @dataclass(frozen=True)
@@ -175,14 +188,15 @@ def _learn(folder: str) -> Iterator[dict]:
     The state is on disk.
     """
     run, started = Run.open(Path(folder)), time.monotonic()
-    pipe = PIPELINES.dense(run.model)
+    pipe = DRAWING.dense(run.model)
     left = backends.CHUNK_SECONDS - (time.monotonic() - started)
     if not run.finished:
-        for state, seconds in run.learn(pipe, DEVICE, budget=left):
+        for state, seconds in run.learn(pipe, DRAWING.turn, budget=left):
             PACE.note(run.model, step=seconds)
             yield {"step": state.step, "seconds": seconds}
-    if not run.finished or (folder := recordings(run.model)) is None:
+    if not run.finished:
         return
+    folder = recordings(run.model)
     known, slowest, begun = catalog.find(run.model), 0.0, time.monotonic()
     for _ in recording.record(pipe, known.prompts("calibration"), known.compensation(), folder):
         slowest = max(slowest, time.monotonic() - begun)
@@ -209,10 +223,10 @@ def _draw(
         started = time.monotonic()
         if index and backends.zerogpu() and started - begun > backends.CHUNK_SECONDS:
             return
-        with DEVICE:  # others draw and learn between prompts
+        with DRAWING.turn:  # others draw and learn between prompts
             if not pipes:
-                variants = [PIPELINES.pruned(model, plan, compensate, Path(kept)) for plan in plans]
-                pipes = [PIPELINES.dense(model), *variants]
+                variants = [DRAWING.pruned(model, plan, compensate, Path(kept)) for plan in plans]
+                pipes = [DRAWING.dense(model), *variants]
                 for pipe in pipes:
                     generate(pipe, prompt, seed, **options | {"steps": 2})
             samples = tuple(generate(pipe, prompt, seed, **options) for pipe in pipes)
@@ -224,9 +238,9 @@ def _draw_loras(
     model: str, plan: PrunePlan, kept: str, files: tuple[str, str], prompt: str, seed: int, options: dict
 ) -> Iterator[Sample]:
     """One prompt with the dense model and a LoRA, then with the pruned one and the LoRA cut to fit."""
-    with DEVICE:
+    with DRAWING.turn:
         for pipe, file in zip(
-            (PIPELINES.dense(model), PIPELINES.pruned(model, plan, True, Path(kept))), files, strict=True
+            (DRAWING.dense(model), DRAWING.pruned(model, plan, True, Path(kept))), files, strict=True
         ):
             try:
                 pipe.load_lora_weights(file)
@@ -243,19 +257,19 @@ def _heal(folder: str, plan: PrunePlan, steps: int) -> Iterator[dict]:
 
     Yields {"step", "loss", "seconds"} after every step, and last what `healed` reads. The state is on disk.
     """
-    run, begun, slowest = Run.open(Path(folder)), time.monotonic(), 0.0
+    run, begun, slowest, place = Run.open(Path(folder)), time.monotonic(), 0.0, LEARNING[-1]
     known, kept = catalog.find(run.model), run.folder / "variants"
     config, state = known.heal_config(steps=steps), run.folder / "healing" / plan.digest
     try:
         with FileLock(run.folder / ".lock", timeout=0):
-            with DEVICE:
-                dense = PIPELINES.dense(run.model)
-                before = PIPELINES.pruned(run.model, plan, True, kept)
+            with place.turn:
+                dense = place.dense(run.model)
+                before = place.pruned(run.model, plan, True, kept)
                 small = copy.copy(before)  # it gets a denoiser of its own
             healing = heal(small, dense, known.prompts("calibration"), config, state)
             while True:
                 started = time.monotonic()
-                with DEVICE:  # others draw between steps
+                with place.turn:  # others draw between steps
                     done = next(healing, None)
                 if done is None:
                     break
@@ -266,7 +280,7 @@ def _heal(folder: str, plan: PrunePlan, steps: int) -> Iterator[dict]:
                     healing.close()
                     return
             prompts = known.prompts("heldout")[:HEALED_PROMPTS]
-            with DEVICE:
+            with place.turn:
                 was = compare(dense, before, prompts, **known.drawing())["mean"]
                 now = compare(dense, small, prompts, **known.drawing())["mean"]
             result = {"before": was["latent_error"], "after": now["latent_error"], "steps": steps}
@@ -294,8 +308,8 @@ def healed(folder: Path, plan: PrunePlan) -> dict | None:
 
 def _pack(model: str, plan: PrunePlan, compensate: bool, kept: str, folder: str) -> Iterator[str]:
     """Write the pruned pipeline to `folder`."""
-    with DEVICE:
-        small, started = PIPELINES.pruned(model, plan, compensate, Path(kept)), time.monotonic()
+    with DRAWING.turn:
+        small, started = DRAWING.pruned(model, plan, compensate, Path(kept)), time.monotonic()
         assert plan_of(denoiser_of(small)).digest == plan.digest
         about = healed(Path(kept).parent, plan) if compensate else None
         card = checkpoint.model_card(small, about["facts"]) if about else ""
@@ -329,9 +343,15 @@ def seconds_wanted(task: str, *args, **kwargs) -> float:
 def work(task: str, *args) -> Iterator:
     """Run one of TASKS where the GPU is. Arguments and results are pickled on ZeroGPU."""
     try:
-        yield from TASKS[task](*args)
+        with memory_advice(ADVICE):
+            yield from TASKS[task](*args)
+        return
     except EcodiffError as error:
-        yield Failure(str(error))
+        failure, exhausted = Failure(str(error)), isinstance(error, OutOfMemoryError)
+    if exhausted:  # only now: the error held what was being computed
+        for place in PLACES:
+            place.forget()
+    yield failure
 
 
 def results(task: str, *args) -> Iterator:

@@ -1,14 +1,15 @@
-"""The worker: one thread that learns one run after another, whoever watches."""
+"""The worker: a thread for each device that learns one run after another, whoever watches."""
 
 import itertools
 import queue
 import threading
 import traceback
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from .errors import EcodiffError, RunError
-from .gpu import DEVICE, PIPELINES
+from .errors import EcodiffError, OutOfMemoryError, RunError, memory_advice
+from .gpu import ADVICE, LEARNING, Place
 from .runs import Run
 from .state import LearnState
 
@@ -39,12 +40,12 @@ class Job:
 
 
 class Worker:
-    """Runs in the order in which they were handed in, in a daemon thread."""
+    """Runs in the order in which they were handed in, in daemon threads."""
 
     def __init__(self):
         self._jobs: dict[str, Job] = {}
         self._waiting: queue.Queue[Job] = queue.Queue()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
 
     def submit(self, run: Run) -> Job:
@@ -63,9 +64,13 @@ class Worker:
             self._jobs.pop(run.id, None)  # so that the order is that of the queue
             job = self._jobs[run.id] = Job(run, state=run.state())
             self._waiting.put(job)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, daemon=True, name="ecodiff-worker")
-                self._thread.start()
+            if not self._threads:
+                self._threads = [
+                    threading.Thread(target=self._work, args=[place], daemon=True, name="ecodiff-worker")
+                    for place in LEARNING
+                ]
+                for thread in self._threads:
+                    thread.start()
             return job
 
     def job(self, run_id: str) -> Job | None:
@@ -86,11 +91,12 @@ class Worker:
         if job is not None and job.stage == "queued":
             job.stage = "stopped"
 
-    def _work(self) -> None:
+    def _work(self, place: Place) -> None:
         while True:
             job = self._waiting.get()
             try:
-                self._learn(job)
+                with memory_advice(ADVICE):
+                    self._learn(job, place)
             except EcodiffError as error:
                 job.run.record(str(error))
                 job.stage = "failed"
@@ -99,20 +105,21 @@ class Worker:
                 job.run.record("ecodiff failed unexpectedly; the server's log says where. Resume?")
                 job.stage = "failed"
 
-    def _learn(self, job: Job) -> None:
+    def _learn(self, job: Job, place: Place) -> None:
         if job.stage == "stopped":
             return
         job.stage = "loading"
-        pipe = PIPELINES.dense(job.run.model)
+        pipe = place.dense(job.run.model)
         job.stage = "learning"
 
-        for state, seconds in job.run.learn(pipe, DEVICE):
+        for state, seconds in job.run.learn(pipe, place.turn):
             job.state = state
             job.seconds.append(seconds)
         finished = job.run.finished
         if finished:
             job.stage = "calibrating"
-            PIPELINES.calibration(job.run.model)
+            with suppress(OutOfMemoryError), memory_advice(ADVICE):  # whoever draws will be told
+                place.calibration(job.run.model)
         job.stage = "finished" if finished else "stopped"
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import gates, measure, memory, processes, saliency
 from .encodings import Encodings
-from .errors import BudgetError, CheckpointError, LearningError
+from .errors import BudgetError, CheckpointError, LearningError, exhausted
 from .groups import WORDS, blocks, denoiser_of, find_groups, unit_parameters
 from .scores import Scores
 from .state import LearnConfig, LearnState
@@ -84,12 +84,11 @@ class _Learner:
                     made = self._advance(state)
                 break
             except (MemoryError, RuntimeError) as error:
-                smaller = self.memory.smaller() if self.memory and memory.exhausted(error) else None
+                smaller = self.memory.smaller() if self.memory and exhausted(error) else None
                 if smaller is None:
                     raise
             self._plan(smaller)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            memory.release()
         if self.memory and not self.memory.calls and made.step <= self.config.warm_steps:
             # Every call was made twice, so now it is known how many a trajectory has.
             self._plan(memory.fitted(replace(self.memory, calls=self.counted // 2)))

@@ -24,10 +24,9 @@ from filelock import FileLock, Timeout
 
 from . import processes
 from .checkpoint import empty_denoiser
-from .errors import CheckpointError, EcodiffError, LearningError, RunError
+from .errors import CheckpointError, EcodiffError, RunError, memory_advice
 from .imports import bring
 from .learn import learn
-from .memory import exhausted
 from .plan import PrunePlan
 from .scores import Scores
 from .state import LearnConfig, LearnState
@@ -223,29 +222,23 @@ class Run:
 
         Raises:
             RunError: another process is working on it.
-            LearningError, CheckpointError: it failed; the last saved state is kept.
+            LearningError, OutOfMemoryError, CheckpointError: it failed; the last saved state is kept.
         """
         if processes.rank():  # the first process keeps the files
             yield from self._learn(pipe, device_lock, budget)
             return
         self.forget_error()
+        advice = (
+            "The run is kept: free memory, or start a new one with a smaller batch or image size, and resume."
+        )
         try:
-            with FileLock(self.folder / ".lock", timeout=0):
+            with FileLock(self.folder / ".lock", timeout=0), memory_advice(advice):
                 yield from self._learn(pipe, device_lock, budget)
         except Timeout:
             raise RunError(f"Another process is working on the run in {self.folder}.") from None
         except EcodiffError as error:
             self.record(str(error))
             raise
-        except (MemoryError, RuntimeError) as error:
-            if not exhausted(error):
-                raise
-            message = (
-                "The device ran out of memory. The run is kept: free memory, or start a new one "
-                "with a smaller batch or image size, and resume."
-            )
-            self.record(message)
-            raise LearningError(message) from None
 
     def _learn(self, pipe, device_lock, budget) -> Iterator[tuple[LearnState, float]]:
         begun = saved = started = time.monotonic()

@@ -8,7 +8,7 @@ beyond the latents themselves.
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import inf, log2
 
@@ -302,7 +302,9 @@ def moved(tree, device):
 
 
 def _attention_with_fast_backward(denoiser):
-    """On a CPU the fused attention's backward pass takes longer than the rest of the network."""
-    if next(denoiser.parameters()).device.type == "cpu":
-        return sdpa_kernel(SDPBackend.MATH)
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    """On a CPU the fused attention's backward pass takes longer than the rest of the network.
+
+    Elsewhere torch chooses; the choice is the whole process's, and other devices may be at work.
+    """
+    cpu = next(denoiser.parameters()).device.type == "cpu"
+    return sdpa_kernel(SDPBackend.MATH) if cpu else nullcontext()

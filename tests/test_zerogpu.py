@@ -65,7 +65,7 @@ def reference(tiny_sdxl, model, tmp_path):
     config = known.learn_config("fast", 0.2)
     run = Run.create(tmp_path / "alone", model, config, known.prompts("calibration"))
     torch.set_num_threads(1)
-    assert run.advance(gpu.PIPELINES.dense(model))
+    assert run.advance(gpu.DRAWING.dense(model))
     return run.scores()
 
 
