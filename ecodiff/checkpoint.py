@@ -22,6 +22,7 @@ from . import backends, catalog, ecodiff_sliced_v1
 from .errors import CheckpointError, EcodiffError, ModelNotFoundError, UnsupportedModelError, memory_advice
 from .groups import denoiser_name, denoiser_of
 from .measure import megabytes
+from .memory import free_bytes
 from .slicing import plan_of
 
 # diffusers reads components of a pruned folder from the module that its index names, if imported.
@@ -33,15 +34,20 @@ PLAN_FILE = "ecodiff_plan.safetensors"
 _WORDS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None = None):
+def load(
+    model: str | Path, dtype: torch.dtype | None = None, device: str | None = None, offload: bool = False
+):
     """Open a pipeline: an embedded model's name, a diffusers folder (dense or pruned), a Hub id, or a
     single .safetensors file in the layout of the original authors.
 
     Args:
         dtype: None: float32 on a CPU, else what the model's files hold.
         device: None: `backends.device()`.
+        offload: if the parts do not fit on the device together, each is there only while it works
+            (diffusers' model offloading). Good for drawing; nothing can be learned then.
 
     Raises:
+        OutOfMemoryError: the model does not fit on the device.
         ModelNotFoundError: no such name or folder, no network, or no access.
         CheckpointError: the folder is incomplete or damaged.
         UnsupportedModelError: it is not a diffusion pipeline.
@@ -53,7 +59,7 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
     source = known.source
     try:
         if is_single_file(source):
-            return _ready(_from_single_file(Path(source), dtype), device)
+            return _ready(_from_single_file(Path(source), dtype), device, offload)
         index = model_index(source)
         components = {}
         for name, entry in index.items():
@@ -71,17 +77,18 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
         raise _unreachable(source) from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise _damaged(source, error) from None
-    return _ready(pipe, device)
+    return _ready(pipe, device, offload)
 
 
-def _ready(pipe, device: str):
+def _ready(pipe, device: str, offload: bool):
     denoiser_of(pipe)
-    for component in pipe.components.values():
-        if isinstance(component, nn.Module):
-            component.eval()
-    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    needed = megabytes(sum(p.numel() * p.element_size() for part in parts for p in part.parameters()))
-    with memory_advice(f"The weights alone take {needed}. Take a smaller model, or a larger device."):
+    parts = [part.eval() for part in pipe.components.values() if isinstance(part, nn.Module)]
+    weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+    if offload and device != "cpu" and weights > free_bytes(torch.device(device)):
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
+    words = f"The weights alone take {megabytes(weights)}. Take a smaller model, or a larger device."
+    with memory_advice(words):
         return pipe.to(device)
 
 

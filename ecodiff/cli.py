@@ -143,7 +143,7 @@ def _learn(run: Run, pipe, options: argparse.Namespace) -> bool:
 
 def generate_command(options: argparse.Namespace) -> int:
     """One image from a dense or a pruned model."""
-    pipe = checkpoint.load(options.model)
+    pipe = checkpoint.load(options.model, offload=True)
     sample = generate(pipe, options.prompt, options.seed, **_defaults(options.model, options))
     out = Path(options.out or f"ecodiff-{options.seed}.png")
     _save_image(sample.image, out)

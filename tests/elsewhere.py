@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import ecodiff
-from ecodiff import measure
+from ecodiff import checkpoint, measure
 from ecodiff.compensate import CompensateConfig
-from ecodiff.fidelity import compare
+from ecodiff.fidelity import Sample, compare, generate
 from ecodiff.groups import ALL_KINDS, denoiser_of
 from ecodiff.heal import HealConfig, heal
 from ecodiff.learn import learn
@@ -208,9 +208,23 @@ def row_job(row) -> None:
         check(run(denoiser, given))
 
 
+def offloaded(pipe, expected: Sample) -> None:
+    """A model that does not fit: its parts are there only while they work, and it draws the same."""
+    checkpoint.free_bytes = lambda device: 1
+    pipe = checkpoint._ready(pipe, f"{NAME}:0", offload=True)
+    assert pipe.unet.device.type == "cpu"
+    seen = []
+    pipe.unet.conv_in.register_forward_hook(lambda module, inputs, output: seen.append(output.device.type))
+    found = generate(pipe, "red apple", 0, steps=2, size=64)
+    assert set(seen) == {NAME} and pipe.unet.device.type == pipe.text_encoder.device.type == "cpu"
+    torch.testing.assert_close(found.latents, expected.latents, rtol=1e-4, atol=1e-4)
+
+
 def main() -> None:
     builders = {name: (build, None, {}) for name, build in PIPELINES.items()} | BUILDERS
     jobs = {f"{name} pipeline": partial(_built, *built) for name, built in builders.items()}
+    pipe = ecodiff.load("emoji-turbo", device="cpu")
+    jobs["offloaded"] = partial(offloaded, pipe, generate(pipe, "red apple", 0, steps=2, size=64))
     jobs |= {name: partial(row_job, row) for name, row in ROWS.items()}
     wanted, results = sys.argv[1:] or list(jobs), {}
     with elsewhere():

@@ -26,7 +26,7 @@ def found() -> dict[str, str]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", [*(f"{name} pipeline" for name in PIPELINES | BUILDERS), *ROWS])
+@pytest.mark.parametrize("name", [*(f"{name} pipeline" for name in PIPELINES | BUILDERS), "offloaded", *ROWS])
 def test_the_job_is_done_elsewhere(found, name):
     assert found[name] == ""
 
