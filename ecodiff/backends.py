@@ -22,11 +22,12 @@ def devices() -> list[str]:
     "mps" or "cpu". Of several processes (`accelerate launch`) each uses one."""
     if chosen := os.environ.get("ECODIFF_DEVICE"):
         return [name.strip() for name in chosen.split(",")]
+    if zerogpu():
+        return ["cuda"]  # it is there in workers only
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         return [f"cuda:{os.environ['LOCAL_RANK']}"]
     if torch.cuda.is_available():
-        several = not zerogpu() and torch.cuda.device_count() > 1
-        return [f"cuda:{index}" for index in range(torch.cuda.device_count())] if several else ["cuda"]
+        return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return ["mps" if torch.backends.mps.is_available() else "cpu"]
 
 

@@ -7,7 +7,9 @@ import shutil
 import sys
 import tempfile
 from functools import cache
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import diffusers
@@ -31,6 +33,8 @@ sys.modules.setdefault(ecodiff_sliced_v1.NAME, ecodiff_sliced_v1)
 # How the names of text encoders and autoencoders begin in the original authors' files.
 _OTHER_PARTS = ("first_stage_model.", "conditioner.", "cond_stage_model.", "text_encoders.", "vae.")
 PLAN_FILE = "ecodiff_plan.safetensors"
+# huggingface_hub 1 speaks HTTP with httpx, 2 with httpx2: their errors have no base in common.
+NETWORK_ERRORS = tuple(import_module(name).HTTPError for name in ("httpx", "httpx2") if find_spec(name))
 _WORDS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -41,7 +45,7 @@ def load(
     single .safetensors file in the layout of the original authors.
 
     Args:
-        dtype: None: float32 on a CPU, else what the model's files hold.
+        dtype: None: float32 on a CPU, else `working_dtype`.
         device: None: `backends.device()`.
         offload: if the parts do not fit on the device together, each is there only while it works
             (diffusers' model offloading). Good for drawing; nothing can be learned then.
@@ -55,7 +59,7 @@ def load(
     known = catalog.find(str(model))
     device = device or backends.device()
     if dtype is None:
-        dtype = torch.float32 if device == "cpu" else _WORDS[known.dtype]
+        dtype = torch.float32 if device == "cpu" else working_dtype(known.source)
     source = known.source
     try:
         if is_single_file(source):
@@ -68,16 +72,31 @@ def load(
             elif isinstance(entry, list) and entry[0] == ecodiff_sliced_v1.NAME:
                 cls = getattr(ecodiff_sliced_v1, str(entry[1]))
                 components[name] = cls.from_pretrained(source, subfolder=name, dtype=dtype)
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **components)
+        pipe = _from_files(source, dtype, components)
     except EcodiffError:
         raise
     except SafetensorError as error:
         raise _damaged(source, error) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError):
+    except (LocalEntryNotFoundError, HfHubHTTPError, *NETWORK_ERRORS):
         raise _unreachable(source) from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise _damaged(source, error) from None
     return _ready(pipe, device, offload)
+
+
+def _from_files(source: str, dtype: torch.dtype, components: dict):
+    """The pipeline of a folder or repository. Many hold float32 weights and, as the variant "fp16", halves:
+    of the two, what is nearer to `dtype` is read (and downloaded), or what is there."""
+    plain: Exception | None = None
+    for variant in ("fp16", None) if dtype.itemsize == 2 else (None, "fp16"):
+        options = {"dtype": dtype, "use_safetensors": True, "variant": variant}
+        try:
+            return DiffusionPipeline.from_pretrained(source, **options, **components)
+        except (LocalEntryNotFoundError, HfHubHTTPError):
+            raise
+        except (OSError, ValueError) as error:
+            plain = error if variant is None else plain
+    raise plain
 
 
 def _ready(pipe, device: str, offload: bool):
@@ -147,6 +166,8 @@ def model_index(source: str) -> dict:
         return DiffusionPipeline.load_config(source)
     except HFValidationError as error:
         raise ModelNotFoundError(f"{source!r} is not a Hub id: {error}") from None
+    except NETWORK_ERRORS:
+        raise _unreachable(source) from None
     except (OSError, ValueError) as error:
         if os.path.isdir(source):
             raise _damaged(source, error) from None
@@ -195,16 +216,30 @@ def classes(source: str) -> tuple[type, str]:
     return pipeline, "unet" if index.get("unet", [None])[0] else "transformer"
 
 
-def disk_dtype(source: str) -> torch.dtype | None:
-    """In which type a model's files hold the denoiser's weights; None if it cannot be told."""
-    folder = Path(catalog.find(source).source)
-    if is_single_file(str(folder)):
-        return torch.float16
+def disk_dtype(source: str) -> torch.dtype:
+    """In which type a model's files hold the denoiser's weights, or `working_dtype` if they are not here."""
+    source = catalog.find(source).source
     for name in ("unet", "transformer"):
-        for file in (folder / name).glob("*.safetensors"):
+        files = (Path(source) / name).glob("*.safetensors")
+        for file in sorted(files, key=lambda file: ".fp16" not in file.name):
             with safe_open(file, framework="pt") as weights:
                 return weights.get_tensor(next(iter(weights.keys()))).dtype
-    return _WORDS.get(catalog.find(source).dtype)
+    return _sixteen_bits(source)
+
+
+def working_dtype(source: str) -> torch.dtype:
+    """In which type a model works on a GPU: that of its files, if it has 16 bits."""
+    known = catalog.find(source)
+    found = _WORDS[known.dtype] if known.name in catalog.MODELS else disk_dtype(source)
+    return found if found.itemsize == 2 else _sixteen_bits(source)
+
+
+def _sixteen_bits(source: str) -> torch.dtype:
+    """The catalogue's type; else UNets are at home in float16, and transformers need bfloat16's range."""
+    known = catalog.find(source)
+    if known.name in catalog.MODELS:
+        return _WORDS[known.dtype]
+    return torch.float16 if classes(source)[1] == "unet" else torch.bfloat16
 
 
 def _unreachable(source: str) -> ModelNotFoundError:

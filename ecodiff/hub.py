@@ -4,8 +4,6 @@ import json
 import os
 import re
 import tempfile
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 from huggingface_hub import (
@@ -26,12 +24,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import get_hf_file_metadata
 
 from . import catalog
-from .checkpoint import PLAN_FILE
+from .checkpoint import NETWORK_ERRORS, PLAN_FILE
 from .errors import CheckpointError
 from .plan import MAX_FILE_BYTES, PrunePlan
-
-# huggingface_hub 1 speaks HTTP with httpx, 2 with httpx2: their errors have no base in common.
-_NETWORK = tuple(import_module(name).HTTPError for name in ("httpx", "httpx2") if find_spec(name))
 
 
 def is_repo(name: str) -> bool:
@@ -89,7 +84,7 @@ def pull_plan(repo_id: str, token: str | bool | None = None) -> Path:
         return Path(hf_hub_download(repo_id, PLAN_FILE, token=token, etag_timeout=20))
     except EntryNotFoundError:
         raise CheckpointError(f"{repo_id} has no {PLAN_FILE}: it was not pruned with ecodiff.") from None
-    except (HfHubHTTPError, HFValidationError, *_NETWORK, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, *NETWORK_ERRORS, OSError) as error:
         raise CheckpointError(_words(error, repo_id, "read")) from None
 
 
@@ -111,7 +106,7 @@ def _upload(files: dict[str, Path], card: str, repo_id: str, token: str | None, 
         raise CheckpointError(
             "There is no Hugging Face token on this machine. Run `hf auth login`, or give --token."
         ) from None
-    except (HfHubHTTPError, HFValidationError, *_NETWORK, OSError, RuntimeError) as error:
+    except (HfHubHTTPError, HFValidationError, *NETWORK_ERRORS, OSError, RuntimeError) as error:
         raise CheckpointError(_words(error, repo_id, "write to")) from None
 
 

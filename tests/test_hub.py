@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import ecodiff
 from ecodiff.checkpoint import PLAN_FILE
@@ -128,3 +129,68 @@ def test_no_hub_at_all(command, stand_in, small, tmp_path):
     for asked in (("push", small, "little"), ("bring", "emoji-turbo", "ann/little", "--run", tmp_path / "r")):
         code, said = command(*asked)
         assert code == 1 and "connection to the Hub failed" in said and "Traceback" not in said, said
+
+
+LOAD = """
+import json, sys, torch
+import ecodiff
+from ecodiff.errors import EcodiffError
+
+for line in sys.stdin:
+    repo, dtype = json.loads(line)
+    try:
+        pipe = ecodiff.load(repo, getattr(torch, dtype), device="cpu")
+        found = [str(pipe.unet.dtype), float(pipe.unet.conv_in.weight.detach().double().abs().sum())]
+    except EcodiffError as error:
+        found = ["error", str(error)]
+    print(json.dumps(found), flush=True)
+"""
+
+
+def test_a_model_comes_from_there_in_the_precision_that_is_wanted(stand_in, tiny_sdxl, tmp_path):
+    def files(folder):
+        found = [file for file in folder.rglob("*") if file.is_file()]
+        return {str(file.relative_to(folder)): file.read_bytes() for file in found}
+
+    tiny_sdxl.save_pretrained(tmp_path / "whole")
+    total = float(tiny_sdxl.unet.conv_in.weight.detach().double().abs().sum())
+    tiny_sdxl.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    whole, half = files(tmp_path / "whole"), files(tmp_path / "half")
+    stand_in.repos |= {"ann/both": whole | half, "ann/whole": whole, "ann/half": half, "ann/secret": whole}
+    stand_in.private |= dict.fromkeys(stand_in.repos, False) | {"ann/secret": True}
+
+    def started(address):
+        options = {"env": os.environ | hub.settings(address, tmp_path), "text": True, "cwd": ROOT}
+        asked = [sys.executable, "-c", LOAD]
+        return subprocess.Popen(asked, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, **options)
+
+    with started(stand_in.address) as process:
+
+        def load(repo, dtype):
+            stand_in.asked.clear()
+            print(json.dumps([repo, dtype]), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        def weights():
+            got = {path.rpartition("/")[2] for method, path in stand_in.asked if method == "GET"}
+            return {name for name in got if name.startswith("diffusion_pytorch_model")}
+
+        for repo, dtype, came in (
+            ("ann/both", "float16", "diffusion_pytorch_model.fp16.safetensors"),
+            ("ann/whole", "float16", "diffusion_pytorch_model.safetensors"),
+            ("ann/both", "float32", "diffusion_pytorch_model.safetensors"),
+            ("ann/half", "float32", "diffusion_pytorch_model.fp16.safetensors"),
+        ):
+            found, size = load(repo, dtype)
+            assert found == f"torch.{dtype}" and size == pytest.approx(total, rel=1e-3)
+            assert weights() == {came}
+        word, said = load("ann/secret", "float32")
+        assert word == "error" and "no access" in said
+        stand_in.gone = True
+        word, said = load("ann/other", "float32")
+        assert word == "error" and "no network" in said
+        process.stdin.close()
+    with started("http://127.0.0.1:9") as process:  # nobody is there
+        assert load("ann/whole", "float16")[0] == "torch.float16", "what was downloaded is enough"
+        assert load("ann/secret", "float16")[0] == "error"
+        process.stdin.close()

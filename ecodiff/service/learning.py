@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from .. import backends, catalog, checkpoint, gpu, hub, memory
@@ -29,7 +28,7 @@ def empty_denoiser(model: str) -> nn.Module:
 def unit_costs(model: str, kinds: tuple[str, ...] = PRESET_KINDS) -> tuple[Scores, int, int]:
     """Unit costs of a model, bytes of a weight in its files, bytes of all its weights."""
     scores = Scores.unranked(empty_denoiser(model), kinds)
-    itemsize = (checkpoint.disk_dtype(model) or torch.float16).itemsize
+    itemsize = checkpoint.disk_dtype(model).itemsize
     source = Path(catalog.find(model).source)
     weights = sum(file.stat().st_size for file in source.rglob("*.safetensors"))
     return scores, itemsize, weights or scores.total * itemsize
