@@ -200,7 +200,7 @@ def empty_denoiser(source: str) -> nn.Module:
     try:
         with torch.device("meta"):
             return cls.from_config(cls.load_config(source, subfolder=name))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, *NETWORK_ERRORS) as error:
         if os.path.isdir(source):
             raise _damaged(source, error) from None
         raise _unreachable(source) from None
