@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import diffusers
 import torch
 
 
@@ -850,3 +851,7 @@ ROWS: dict[str, Row] = {
         ACROSS,
     ),
 }
+
+# Of the newest diffusers that the tests ran with; an older one, as Python 3.10 gets it, has not all of them.
+MISSING = {name for name, row in ROWS.items() if not hasattr(diffusers, row.cls)}
+ROWS = {name: row for name, row in ROWS.items() if name not in MISSING}

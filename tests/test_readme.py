@@ -8,6 +8,7 @@ import pytest
 from ecodiff.ui import show
 
 from . import stacking, support
+from .architectures import MISSING
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,6 +38,7 @@ def test_the_presets_win_their_table(file):
             assert errors[preset, ratio] <= (0.55 if flux else 0.5) * errors["ecodiff +", ratio]
 
 
+@pytest.mark.skipif(bool(MISSING), reason=f"this diffusers has not {MISSING}")
 def test_supported_is_what_the_conformance_suite_passes():
     found = support.rows()
     assert json.loads(support.FILE.read_text()) == found, "run python -m tests.support"
