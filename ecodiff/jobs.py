@@ -9,7 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from .errors import EcodiffError, OutOfMemoryError, RunError, memory_advice
-from .gpu import ADVICE, LEARNING, Place
+from .gpu import ADVICE
+from .places import LEARNING, Place
 from .runs import Run
 from .state import LearnState
 

@@ -5,9 +5,10 @@ import threading
 import pytest
 import torch
 
-from ecodiff import backends, catalog, checkpoint, gpu, jobs, recording, service
+from ecodiff import backends, catalog, checkpoint, gpu, jobs, places, recording, service
 from ecodiff.errors import OutOfMemoryError, RunError
 from ecodiff.fidelity import generate
+from ecodiff.places import Place
 from ecodiff.runs import STORE, Run
 from ecodiff.service.learning import unit_costs
 
@@ -47,8 +48,8 @@ def test_all_gpus_are_used_unless_others_are_named(monkeypatch):
 
 
 def test_images_do_not_wait_for_learning_on_another_device(run, monkeypatch):
-    first, second = places = [gpu.Place("cpu"), gpu.Place("cpu")]
-    monkeypatch.setattr(gpu, "PLACES", places)
+    first, second = both = [Place("cpu"), Place("cpu")]
+    monkeypatch.setattr(places, "PLACES", both)
     monkeypatch.setattr(gpu, "DRAWING", first)
     monkeypatch.setattr(jobs, "LEARNING", [second])
     learning, drawn = threading.Event(), threading.Event()
@@ -108,7 +109,7 @@ def test_images_that_do_not_fit_free_what_others_left(run, monkeypatch):
 
 
 def test_compensation_that_does_not_fit_leaves_a_finished_run(run, monkeypatch):
-    monkeypatch.setattr(gpu, "Calibration", out_of_memory)
+    monkeypatch.setattr(places, "Calibration", out_of_memory)
     job = jobs.Job(run)
-    jobs.Worker()._learn(job, gpu.Place("cpu"))
+    jobs.Worker()._learn(job, Place("cpu"))
     assert job.stage == "finished" and not run.error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .. import backends, catalog, checkpoint, gpu, hub, memory
+from .. import backends, catalog, checkpoint, gpu, hub, memory, places
 from ..errors import BudgetError, ModelNotFoundError, RunError
 from ..groups import ALL_KINDS, PRESET_KINDS, find_groups, unrecognised
 from ..jobs import WORKER
@@ -142,7 +142,7 @@ def learn(run: str) -> Iterator[dict]:
         what `status` returns, after every step
     """
     opened = STORE.open(run)
-    done = opened.finished and gpu.calibrated(opened.model)
+    done = opened.finished and places.calibrated(opened.model)
     if backends.zerogpu() and not opened.stop_requested and not done:
         paces = []
         for step in gpu.results("learn", str(opened.folder)):
@@ -192,7 +192,7 @@ def _stage(run: Run, step: int) -> str:
     """The stage of a run that no job of this process is about: by what is on disk."""
     if step >= run.config.total_steps:
         unasked = run.imported or run.error or run.stop_requested  # the first image will take longer
-        return "finished" if unasked or gpu.calibrated(run.model) else "calibrating"
+        return "finished" if unasked or places.calibrated(run.model) else "calibrating"
     if run.busy:
         return "learning"
     if run.error:
