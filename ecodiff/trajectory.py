@@ -257,10 +257,16 @@ def gradients(loss: Tensor, z0: Tensor, inputs: Sequence[Tensor]) -> list[Tensor
     """Gradients of a loss that is a mean over the elements of z_0.
 
     They are computed of the sum: an element's share of a mean, 1 / elements of it, is less than float16
-    can hold once latents are as large as those of SDXL. A power of two, so no other bit changes.
+    can hold once latents are as large as those of SDXL. A power of two, so no other bit changes. Where the
+    sum's are too large for float16 on their way, they are computed again of less.
     """
     scale = 2.0 ** round(log2(z0.numel()))
-    found = torch.autograd.grad(scale * loss, inputs, allow_unused=True)
+    while True:
+        less = z0.dtype == torch.float16 and scale > 1
+        found = torch.autograd.grad(scale * loss, inputs, allow_unused=True, retain_graph=less)
+        if not less or all(gradient is None or gradient.isfinite().all() for gradient in found):
+            break
+        scale = max(1.0, scale / 64)
     return [None if gradient is None else gradient / scale for gradient in found]
 
 

@@ -38,6 +38,15 @@ def test_gradients_of_large_latents_survive_float16():
     torch.testing.assert_close(found, 2 * z0.float().detach() / 2**20, rtol=1e-3, atol=0)
 
 
+def test_gradients_that_are_too_large_for_float16_are_made_again_of_less():
+    gate = torch.full((2**12,), 1.0, requires_grad=True)
+    z0 = 3e4 * (1e-3 * gate).half()
+    loss = z0.float().square().mean()
+    (found,) = gradients(loss, z0, [gate])
+    expected = torch.full_like(gate, 2 * 30 * 30 / 2**12)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
+
+
 def test_checkpointed_gradients_equal_plain_backpropagation(pipe):
     pipe.to(torch.float64)
     masks = random_gates(denoiser_of(pipe))
