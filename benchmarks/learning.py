@@ -129,7 +129,8 @@ def main() -> None:
     half = Keep(model.learn_steps // 2)
     ways = {"all recomputed": NOTHING, "half kept": half, "all kept": ALL, "blocks recomputed": Keep(0, True)}
     found["times"] = times(pipe, call, ways, options.repeats)
-    planned = memory.plan(pipe, call, model.learn_steps)
+    groups = find_groups(denoiser_of(pipe), ecodiff.LearnConfig().kinds)
+    planned = memory.plan(pipe, call, groups, model.learn_steps)
     found["activations_mb"] = round(planned.activations / 1e6, 1)
     found["planned"] = planned.words()
     found["peak_mb"] = {

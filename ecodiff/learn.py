@@ -76,7 +76,7 @@ class _Learner:
     def advance(self, state: LearnState) -> LearnState:
         """The state one step on. Where memory runs out, the step is made again with less of it."""
         if self.memory is None and self.config.checkpoint is None:
-            self._plan(memory.plan(self.pipe, self._call(0), encoders=self.encodings.bytes))
+            self._plan(memory.plan(self.pipe, self._call(0), self.groups, encoders=self.encodings.bytes))
         while True:
             self.counted = 0
             try:

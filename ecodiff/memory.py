@@ -7,6 +7,7 @@ too, inside a call that is.
 """
 
 import copy
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from . import catalog
-from .groups import blocks, denoiser_of, find_groups
+from .gates import masked
+from .groups import PruneGroup, blocks, denoiser_of, find_groups
 from .trajectory import NOTHING, Keep, denoiser_calls, moved
 
 USABLE = 0.8  # of what is free: allocators waste some, and others may come
@@ -156,11 +158,16 @@ class _Fused(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
-def activation_bytes(denoiser: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
+def activation_bytes(
+    denoiser: nn.Module, args: tuple, kwargs: dict, groups: Iterable[PruneGroup] = ()
+) -> tuple[int, int]:
     """Bytes that one call keeps for its backward pass, weights not counted: all of it, and if blocks are
     recomputed (what goes into each of them, what is between them, and the inside of the largest).
 
     It is found out on the meta device, where nothing is computed and nothing needs memory.
+
+    Args:
+        groups: those with gates that are learned. A gate's gradient needs what the gate multiplies.
     """
     device = next(denoiser.parameters()).device
     # A copy without weights: some models keep tables that they make in their first call.
@@ -172,6 +179,7 @@ def activation_bytes(denoiser: nn.Module, args: tuple, kwargs: dict) -> tuple[in
     for leaf in tree_leaves((args, kwargs)):
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.ndim > 2:
             leaf.requires_grad_()  # as the latents of every step but the first
+    masks = {g.name: torch.ones(g.size, device="meta", requires_grad=True) for g in groups}
     kept, outside, inside = _Kept(own), _Kept(own), []
 
     def block(function, *inputs, **options):
@@ -186,7 +194,7 @@ def activation_bytes(denoiser: nn.Module, args: tuple, kwargs: dict) -> tuple[in
 
     def call(watched: _Kept) -> None:
         attention = _Fused() if device.type != "cpu" else nullcontext()
-        with torch.enable_grad(), attention, watched.watching():
+        with torch.enable_grad(), masked(denoiser, masks), attention, watched.watching():
             denoiser(*args, **kwargs)
 
     call(kept)
@@ -197,11 +205,14 @@ def activation_bytes(denoiser: nn.Module, args: tuple, kwargs: dict) -> tuple[in
     return kept.total, outside.total + max(inside, default=0)
 
 
-def plan(pipe, call: dict, calls: int = 0, encoders: int = 0) -> MemoryPlan:
+def plan(
+    pipe, call: dict, groups: Iterable[PruneGroup] = (), calls: int = 0, encoders: int = 0
+) -> MemoryPlan:
     """The fastest plan that fits.
 
     Args:
         call: the pipeline's arguments; they fix batch, size and guidance.
+        groups: those with gates that are learned.
         calls: denoiser calls of a trajectory; 0: not known, so none is kept.
         encoders: bytes of the text encoders.
     """
@@ -209,7 +220,7 @@ def plan(pipe, call: dict, calls: int = 0, encoders: int = 0) -> MemoryPlan:
     args, kwargs = denoiser_calls(pipe, call, limit=1)[0]
     free = free_bytes(denoiser.device)
     try:
-        whole, by_block = activation_bytes(denoiser, args, kwargs)
+        whole, by_block = activation_bytes(denoiser, args, kwargs, groups)
     except (RuntimeError, ValueError):  # it looks at values, which meta has not
         whole, by_block = free, free  # so nothing is kept, and less if that is too much
     encoders = 0 if denoiser.device.type == "cpu" else encoders  # where they are away, they are on the CPU

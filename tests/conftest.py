@@ -238,3 +238,13 @@ def latents(pipe, steps: int = 3, **options) -> torch.Tensor:
             output_type="latent",
             **options,
         ).images
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Beside a browser test's failure: what the open pages say."""
+    report = yield
+    if report.failed and "browser" in item.funcargs:
+        for context in item.funcargs["browser"].contexts:
+            report.sections += [(page.url, page.inner_text("body")) for page in context.pages]
+    return report

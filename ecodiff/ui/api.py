@@ -1,9 +1,17 @@
 """Named endpoints: everything on the page, for gradio_client and HTTP."""
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated
+
 import gradio as gr
+from pydantic import Field, ValidationError, validate_call
 
 from .. import service
 from .common import told
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 def build() -> None:
@@ -11,6 +19,25 @@ def build() -> None:
     _plain()
     _with_images()
     _with_files()
+
+
+def typed(function: Callable) -> Callable:
+    """Refuse arguments that are not what `function` is annotated with: anybody may send any JSON."""
+    names, checked = list(inspect.signature(function).parameters), validate_call(function)
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        try:
+            return checked(*args, **kwargs)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            name = wrong["loc"][0]
+            name = names[name] if isinstance(name, int) else name
+            raise gr.Error(
+                f"{name} is {wrong['input']!r:.80}. {wrong['msg']}.", print_exception=False
+            ) from None
+
+    return wrapper
 
 
 def _plain() -> None:
@@ -23,7 +50,7 @@ def _plain() -> None:
         model: str = "emoji-sdxl",
         ratio: float = 0.2,
         preset: str = "fast",
-        seed: int = 0,
+        seed: Seed = 0,
         kinds: list[str] | None = None,
     ) -> dict:
         return service.start(model, ratio, preset, seed, kinds)
@@ -80,7 +107,7 @@ def _plain() -> None:
         (push, service.push),
     ):
         function.__doc__ = source.__doc__
-        gr.api(told(function), api_name=function.__name__, api_description=source.__doc__)
+        gr.api(told(typed(function)), api_name=function.__name__, api_description=source.__doc__)
 
 
 def _with_images() -> None:
@@ -95,7 +122,16 @@ def _with_images() -> None:
     pruned = gr.Image(visible=False, format="png")
 
     @told
-    def compare(run, ratio, prompt, seed, steps, guidance_scale, compensate=True):
+    @typed
+    def compare(
+        run: str,
+        ratio: float,
+        prompt: str,
+        seed: Seed | None,
+        steps: int | None,
+        guidance_scale: float | None,
+        compensate: bool = True,
+    ):
         own = guidance_scale is None or guidance_scale < 0
         asked = (run, ratio, prompt, seed or 0, steps or None, None if own else guidance_scale, compensate)
         a, b, found = service.compare(*asked)
@@ -120,27 +156,31 @@ def _with_files() -> None:
     several = gr.File(visible=False, file_count="multiple", file_types=[".safetensors", ".zip", ".pt"])
 
     @told
-    def download(run, ratio, compensate=True):
+    @typed
+    def download(run: str, ratio: float, compensate: bool = True):
         made = service.export(run, ratio, compensate)
         return made["path"], {key: made[key] for key in ("name", "folder", "bytes", "sha256")}
 
     @told
-    def lora(run, ratio, file):
+    @typed
+    def lora(run: str, ratio: float, file: str):
         made = service.lora(run, ratio, file)
         return made["path"], {key: made[key] for key in ("name", "report", "dropped")}
 
     @told
-    def bring(model, files=None, repo="", token=""):
+    @typed
+    def bring(model: str, files: list[str] | None = None, repo: str | None = "", token: str | None = ""):
         return service.bring(model, files or [], repo or "", token or "")
 
     @told
-    def lora_images(run, ratio, file, prompt, seed=0):
+    @typed
+    def lora_images(run: str, ratio: float, file: str, prompt: str, seed: Seed | None = 0):
         return tuple(sample.image for sample in service.lora_images(run, ratio, file, prompt, seed or 0))
 
     _endpoint(download, [run, ratio, compensated], [file, facts], service.export)
     _endpoint(lora, [run, ratio, one], [file, facts], service.lora)
     _endpoint(lora_images, [run, ratio, one, prompt, seed], images, service.lora_images)
-    _endpoint(told(service.plan_file), [run, ratio], file, service.plan_file)
+    _endpoint(told(typed(service.plan_file)), [run, ratio], file, service.plan_file)
     _endpoint(bring, [model, several, repo, token], facts, service.bring)
 
 

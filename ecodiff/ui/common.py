@@ -66,6 +66,27 @@ def told(function: Callable) -> Callable:
     return generator if inspect.isgeneratorfunction(function) else wrapper
 
 
+def lenient(box: gr.Slider | gr.Number) -> gr.Slider | gr.Number:
+    """Take a number as the box will show it once it is left: within bounds, and the least if it is empty.
+
+    Gradio hands it over while it is typed, and would answer "3" on the way to "30" with an error of its own.
+    """
+    strict, least, most = box.preprocess, box.minimum, box.maximum
+    # Not a subclass: Gradio writes a .pyi file beside the source of each.
+    box.preprocess = lambda typed: strict(least if typed is None else min(max(typed, least), most))
+    return box
+
+
+def percent_box() -> gr.Slider:
+    """How much goes, wherever a person says it."""
+    return lenient(gr.Slider(1, 90, value=20, step=1, label="Remove", info="% of the denoiser's parameters"))
+
+
+def seed_box() -> gr.Number:
+    """The seed of noise or of learning."""
+    return lenient(gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1))
+
+
 def when(seconds: float) -> str:
     """A time for people, of the server's clock."""
     return time.strftime("%d %b %H:%M", time.localtime(seconds))

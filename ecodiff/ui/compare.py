@@ -8,7 +8,7 @@ from PIL import Image
 
 from .. import catalog, service
 from . import show
-from .common import choices, choose, told
+from .common import COMPENSATE, choices, choose, lenient, percent_box, seed_box, told
 
 COPY = "() => navigator.clipboard.writeText(document.querySelector('#figures a').href)"
 QUERY = ("run", "size", "prompt", "seed", "steps", "guidance", "compensate")  # of a link
@@ -27,18 +27,16 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             run = gr.Dropdown([], label="Pruned model", info="Your runs, newest first")
-            ratio = gr.Slider(1, 90, value=20, step=1, label="Remove", info="% of the denoiser's parameters")
+            ratio = percent_box()
             prompt = gr.Textbox("red apple", label="Prompt", max_length=400)
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
-            compensate = gr.Checkbox(
-                True,
-                label="Compensate",
-                info="What stays takes over from what went: closer images, same size",
-            )
+            seed = seed_box()
+            compensate = gr.Checkbox(True, label="Compensate", info=COMPENSATE)
             known = catalog.MODELS["emoji-sdxl"]
             with gr.Accordion("Advanced", open=False):
-                steps = gr.Slider(1, 100, value=known.steps, step=1, label="Time steps")
-                guidance = gr.Slider(0, 15, value=known.guidance_scale, step=0.5, label="Guidance scale")
+                steps = lenient(gr.Slider(1, 100, value=known.steps, step=1, label="Time steps"))
+                guidance = lenient(
+                    gr.Slider(0, 15, value=known.guidance_scale, step=0.5, label="Guidance scale")
+                )
             draw = gr.Button("Draw both", variant="primary", size="lg")
             gr.Examples(EXAMPLES, prompt, label="Try")
         with gr.Column(scale=3, min_width=300):
@@ -77,12 +75,12 @@ def compare(run, percent, prompt, seed, steps, guidance, compensate, history):
     """Draw both and measure."""
     if not run:
         raise gr.Error("Prune a model first, in the Prune tab.", duration=8)
-    asked = (run, percent / 100, prompt, seed or 0, steps, guidance, compensate)
+    asked = (run, percent / 100, prompt, seed, steps, guidance, compensate)
     dense, pruned, facts = service.compare(*asked)
     pair = tuple(for_the_eye(sample.image) for sample in (dense, pruned))
-    title = f"{prompt} · seed {seed or 0}"
+    title = f"{prompt} · seed {seed}"
     shown = [(pair[0], f"{title} · dense"), (pair[1], f"{title} · −{percent} %")]
-    values = (run, percent, prompt, int(seed or 0), steps, guidance, int(compensate))
+    values = (run, percent, prompt, int(seed), steps, guidance, int(compensate))
     link = f"?{urlencode(dict(zip(QUERY, values, strict=True)))}"
     older = gr.update(value=shown + (history or [])[:22], visible=True)
     return pair, show.comparison(facts, link), older, gr.Button(visible=True)

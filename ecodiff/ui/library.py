@@ -6,7 +6,7 @@ from .. import hub, service
 from ..errors import EcodiffError
 from ..measure import megabytes
 from . import show
-from .common import MODELS, choices, label, mine, told, when
+from .common import MODELS, choices, label, lenient, mine, percent_box, told, when
 
 
 def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.components.Component]:
@@ -25,7 +25,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
                 rename = gr.Button("Rename", size="sm")
                 delete = gr.Button("Delete", size="sm", variant="stop")
         with gr.Row():
-            size = gr.Slider(1, 90, value=20, step=1, label="Remove", info="% of the denoiser's parameters")
+            size = percent_box()
             make = gr.Button("Make the files", variant="primary")
         with gr.Row():
             plan = gr.DownloadButton("Plan file", interactive=False)
@@ -78,7 +78,9 @@ def _healing(run: gr.Dropdown, size: gr.Slider) -> None:
             "Minutes do little; hours were not tried. If images get closer, images and downloads of this "
             "size are the healed model's from then on; if not, nothing changes."
         )
-        steps = gr.Slider(10, 500, value=100, step=10, label="Steps", info="Each is a few generations long")
+        steps = lenient(
+            gr.Slider(10, 500, value=100, step=10, label="Steps", info="Each is a few generations long")
+        )
         with gr.Row():
             go, end = gr.Button("Heal"), gr.Button("Stop healing", variant="stop", interactive=False)
         report, turn = gr.Markdown(), gr.State(0)

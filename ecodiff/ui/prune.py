@@ -11,10 +11,9 @@ from ..groups import PRESET_KINDS
 from ..jobs import ACTIVE
 from ..measure import megabytes
 from . import show
-from .common import COMPENSATE, KINDS, MODELS, PRESETS, readable, told
+from .common import COMPENSATE, KINDS, MODELS, PRESETS, percent_box, readable, seed_box, told
 
 POLL_SECONDS = 0.7
-PERCENT = "% of the denoiser's parameters"
 WATCHED, CUT_OUT = 8, 5  # components that `view` and `recut` update
 
 
@@ -75,11 +74,11 @@ def _form() -> dict[str, gr.components.Component]:
         info="Or type a diffusers folder, a Hub id or a .safetensors file",
         allow_custom_value=True,
     )
-    ratio = gr.Slider(5, 80, value=20, step=1, label="Remove", info=PERCENT)
+    ratio = percent_box()
     preset = gr.Radio(PRESETS, value="fast", label="Learn for")
     with gr.Accordion("Advanced", open=False):
         kinds = gr.CheckboxGroup(KINDS, value=list(PRESET_KINDS), label="What may go")
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
+        seed = seed_box()
     start = gr.Button("Prune", variant="primary", size="lg")
     return {"model": model, "ratio": ratio, "preset": preset, "kinds": kinds, "seed": seed, "start": start}
 
@@ -109,7 +108,7 @@ def _results() -> dict[str, gr.components.Component]:
     """What was cut, at a size that can be moved, and the download."""
     with gr.Column(visible=False) as column:
         gr.Markdown("## What is left\nMove the size: nothing is learned again.")
-        size = gr.Slider(1, 90, value=20, step=1, label="Remove", info=PERCENT)
+        size = percent_box()
         figures = gr.HTML()
         layers = gr.HTML(label="Kept in each layer")
         compensate = gr.Checkbox(True, label="Compensate", info=COMPENSATE)
@@ -144,7 +143,7 @@ def begin(model, percent, preset, seed, kinds, runs):
     """Start a run and remember its id in the browser."""
     if not kinds:
         raise gr.Error("Choose what may go, under Advanced.", duration=8)
-    made = service.start(model, percent / 100, preset, seed or 0, kinds)["run"]
+    made = service.start(model, percent / 100, preset, seed, kinds)["run"]
     return [*(runs or []), made], made, percent
 
 

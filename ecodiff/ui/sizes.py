@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 
 from .. import service
 from . import show
-from .common import choose, told
+from .common import choose, lenient, told
 
 TILE, LABEL = 128, 18  # pixels
 PLOT = {"x": "removed", "y": "psnr", "x_title": "% removed", "y_title": "PSNR, dB"}
@@ -28,7 +28,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
                 label="Sizes",
                 info=f"Up to {service.MAX_SIZES}: % of the denoiser's parameters removed",
             )
-            count = gr.Slider(1, service.MAX_PROMPTS, value=6, step=1, label="Prompts")
+            count = lenient(gr.Slider(1, service.MAX_PROMPTS, value=6, step=1, label="Prompts"))
             compensate = gr.Checkbox(True, label="Compensate")
             with gr.Row():
                 draw = gr.Button("Draw them", variant="primary", size="lg")
