@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BudgetError
-from .groups import denoiser_of
+from .groups import PRESET_KINDS, denoiser_of, find_groups
 from .recording import Call, CompensateConfig, record
 from .slicing import kept_features, plan_of
 from .trajectory import EnoughError, moved
@@ -131,6 +131,15 @@ class Calibration:
         self.config, self.dense = config, denoiser_of(pipe)
         self.calls = [call for batch in record(pipe, prompts, config, folder) for call in batch]
         self._kept: dict[str, tuple[Statistics, Statistics]] = {}
+
+    def prepare(self) -> None:
+        """Gather those of all layers that a preset can cut, if they can all be kept: then no size waits."""
+        modules = dict(self.dense.named_modules())
+        slots = [slot for group in find_groups(self.dense, PRESET_KINDS) for slot in group.consumers]
+        names = [slot.module for slot in slots if isinstance(modules[slot.module], (nn.Linear, nn.Conv2d))]
+        if self._bytes(names := list(dict.fromkeys(names))) <= self.config.memory:
+            for _ in self.statistics(names):
+                pass
 
     def statistics(self, names: list[str]) -> Iterator[tuple[str, Statistics, Statistics]]:
         """(name, to learn from, to check by) of consumers of the dense model."""

@@ -4,6 +4,8 @@ import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
+from statistics import median
 
 import numpy as np
 import torch
@@ -16,17 +18,26 @@ from torchmetrics.functional.image import (
 
 from .errors import BudgetError
 from .groups import denoiser_of
-from .measure import parameters
+from .measure import parameters, peak_of, wait_for
 from .trajectory import call_options
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One generated image, its final latents (float32, on the CPU) and the time it took."""
+    """One generated image.
+
+    Attributes:
+        latents: z_0, float32, on the CPU.
+        milliseconds: that the whole image took.
+        step_milliseconds: median of its time steps; that of the image if there was only one.
+        peak_bytes: what the pipeline needed on its device at most; None where nobody counts them.
+    """
 
     image: Image.Image
     latents: Tensor
     milliseconds: float
+    step_milliseconds: float = 0.0
+    peak_bytes: int | None = None
 
 
 def generate(
@@ -48,10 +59,12 @@ def generate(
     Raises:
         BudgetError: the pipeline does not take these steps, this guidance or this size.
     """
-    latents = {}
+    latents, ends, device = {}, [], denoiser_of(pipe).device
 
     def keep(pipe, index, timestep, kwargs):
         latents["z"] = kwargs["latents"]
+        wait_for(device)
+        ends.append(time.perf_counter())
         if on_step is not None:
             on_step(index + 1)
         return kwargs
@@ -64,7 +77,7 @@ def generate(
         options["callback_on_step_end"] = keep
     else:
         options |= {"callback": keep_old, "callback_steps": 1}
-    generator = torch.Generator().manual_seed(seed)
+    generator, peak = torch.Generator().manual_seed(seed), peak_of(pipe)
     start = time.perf_counter()
     try:
         with torch.inference_mode():
@@ -73,7 +86,9 @@ def generate(
         raise BudgetError(f"{type(pipe).__name__} cannot draw with these settings: {error}") from None
     elapsed = 1000 * (time.perf_counter() - start)
     images = output.images if hasattr(output, "images") else output.frames[0]  # of a video, the first
-    return Sample(images[0], latents["z"].float().cpu().clone(), elapsed)
+    steps = [1000 * (end - begun) for begun, end in pairwise(ends)]
+    z0 = latents["z"].float().cpu().clone()
+    return Sample(images[0], z0, elapsed, median(steps or [elapsed]), peak())
 
 
 @dataclass(frozen=True)
@@ -123,7 +138,8 @@ def compare(
 
     Returns:
         {"mean": {latent_error, psnr, ssim}, "rows": one dict a prompt and seed, "params_dense",
-        "params_pruned", "ms_dense", "ms_pruned": median milliseconds an image}
+        "params_pruned", "ms_dense", "ms_pruned": median milliseconds an image, "step_ms_dense",
+        "step_ms_pruned": of a time step}
     """
     options = {"steps": steps, "guidance_scale": guidance_scale, "size": size, "extra": extra}
     for warm in (pipe, small):
@@ -134,14 +150,14 @@ def compare(
             dense = generate(pipe, prompt, seed, **options)
             pruned = generate(small, prompt, seed, **options)
             rows.append({"prompt": prompt, "seed": seed, **asdict(fidelity(dense, pruned))})
-            times.append((dense.milliseconds, pruned.milliseconds))
+            steps = (dense.step_milliseconds, pruned.step_milliseconds)
+            times.append((dense.milliseconds, pruned.milliseconds, *steps))
     measures = ("latent_error", "psnr", "ssim")
-    median = np.median(np.array(times), axis=0)
+    names = ("ms_dense", "ms_pruned", "step_ms_dense", "step_ms_pruned")
     return {
         "mean": {name: float(np.mean([row[name] for row in rows])) for name in measures},
         "params_dense": parameters(denoiser_of(pipe)),
         "params_pruned": parameters(denoiser_of(small)),
-        "ms_dense": float(median[0]),
-        "ms_pruned": float(median[1]),
+        **{name: median(values) for name, values in zip(names, zip(*times, strict=True), strict=True)},
         "rows": rows,
     }

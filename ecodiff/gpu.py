@@ -30,6 +30,10 @@ HEALED_PROMPTS = 8  # held out, to judge healing by
 ADVICE = (
     "Nothing is lost. Try again when nothing else is learned or drawn here, or take a smaller model or image."
 )
+UNRECORDED = (
+    "The masks are learned. What compensation needs could not be kept (is the disk full?): images and "
+    "downloads with it will take longer, or more than a call may take. Without it they do not."
+)
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,19 @@ def _learn(folder: str) -> Iterator[dict]:
             yield {"step": state.step, "seconds": seconds}
     if not run.finished:
         return
-    folder = recordings(run.model)
-    known, slowest, begun = catalog.find(run.model), 0.0, time.monotonic()
-    for _ in recording.record(pipe, known.prompts("calibration"), known.compensation(), folder):
+    known, folder, slowest = catalog.find(run.model), recordings(run.model), 0.0
+    config, prompts = known.compensation(), known.prompts("calibration")
+    batches = recording.missing(config, folder)
+    while batches:  # each call adds one at least, or says why not: else the page would call for ever
+        begun, before = time.monotonic(), len(batches)
+        list(recording.record(pipe, prompts, config, folder, batches=batches[:1]))
+        batches = recording.missing(config, folder)
+        if len(batches) >= before:
+            run.record(UNRECORDED)
+            raise RunError(UNRECORDED)
         slowest = max(slowest, time.monotonic() - begun)
         yield {"step": run.config.total_steps, "seconds": 0.0}
-        begun = time.monotonic()
-        if run.stop_requested or begun - started + 1.5 * slowest > backends.CHUNK_SECONDS:
+        if run.stop_requested or time.monotonic() - started + 1.5 * slowest > backends.CHUNK_SECONDS:
             return
 
 

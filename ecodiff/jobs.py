@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from .errors import EcodiffError, OutOfMemoryError, RunError, memory_advice
 from .gpu import ADVICE
-from .places import LEARNING, Place
+from .places import DRAWING, LEARNING, Place
 from .runs import Run
 from .state import LearnState
 
@@ -122,6 +122,15 @@ class Worker:
             with suppress(OutOfMemoryError), memory_advice(ADVICE):  # whoever draws will be told
                 place.calibration(job.run.model)
         job.stage = "finished" if finished else "stopped"
+        if finished and place is DRAWING:
+            with suppress(EcodiffError), memory_advice(ADVICE):
+                self._prepare(job.run, place)
+
+    def _prepare(self, run: Run, place: Place) -> None:
+        """What the first images would wait for; nobody waits for it yet."""
+        place.pruned(run.model, run.plan(run.config.ratio))
+        with place.turn:
+            place.calibration(run.model).prepare()
 
 
 WORKER = Worker()

@@ -36,6 +36,7 @@ class _Learner:
         self.memory: memory.MemoryPlan | None = None
         self.encodings = Encodings(pipe)
         self.counted = 0  # denoiser calls of a step, recomputed ones too
+        self.calls = 0  # of one trajectory; 0: not known yet
         self.denoiser = denoiser_of(pipe)
         self.groups = find_groups(self.denoiser, set(config.kinds) - {"blocks"})
         self.blocks = blocks(self.groups) if "blocks" in config.kinds else {}
@@ -89,9 +90,8 @@ class _Learner:
                     raise
             self._plan(smaller)
             memory.release()
-        if self.memory and not self.memory.calls and made.step <= self.config.warm_steps:
-            # Every call was made twice, so now it is known how many a trajectory has.
-            self._plan(memory.fitted(replace(self.memory, calls=self.counted // 2)))
+        if self.memory and not self.memory.calls and self.calls:
+            self._plan(memory.fitted(replace(self.memory, calls=self.calls)))
         return made
 
     def _plan(self, found: memory.MemoryPlan) -> None:
@@ -157,6 +157,8 @@ class _Learner:
             blocks=self.blocks,
             rows=processes.share(self.config.batch),
         )
+        if self._keep().calls == 0:
+            self.calls = self.counted // 2  # each was made twice
         found = torch.cat([squares[name] for name in (*self.names, *self.blocks)])
         state.vectors["saliency"] += processes.mean(found)
         return {}
@@ -259,8 +261,10 @@ class _Learner:
     def _target(self, batch: int) -> tuple[Tensor, Tensor]:
         """z_0 of the dense model for a batch, and the variance of all processes' share of it; found once."""
         if batch not in self.targets:
+            before = self.counted
             with trajectory(self.pipe, False, self._on_step) as run, torch.no_grad():
                 z0 = run(**self._call(batch)).float()
+            self.calls = self.counted - before
             self.targets[batch] = z0, processes.whole(z0).var()
         return self.targets[batch]
 

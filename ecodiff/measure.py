@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -20,6 +20,23 @@ def parameters(module: nn.Module) -> int:
 def megabytes(count: float) -> str:
     """Bytes for people: "16.2 MB", "5.14 GB"."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def peak_of(pipe) -> Callable[[], int | None]:
+    """From now on, what `pipe` needs on its device at most: its weights there, and what comes on top.
+
+    Other pipelines that are there too do not count. Returns a function to ask for the bytes; it says None
+    where torch does not count them (it does on CUDA).
+    """
+    device = denoiser_of(pipe).device
+    if device.type != "cuda":
+        return lambda: None
+    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    weights = {p for module in modules for p in module.parameters() if p.device == device}
+    own = sum(p.numel() * p.element_size() for p in weights)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    return lambda: own + torch.cuda.max_memory_allocated(device) - before
 
 
 @torch.no_grad()
@@ -113,7 +130,7 @@ def unit_milliseconds(
     device = denoiser.device  # finding it out costs more than a small layer
 
     def now() -> float:
-        _wait_for(device)
+        wait_for(device)
         return 1000 * time.perf_counter()
 
     def start(name, *_):
@@ -146,7 +163,8 @@ def unit_milliseconds(
     return by_unit, latency(pipe, call, repeats)
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done what it was asked to."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -164,6 +182,6 @@ def latency(pipe, call: dict, repeats: int = 5) -> float:
     for _ in range(repeats + 1):
         start = time.perf_counter()
         denoiser(*args, **kwargs)
-        _wait_for(denoiser.device)
+        wait_for(denoiser.device)
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times[1:])

@@ -8,8 +8,9 @@ too, inside a call that is.
 
 import copy
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 import torch
@@ -17,12 +18,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from . import catalog
+from . import backends, catalog
 from .gates import masked
 from .groups import PruneGroup, blocks, denoiser_of, find_groups
 from .trajectory import NOTHING, Keep, denoiser_calls, moved
 
 USABLE = 0.8  # of what is free: allocators waste some, and others may come
+USABLE_CPU = 0.5  # glibc's allocator wastes up to half as much again (benchmarks/learning.py)
+CONTAINER = Path("/sys/fs/cgroup/memory.max")  # bytes that a container may use, or "max"
+ZEROGPU_BYTES = 48 * 10**9  # of the size "large", as Hugging Face documents it
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def free_bytes(device: torch.device) -> int:
         return int(USABLE * (torch.cuda.mem_get_info(device)[0] + unused))
     if device.type == "mps":
         return int(USABLE * (torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()))
-    return int(USABLE * psutil.virtual_memory().available)
+    return int(USABLE_CPU * _main_memory()[1])
 
 
 def release() -> None:
@@ -94,7 +98,30 @@ def release() -> None:
         torch.mps.empty_cache()
 
 
-def estimate(denoiser: nn.Module, model: catalog.Model, batch: int = 4) -> dict[str, int]:
+def capacity(device: torch.device) -> int:
+    """Bytes of memory that a device has, used or not."""
+    if backends.zerogpu():
+        return ZEROGPU_BYTES  # it cannot be asked: this process never sees it
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return _main_memory()[0]
+
+
+def _main_memory() -> tuple[int, int]:
+    """Bytes of the machine's memory, all and available; of a container's, where this runs in one."""
+    found = psutil.virtual_memory()
+    total, available = found.total, found.available
+    with suppress(OSError, ValueError):  # there is no container, or no limit
+        limit = int(CONTAINER.read_text())
+        total, available = min(total, limit), min(available, limit - psutil.Process().memory_info().rss)
+    return total, max(0, available)
+
+
+def estimate(
+    denoiser: nn.Module, model: catalog.Model, dtype: torch.dtype | None = None, batch: int = 4
+) -> dict[str, int]:
     """Bytes for drawing one image and for learning, before anything was measured: rules of thumb.
 
     Drawing: all weights, and a tenth more. Learning, with blocks recomputed: besides, for each row of a
@@ -103,15 +130,18 @@ def estimate(denoiser: nn.Module, model: catalog.Model, batch: int = 4) -> dict[
 
     Args:
         denoiser: on any device, "meta" too.
+        dtype: that it works in; None: that of its files.
     """
-    itemsize = getattr(torch, model.dtype).itemsize
+    on_disk = getattr(torch, model.dtype).itemsize
+    itemsize = dtype.itemsize if dtype else on_disk
     groups = find_groups(denoiser)
     width = max(g.consumers[0].weight(denoiser).shape[0] for g in groups)
     rows = batch * (
         2 if (model.guidance_scale or 0) > 1 and not denoiser.config.get("guidance_embeds") else 1
     )
     hidden = rows * ((model.size or 1024) // 16) ** 2 * width * itemsize
-    weights = sum(p.numel() for p in denoiser.parameters()) * itemsize + model.others_gb * 1e9
+    weights = sum(p.numel() for p in denoiser.parameters()) * itemsize
+    weights += model.others_gb * 1e9 * itemsize / on_disk
     return {
         "draw": round(1.1 * weights),
         "learn": round(1.1 * weights + hidden * (len(blocks(groups)) + 34)),

@@ -73,16 +73,22 @@ class Call:
 
 
 def record(
-    pipe, prompts: Sequence[str], config: CompensateConfig, folder: Path | None = None, on_step=None
+    pipe,
+    prompts: Sequence[str],
+    config: CompensateConfig,
+    folder: Path | None = None,
+    on_step=None,
+    batches: Sequence[range] | None = None,
 ) -> Iterator[list[Call]]:
     """Yields the calls of each batch, on the CPU.
 
     Args:
         folder: where batches are kept; those that are there are not drawn again.
         on_step: called before every denoiser call.
+        batches: some of `config.batches`; None: all.
     """
     options = call_options(pipe, config.inference_steps, config.guidance_scale, config.size, config.extra)
-    for rows in config.batches:
+    for rows in config.batches if batches is None else batches:
         file = folder and folder / f"{rows.start}.safetensors"
         calls = load(file) if file else None
         if calls is None:
@@ -93,9 +99,9 @@ def record(
         yield calls
 
 
-def complete(config: CompensateConfig, folder: Path) -> bool:
-    """True if every batch is there."""
-    return all((folder / f"{rows.start}.safetensors").exists() for rows in config.batches)
+def missing(config: CompensateConfig, folder: Path) -> list[range]:
+    """Batches that are not kept yet."""
+    return [rows for rows in config.batches if not (folder / f"{rows.start}.safetensors").exists()]
 
 
 def _spread(made: list[tuple[tuple, dict]], config: CompensateConfig, heldout: bool) -> list[Call]:

@@ -85,6 +85,7 @@ def test_the_readme_has_an_example_of_each(client):
 def test_the_main_job(client, tmp_path):
     predicted = client.predict("emoji-sdxl", 0.2, api_name="/predict")
     assert predicted["params_dense"] == 8_327_876
+    assert predicted["memory"]["draw"] <= predicted["memory"]["learn"] < predicted["memory"]["here"]
 
     run = client.predict("emoji-sdxl", 0.2, "fast", 0, api_name="/prune_start")["run"]
     wait(client, run, "learning", steps=1)
@@ -114,6 +115,8 @@ def test_the_main_job(client, tmp_path):
     dense, pruned, facts = client.predict(run, 0.2, "red apple", 7, 4, None, api_name="/compare")
     assert Image.open(dense).size == Image.open(pruned).size == (64, 64)
     assert facts["latent_error"] > 0 and facts["digest"] == cuts[0]["digest"]
+    assert 0 < facts["step_ms_pruned"] < facts["ms_pruned"]
+    assert facts["peak_dense"] is None, "CUDA counts bytes, a CPU does not"
 
     found = client.predict(run, [0.4, 0.1], 2, api_name="/sizes")
     assert [row["seed"] for row in found["rows"]] == [0, 1] and found["rows"][0]["prompt"]

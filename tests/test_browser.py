@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shutil
+import time
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from gradio_client import Client, handle_file
 
 import ecodiff
+from ecodiff.runs import Run
 
 from . import hub
 from .server import serve
@@ -218,8 +220,9 @@ def test_every_tab_fits(browser, url, look, width):
 
 def test_the_page_sees_a_run_through_on_zerogpu(browser, tiny_sdxl, tmp_path):
     tiny_sdxl.save_pretrained(tmp_path / "tiny")
+    visitor = browser.new_context(viewport={"width": 1200, "height": 900})
     with space(tmp_path, QUOTA="4", **ONE_STEP) as (client, asked):
-        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page = visitor.new_page()
         page.goto(client.src)
         page.get_by_label("Model").first.fill(str(tmp_path / "tiny"))
         page.keyboard.press("Enter")
@@ -229,7 +232,22 @@ def test_the_page_sees_a_run_through_on_zerogpu(browser, tiny_sdxl, tmp_path):
         shot(page, "zerogpu-quota")
         assert len(asked("/schedule")) == 5, "four calls and the one that was refused"
         assert button(page, "Resume").is_enabled()
-    with space(tmp_path, port=client.src.rstrip("/").rpartition(":")[2]) as (_, asked):  # the next day
+    port = client.src.rstrip("/").rpartition(":")[2]
+    with space(tmp_path, port=port, **ONE_STEP) as (_, asked):  # the next day
+        page.goto(client.src)
+        button(page, "Resume").click()
+        page.locator(".eco-status").get_by_text("step 5 of 16").wait_for(timeout=LEARNED)
+        page.close()  # the visitor leaves while it learns
+        (folder,) = (tmp_path / "runs").glob("*/run.json")
+        run, begun = Run.open(folder.parent), time.monotonic()
+        while run.busy:
+            assert time.monotonic() - begun < 30, "whoever left has left a lock"
+            time.sleep(0.1)
+        assert not run.finished and run.state().step >= 5
+        calls = len(asked("/schedule"))
+        time.sleep(3)
+        assert len(asked("/schedule")) == calls, "it learns on for nobody, on somebody's quota"
+        page = visitor.new_page()
         page.goto(client.src)
         button(page, "Resume").click()
         page.locator(".eco-status").get_by_text("Finished").wait_for(timeout=LEARNED)

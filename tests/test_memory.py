@@ -121,6 +121,38 @@ def test_running_out_of_memory_changes_the_plan_and_not_the_scores(tiny_sdxl, mo
     assert all(torch.equal(values, scores.values[name]) for name, values in reference.values.items())
 
 
+def test_a_run_that_goes_on_keeps_as_much(tiny_sdxl):
+    """Whether it was cut in the warm start or later: from its second step on, what fits is kept."""
+    prompts, state = ["red apple", "cat"], None
+    for _ in range(CONFIG.total_steps - 1):
+        plans: list[str] = []
+        learning = learn(tiny_sdxl, prompts, CONFIG, state, on_plan=plans.append)
+        state, _ = next(learning)
+        assert plans[0].startswith("every time step") and plans[-1].startswith("activations of 3 of 3")
+        learning.close()
+
+
+def test_a_container_has_what_it_may_use(tmp_path, monkeypatch):
+    cpu = torch.device("cpu")
+    alone = memory.capacity(cpu)
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "CONTAINER", limit)
+    limit.write_text("max\n")
+    assert memory.capacity(cpu) == alone and 0 < memory.free_bytes(cpu) < alone
+    limit.write_text(f"{1 << 30}\n")
+    assert memory.capacity(cpu) == 1 << 30 and memory.free_bytes(cpu) < 1 << 29
+    limit.write_text("1\n")
+    assert memory.free_bytes(cpu) == 0
+    monkeypatch.setenv("SPACES_ZERO_GPU", "true")
+    assert memory.capacity(torch.device("cuda")) == 48e9
+
+
+def test_an_estimate_follows_the_dtype():
+    denoiser, known = checkpoint.empty_denoiser("sdxl"), catalog.find("sdxl")
+    halves, floats = memory.estimate(denoiser, known), memory.estimate(denoiser, known, torch.float32)
+    assert floats == {name: pytest.approx(2 * value, abs=2) for name, value in halves.items()}
+
+
 def on_meta(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, device="meta", dtype=dtype)
 

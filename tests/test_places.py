@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from ecodiff import backends, catalog, checkpoint, gpu, jobs, places, recording, service
+from ecodiff import backends, catalog, checkpoint, compensate, gpu, jobs, places, recording, service
 from ecodiff.errors import OutOfMemoryError, RunError
 from ecodiff.fidelity import generate
 from ecodiff.places import Place
@@ -113,3 +113,31 @@ def test_compensation_that_does_not_fit_leaves_a_finished_run(run, monkeypatch):
     job = jobs.Job(run)
     jobs.Worker()._learn(job, Place("cpu"))
     assert job.stage == "finished" and not run.error
+
+
+def test_the_first_images_wait_for_nothing(run, monkeypatch):
+    """Once a run is finished, what compensation needs is gathered, for any size, before anybody asks."""
+    jobs.Worker()._learn(jobs.Job(run), gpu.DRAWING)
+    monkeypatch.setattr(compensate.Calibration, "gather", out_of_memory)
+    small = gpu.DRAWING.pruned(run.model, run.plan(0.2))
+    assert gpu.DRAWING.pruned(run.model, run.plan(0.2), kept=run.folder / "variants") is small
+    other = gpu.DRAWING.pruned(run.model, run.plan(0.35))
+    plain = gpu.DRAWING.pruned(run.model, run.plan(0.35), compensate=False)
+    name = next(n for n, w in plain.unet.named_parameters() if not w.equal(other.unet.get_parameter(n)))
+    assert name.endswith(("weight", "bias"))
+
+
+def test_every_call_records_something_or_says_why_not(run, monkeypatch, tmp_path):
+    """On ZeroGPU the page calls until all is recorded: a call that adds nothing would be made for ever."""
+    folder, config = tmp_path / "recordings", catalog.find(run.model).compensation()
+    run.imported = True
+    run.save()
+    monkeypatch.setattr(gpu, "recordings", lambda model: folder)
+    monkeypatch.setattr(backends, "CHUNK_SECONDS", 0.0)
+    for done in range(1, 3):
+        assert len(list(gpu.results("learn", str(run.folder)))) == 1
+        assert len(recording.missing(config, folder)) == len(config.batches) - done
+    monkeypatch.setattr(recording, "save", lambda *_: None)
+    with pytest.raises(RunError, match="could not be kept"):
+        list(gpu.results("learn", str(run.folder)))
+    assert service.status(run.id)["stage"] == "finished" and "disk" in service.status(run.id)["error"]

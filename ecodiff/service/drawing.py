@@ -87,8 +87,9 @@ def compare(
         compensate: let the weights that remain take over from those that went (closed form).
 
     Returns:
-        dense sample, pruned sample, and `cut`'s result with latent_error, psnr, ssim, ms_dense,
-        ms_pruned: milliseconds for this image, after a warm-up
+        dense sample, pruned sample, and `cut`'s result with latent_error, psnr, ssim; ms_dense, ms_pruned:
+        milliseconds for this image, after a warm-up; step_ms_dense, step_ms_pruned: for a time step of it, a
+        median; peak_dense, peak_pruned: bytes on the GPU at most, weights and all, or None
     """
     made, facts = plan(run, ratio), cut(run, ratio)
     known = catalog.find(made.metadata["model"])
@@ -98,7 +99,9 @@ def compare(
     kept = str(STORE.open(run).folder / "variants")
     (samples,) = gpu.results("draw", known.name, [made], [(prompt, int(seed))], options, compensate, kept)
     facts |= asdict(fidelity(*samples))
-    facts |= {"ms_dense": samples[0].milliseconds, "ms_pruned": samples[1].milliseconds}
+    for name, sample in zip(("dense", "pruned"), samples, strict=True):
+        facts |= {f"ms_{name}": sample.milliseconds, f"step_ms_{name}": sample.step_milliseconds}
+        facts |= {f"peak_{name}": sample.peak_bytes}
     return *samples, facts
 
 

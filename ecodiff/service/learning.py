@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from .. import backends, catalog, checkpoint, gpu, hub, memory, places
@@ -51,13 +52,16 @@ def predict(model: str, ratio: float) -> dict:
 
     Returns:
         {"params_dense", "params_pruned", "bytes_dense", "bytes_pruned", "ceiling", "licence", "gated",
-        "supported": what the conformance suite passes of this architecture, "memory": {"draw", "learn"},
-        bytes, an estimate, "left_alone": {class: parameters that no unit holds}}
+        "supported": what the conformance suite passes of this architecture, "memory": {"draw", "learn",
+        "here"}, bytes: estimates of what it takes, and what the device has, "left_alone": {class: parameters
+        that no unit holds}}
     """
     known = _known(model)
     scores, itemsize, dense_bytes = unit_costs(known.name)
     denoiser = empty_denoiser(known.name)
     removed = round(_checked(ratio, scores) * scores.total)
+    device = torch.device(backends.device())
+    dtype = torch.float32 if device.type == "cpu" else None
     return {
         "params_dense": scores.total,
         "params_pruned": scores.total - removed,
@@ -67,7 +71,7 @@ def predict(model: str, ratio: float) -> dict:
         "licence": known.licence,
         "gated": known.gated,
         "supported": catalog.supported(type(denoiser).__name__),
-        "memory": memory.estimate(denoiser, known),
+        "memory": memory.estimate(denoiser, known, dtype) | {"here": memory.capacity(device)},
         "left_alone": unrecognised(denoiser, find_groups(denoiser, ALL_KINDS)),
     }
 

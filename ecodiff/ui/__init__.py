@@ -34,6 +34,8 @@ def build_demo() -> gr.Blocks:
                 shelf = library.build(runs, current)
             with gr.Tab("About", id="about"):
                 about.build()
+        arrived = [tabs, c["ratio"], c["compensate"], *c["outputs"]]
+        p["see"].click(c["come"], [runs, current, p["size"], p["compensate"]], arrived, **private)
         compare_tab.select(c["refresh"], c["inputs"], c["outputs"], **private)
         sizes_tab.select(z["refresh"], z["inputs"], z["outputs"], **private)
         library_tab.select(shelf["refresh"], shelf["inputs"], shelf["outputs"], **private)

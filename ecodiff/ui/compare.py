@@ -44,7 +44,8 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
             figures = gr.HTML(elem_id="figures")
             copy = gr.Button("Copy the link", size="sm", visible=False)
     history = gr.Gallery(
-        label="This session: dense, pruned, dense, pruned, …",
+        label="Drawn in this session: dense, pruned, dense, pruned, …",
+        show_label=False,
         columns=8,
         height="auto",
         elem_id="history",
@@ -62,10 +63,13 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     run.input(told(defaults), run, [steps, guidance], api_visibility="private", show_progress="hidden")
 
     return {
+        "ratio": ratio,
+        "compensate": compensate,
         "refresh": refresh,
         "inputs": [runs, current, run],
         "outputs": [run, empty, steps, guidance],
         "follow": follow,
+        "come": come,
         "settings": settings,
     }
 
@@ -106,6 +110,11 @@ def follow(runs, request: gr.Request):
         _number(query, "guidance", 0, 15, known.guidance_scale or 0),
         query.get("compensate") != "0",
     )
+
+
+def come(runs, current, percent, compensate):
+    """From the run that is shown in the Prune tab to its images, at the size that it has there."""
+    return gr.Tabs(selected="compare"), percent, compensate, *refresh(runs, current, None)
 
 
 def _number(query, name: str, least: float, most: float, default: float) -> float:

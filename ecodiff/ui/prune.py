@@ -56,6 +56,8 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
         "model": form["model"],
         "ratio": form["ratio"],
         "size": size,
+        "compensate": compensate,
+        "see": results["see"],
         "predicted": predicted,
         "predict": predict,
         "watch": watch,
@@ -113,7 +115,8 @@ def _results() -> dict[str, gr.components.Component]:
         layers = gr.HTML(label="Kept in each layer")
         compensate = gr.Checkbox(True, label="Compensate", info=COMPENSATE)
         with gr.Row():
-            pack = gr.Button("Make the download", variant="primary")
+            see = gr.Button("Compare images", variant="primary")
+            pack = gr.Button("Make the download")
             download = gr.DownloadButton("Download", interactive=False)
         packed = gr.Markdown()
         code = gr.Code(language="python", label="Load it", visible=False, interactive=False)
@@ -123,6 +126,7 @@ def _results() -> dict[str, gr.components.Component]:
         "figures": figures,
         "layers": layers,
         "compensate": compensate,
+        "see": see,
         "pack": pack,
         "download": download,
         "packed": packed,

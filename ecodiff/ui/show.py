@@ -67,8 +67,8 @@ def prediction(facts: dict) -> str:
         f"Licence: {escape(facts['licence'])}" + (", gated: accept it on the Hub first" * facts["gated"])
     ]
     if facts["memory"]["learn"] > 1e9:
-        draw, learn = (megabytes(facts["memory"][name]) for name in ("draw", "learn"))
-        notes.append(f"Memory, estimate: {draw} to draw, {learn} to learn")
+        draw, learn, here = (megabytes(facts["memory"][name]) for name in ("draw", "learn", "here"))
+        notes.append(f"Memory, estimate: {draw} to draw, {learn} to learn; there are {here} here")
     notes.append(
         f"This architecture passed the conformance suite, {whole}"
         if passed
@@ -77,7 +77,10 @@ def prediction(facts: dict) -> str:
     alone = {kind: count / facts["params_dense"] for kind, count in facts["left_alone"].items()}
     largest = [f"{escape(kind)} {share:.1%}" for kind, share in alone.items() if share >= 0.001]
     notes.append(f"Left alone: {', '.join(largest) or 'next to nothing'} of the parameters")
-    return _figures_of(facts, removed) + f'<p class="eco-notes">{" · ".join(notes)}</p>'
+    found = _figures_of(facts, removed) + f'<p class="eco-notes">{" · ".join(notes)}</p>'
+    if facts["memory"]["learn"] > facts["memory"]["here"]:
+        found += failure("By that estimate this machine has too little memory to learn on this model.")
+    return found
 
 
 def _figures_of(facts: dict, removed: float) -> str:
@@ -157,24 +160,25 @@ def size(facts: dict) -> str:
 
 def comparison(facts: dict, link: str) -> str:
     """Speed, size and fidelity of one pair of images, and where to find it again."""
-    faster = facts["ms_dense"] / facts["ms_pruned"]
-    cards = figures(
-        [
-            ("Parameters", millions(facts["params_pruned"]), f"dense {millions(facts['params_dense'])}"),
-            ("Weights", megabytes(facts["bytes_pruned"]), f"dense {megabytes(facts['bytes_dense'])}"),
-            (
-                "Time for this image",
-                f"{facts['ms_pruned']:.0f} ms",
-                f"dense {facts['ms_dense']:.0f} ms ({faster:.2f}×)",
-            ),
-            ("Latent error", _error(facts["latent_error"]), "0 is identical"),
-            ("PSNR", f"{facts['psnr']:.1f} dB", closeness(facts["psnr"])),
-            ("SSIM", f"{facts['ssim']:.3f}", "1 is identical"),
-        ]
-    )
+    faster = facts["step_ms_dense"] / facts["step_ms_pruned"]
+    rows = [
+        ("Parameters", millions(facts["params_pruned"]), f"dense {millions(facts['params_dense'])}"),
+        ("Weights", megabytes(facts["bytes_pruned"]), f"dense {megabytes(facts['bytes_dense'])}"),
+        (
+            "Time for a step",
+            f"{facts['step_ms_pruned']:.0f} ms",
+            f"dense {facts['step_ms_dense']:.0f} ms ({faster:.2f}×)",
+        ),
+        ("Latent error", _error(facts["latent_error"]), "0 is identical"),
+        ("PSNR", f"{facts['psnr']:.1f} dB", closeness(facts["psnr"])),
+        ("SSIM", f"{facts['ssim']:.3f}", "1 is identical"),
+    ]
+    if facts["peak_pruned"] is not None:
+        peak, dense = (megabytes(facts[f"peak_{name}"]) for name in ("pruned", "dense"))
+        rows.insert(3, ("GPU memory at most", peak, f"dense {dense}"))
     return (
-        f'{cards}<p class="eco-notes"><a href="{escape(link)}">Link to this comparison</a>: run, size, '
-        "prompt, seed and settings. Whoever has it can use the run.</p>"
+        f'{figures(rows)}<p class="eco-notes"><a href="{escape(link)}">Link to this comparison</a> with its '
+        "run, size, prompt, seed and settings. Whoever has it can use the run.</p>"
     )
 
 
