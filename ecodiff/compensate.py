@@ -12,7 +12,7 @@ columns, as in OBS-Diff (arXiv 2510.06751) and SlimGPT. No gradients, no images.
 
 x' are the features that stay, as the dense model has them; or, in network order, those of the
 pruned model itself, so that later layers see what became of earlier ones. The former is the
-default: on emoji-sdxl it is better (README), and one pass over the data serves every layer.
+default: on emoji-sdxl it is better (benchmarks), and one pass over the data serves every layer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -8,7 +8,7 @@ with the same scores, bit for bit, as one that was left alone.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
-from math import isfinite, log
+from math import inf, isfinite, log
 
 import torch
 from torch import Tensor
@@ -157,7 +157,7 @@ class _Learner:
             blocks=self.blocks,
             rows=processes.share(self.config.batch),
         )
-        if self._keep().calls == 0:
+        if self._keep().recomputed == inf:
             self.calls = self.counted // 2  # each was made twice
         found = torch.cat([squares[name] for name in (*self.names, *self.blocks)])
         state.vectors["saliency"] += processes.mean(found)

@@ -1,15 +1,16 @@
 """What a backward pass keeps and what it computes again: the fastest way that fits into memory.
 
 A trajectory of T denoiser calls, each with activations of A bytes, costs 1 forward and 1 backward pass
-if all T A bytes are kept, and 2 forward passes and 1 backward pass if only the latents are: then A bytes
-are enough. Between the two, some calls are kept and the others recomputed. Below, blocks are recomputed
-too, inside a call that is.
+if all T A bytes are kept, and nearly 2 forward passes and 1 backward pass if only the last call's are, and
+the latents of the others: then A bytes are enough. Between the two, some calls are kept and the others
+recomputed. Below, all are recomputed, block by block.
 """
 
 import copy
 from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 
 import psutil
@@ -55,11 +56,14 @@ class MemoryPlan:
         return self.free + self.encoders * self.keep.alone
 
     @property
+    def kept(self) -> int:
+        """Calls whose activations are kept; 0 while it is not known how many there are."""
+        return int(max(0, self.calls - self.keep.recomputed))
+
+    @property
     def needed(self) -> int:
-        """Bytes that are kept at most, besides the weights: the calls that are, and one at a time."""
-        if self.keep.blocks:
-            return self.by_block
-        return self.activations * min(self.keep.calls + 1, max(1, self.calls))
+        """Bytes that are kept at most, besides the weights: the calls that are, or one at a time."""
+        return self.by_block if self.keep.blocks else self.activations * max(1, self.kept)
 
     def words(self) -> str:
         """For people."""
@@ -67,17 +71,22 @@ class MemoryPlan:
         gigabytes += ", text encoders away" * self.keep.alone
         if self.keep.blocks:
             return f"every block is computed twice, {gigabytes}"
-        if not self.calls:
+        if not self.kept:
             return f"every time step is computed twice, {gigabytes}"
-        return f"activations of {min(self.keep.calls, self.calls)} of {self.calls} calls kept, {gigabytes}"
+        return f"activations of {self.kept} of {self.calls} calls kept, {gigabytes}"
 
     def smaller(self) -> "MemoryPlan | None":
         """The next plan that needs less; None if there is none."""
-        if self.keep.calls:
-            return replace(self, keep=Keep(min(self.keep.calls, self.calls) // 2))
+        if self.kept > 1:
+            return self.keeping(self.kept // 2)
         if self.encoders and not self.keep.alone:
-            return replace(self, keep=Keep(0, alone=True))
-        return None if self.keep.blocks else replace(self, keep=Keep(0, True, self.keep.alone))
+            return self.keeping(1, alone=True)
+        return None if self.keep.blocks else replace(self, keep=Keep(blocks=True, alone=self.keep.alone))
+
+    def keeping(self, kept: int, alone: bool = False) -> "MemoryPlan":
+        """The same with the activations of the last `kept` calls, if it is known which those are."""
+        recomputed = self.calls - kept if self.calls else inf
+        return replace(self, keep=Keep(recomputed, alone=alone))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -260,8 +269,8 @@ def plan(
 def fitted(found: MemoryPlan) -> MemoryPlan:
     """The same measurements with as many calls kept as fit."""
     room = found.free // found.activations
-    if room < 1:
-        blocks = found.free + found.encoders < found.activations
-        return replace(found, keep=Keep(0, blocks, alone=found.encoders > 0))
-    calls = found.calls if room >= found.calls else room - 1
-    return replace(found, keep=Keep(calls))
+    if room:
+        return found.keeping(min(room, found.calls))
+    if found.free + found.encoders >= found.activations:
+        return found.keeping(1, alone=True)
+    return replace(found, keep=Keep(blocks=True, alone=found.encoders > 0))

@@ -54,18 +54,19 @@ def prompt_rows(prompts: Sequence[str], rows: Iterable[int], seed: int, options:
 
 @dataclass(frozen=True)
 class Keep:
-    """What is kept for the backward pass: the activations of the first `calls` denoiser calls.
+    """What is kept for the backward pass: the activations of all denoiser calls but the first `recomputed`.
 
-    The others are recomputed from their latents; with `blocks`, block by block. With `alone`, text
-    encoders are not kept beside it (see `encodings`).
+    Those are recomputed from their latents; with `blocks`, block by block. The last calls are the ones to
+    keep: they are used up before the first recomputation needs the room. With `alone`, text encoders are
+    not kept beside it (see `encodings`).
     """
 
-    calls: float = 0
+    recomputed: float = inf
     blocks: bool = False
     alone: bool = False
 
 
-ALL, NOTHING = Keep(inf), Keep(0)
+ALL, NOTHING = Keep(0), Keep()
 
 
 @contextmanager
@@ -108,7 +109,7 @@ def trajectory(
     def kept_or_recomputed(*args, **kwargs):
         nonlocal calls
         calls += 1
-        kept = calls <= keep.calls or not torch.is_grad_enabled()
+        kept = calls > keep.recomputed or not torch.is_grad_enabled()
         if kept:
             return step(*args, **kwargs)
         return recomputed(step, [*factors_of(denoiser), *trained], args, kwargs)

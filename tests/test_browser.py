@@ -130,7 +130,9 @@ def test_the_main_job(page, url, tmp_path):
     assert abs(sum(p.numel() for p in small.unet.parameters()) / 8_327_876 - 0.6) < 2e-3
     assert small("red apple", num_inference_steps=2).images[0].size == (64, 64)
 
-    page.get_by_role("tab", name="Compare").click()
+    button(page, "Compare images").click()  # this run, at this size
+    playwright.expect(page.get_by_role("combobox", name="Pruned model")).not_to_have_value("")
+    playwright.expect(page.get_by_role("spinbutton", name="Remove")).to_have_value("40")
     page.get_by_role("textbox", name="Prompt").fill("cat face")
     button(page, "Draw both").click()
     page.get_by_text("Latent error").wait_for(timeout=60_000)
@@ -161,7 +163,7 @@ def test_the_main_job(page, url, tmp_path):
     other.goto(
         url
         + "/"
-        + link.replace("seed=0", "seed=nonsense").replace("steps=20", "steps=7").replace("size=20", "size=35")
+        + link.replace("seed=0", "seed=nonsense").replace("steps=20", "steps=7").replace("size=40", "size=35")
     )
     other.get_by_role("textbox", name="Prompt").wait_for()
     expect = playwright.expect

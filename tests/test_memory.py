@@ -19,7 +19,7 @@ from .test_trajectory import gate_gradients, kept_bytes, random_gates
 CONFIG = ecodiff.LearnConfig(warm_steps=2, steps=2, batch=2, trajectories=4, inference_steps=3, size=16)
 
 
-@pytest.mark.parametrize("keep", [Keep(1), Keep(5), Keep(100), Keep(0, blocks=True)])
+@pytest.mark.parametrize("keep", [Keep(7), Keep(3), Keep(0), Keep(100), Keep(blocks=True)])
 def test_gradients_do_not_depend_on_what_is_kept(pipe, keep):
     pipe.to(torch.float64)
     masks = random_gates(gates_of(pipe))
@@ -43,32 +43,50 @@ def test_activations_are_what_autograd_keeps(tiny_sdxl):
 
 
 @pytest.mark.parametrize(
-    ("free", "kept"), [(10_000, Keep(12)), (1_200, Keep(12)), (1_199, Keep(10)), (100, Keep(0)), (99, None)]
+    ("free", "kept"), [(10_000, 12), (1_200, 12), (1_199, 11), (199, 1), (100, 1), (99, None)]
 )
 def test_as_much_is_kept_as_fits(free, kept):
     found = memory.fitted(MemoryPlan(calls=12, activations=100, by_block=30, free=free))
-    assert found.keep == (kept or Keep(0, blocks=True))
+    assert found.keep == (Keep(12 - kept) if kept else Keep(blocks=True))
     assert found.needed <= free and "GB" in found.words()
 
 
 def test_plans_shrink_until_there_is_none():
-    found, kept = MemoryPlan(12, 100, 30, 10_000, Keep(12)), []
+    found, kept = MemoryPlan(12, 100, 30, 10_000, Keep(0)), []
     while found is not None:
         kept.append(found.keep)
         found = found.smaller()
-    assert kept == [Keep(12), Keep(6), Keep(3), Keep(1), Keep(0), Keep(0, blocks=True)]
+    assert kept == [Keep(0), Keep(6), Keep(9), Keep(11), Keep(blocks=True)]
+    unknown = MemoryPlan(0, 100, 30, 10_000)
+    assert unknown.keep == memory.fitted(unknown).keep == Keep() and unknown.needed == 100
+    assert unknown.smaller().keep == Keep(blocks=True)
 
 
 def test_text_encoders_go_before_blocks_are_computed_twice():
-    found, kept = MemoryPlan(12, 100, 30, 100, Keep(1), encoders=50), []
+    found, kept = MemoryPlan(12, 100, 30, 100, Keep(10), encoders=50), []
     while found is not None:
         kept.append(found.keep)
         found = found.smaller()
-    assert kept == [Keep(1), Keep(0), Keep(0, alone=True), Keep(0, True, True)]
+    assert kept == [Keep(10), Keep(11), Keep(11, alone=True), Keep(blocks=True, alone=True)]
     small = MemoryPlan(12, 100, 30, 60, encoders=50)
-    assert memory.fitted(small).keep == Keep(0, alone=True)
+    assert memory.fitted(small).keep == Keep(11, alone=True)
     assert "text encoders away" in memory.fitted(small).words()
-    assert memory.fitted(replace(small, encoders=10)).keep == Keep(0, True, True)
+    assert memory.fitted(replace(small, encoders=10)).keep == Keep(blocks=True, alone=True)
+
+
+def test_the_last_calls_are_kept(tiny_sdxl):
+    """They are used up before the others are made again, each once."""
+    masks = random_gates(tiny_sdxl.unet, torch.float32)
+    for keep, made in ((Keep(), 16), (Keep(7), 15), (Keep(3), 11), (Keep(0), 8)):
+        times: list[float] = []
+        hook = tiny_sdxl.unet.time_proj.register_forward_pre_hook(
+            lambda module, args, times=times: times.append(float(args[0][0]))
+        )
+        with ecodiff.masked(tiny_sdxl.unet, masks), trajectory(tiny_sdxl, keep) as run:
+            z0 = run(PROMPT, num_inference_steps=8, generator=torch.Generator().manual_seed(0))
+            torch.autograd.grad(z0.square().mean(), list(masks.values()))
+        hook.remove()
+        assert times[8:] == times[: made - 8][::-1]
 
 
 @pytest.mark.parametrize("name", [*PIPELINES, *BUILDERS])
@@ -109,7 +127,7 @@ def test_running_out_of_memory_changes_the_plan_and_not_the_scores(tiny_sdxl, mo
 
     def tight(*args, checkpoint, **kwargs):
         """A machine that holds the activations of one call."""
-        if checkpoint.calls > 1:
+        if checkpoint.recomputed < 2:
             failed.append(checkpoint)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return real(*args, checkpoint=checkpoint, **kwargs)
@@ -117,7 +135,7 @@ def test_running_out_of_memory_changes_the_plan_and_not_the_scores(tiny_sdxl, mo
     monkeypatch.setattr(saliency, "gauss_newton_sample", tight)
     for _, scores in learn(tiny_sdxl, prompts, CONFIG, on_plan=plans.append):  # noqa: B007
         pass
-    assert failed == [Keep(3)] and plans[0].startswith("every time step") and "1 of 3" in plans[-1]
+    assert failed == [Keep(0)] and plans[0].startswith("every time step") and "1 of 3" in plans[-1]
     assert all(torch.equal(values, scores.values[name]) for name, values in reference.values.items())
 
 

@@ -12,14 +12,19 @@ from .architectures import MISSING
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 FIDELITY = json.loads((ROOT / "benchmarks" / "fidelity.json").read_text())
 
 
 def test_the_table_is_as_measured():
     for file in (ROOT / "benchmarks").glob("fidelity*.json"):
-        assert show.benchmark(json.loads(file.read_text())) in README
+        assert show.benchmark(json.loads(file.read_text())) in BENCHMARKS
+    measured = show.benchmark(FIDELITY).splitlines()
+    names = tuple(f"| {row['method']} |" for row in FIDELITY["rows"])
+    shown = [line for line in README.splitlines() if line.startswith(names)]
+    assert len(shown) == 6 and set(shown) <= set(measured) and measured[0] in README
     for row in json.loads((ROOT / "benchmarks" / "ablation.json").read_text())["parts"]:
-        assert f"| {row['part']} | {row['error']:.4f} |" in README
+        assert f"| {row['part']} | {row['error']:.4f} |" in BENCHMARKS
 
 
 @pytest.mark.parametrize("file", ["fidelity", "fidelity-emoji-turbo", "fidelity-emoji-flux"])
@@ -54,6 +59,7 @@ def test_what_it_costs_is_as_measured():
     learning, speed = (read(f"{name}.json")["emoji-sdxl, x86_64"] for name in ("learning", "speed"))
     times, peaks = learning["times"], learning["peak_mb"]["all recomputed"]
     assert f"| {times['all recomputed']:.2f} dense trajectories |" in README
+    assert f"| {times['all but the last']:.2f} |" in README
     assert f"| {times['half kept']:.2f} |" in README and f"| {times['all kept']:.2f} |" in README
     assert f"| {', '.join(f'{peak:.0f}' for peak in peaks.values())} MB |" in README
     assert times["all recomputed"] <= 3.2 and times["all kept"] <= 2.3

@@ -82,6 +82,9 @@ def _form() -> dict[str, gr.components.Component]:
         kinds = gr.CheckboxGroup(KINDS, value=list(PRESET_KINDS), label="What may go")
         seed = seed_box()
     start = gr.Button("Prune", variant="primary", size="lg")
+    if backends.zerogpu():
+        gr.Markdown("A large model? On a GPU of your own it learns without a quota:")
+        gr.DuplicateButton("Duplicate this Space", size="sm")
     return {"model": model, "ratio": ratio, "preset": preset, "kinds": kinds, "seed": seed, "start": start}
 
 
