@@ -109,7 +109,7 @@ def progress(status: dict) -> str:
     """Stage, step, loss, size, time left and a bar."""
     stage, step, steps = status["stage"], status["step"], status["steps"]
     words = [f"<b>{STAGES[stage]}</b>"]
-    if stage == "queued":
+    if stage == "queued" and status["ahead"]:
         words.append(f"{status['ahead']} run(s) before this one")
     if stage == "learning" and step < status["warm_steps"]:
         words.append("finding a start")
