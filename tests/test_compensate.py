@@ -10,7 +10,7 @@ from ecodiff import recording
 from ecodiff.compensate import Calibration, CompensateConfig, Statistics, solve
 from ecodiff.errors import BudgetError
 from ecodiff.groups import PRESET_KINDS, denoiser_of
-from ecodiff.recording import complete, record
+from ecodiff.recording import missing, record
 from ecodiff.scores import Scores
 
 from .conftest import PROMPT, short
@@ -118,11 +118,11 @@ def test_it_says_what_it_needs(tiny_sdxl):
 def test_calls_that_were_kept_are_as_good_as_drawn(pipe, tmp_path, monkeypatch):
     config = replace(CONFIG, extra=short(pipe))
     drawn = [call for batch in record(pipe, PROMPTS, config) for call in batch]
-    assert not complete(config, tmp_path)
+    assert missing(config, tmp_path)
     first = next(record(pipe, PROMPTS, config, tmp_path))  # a worker whose time was up
-    assert not complete(config, tmp_path)
+    assert missing(config, tmp_path)
     list(record(pipe, PROMPTS, config, tmp_path))
-    assert complete(config, tmp_path)
+    assert not missing(config, tmp_path)
     (tmp_path / "2.safetensors").write_bytes(b"half a file")
     list(record(pipe, PROMPTS, config, tmp_path))
     monkeypatch.setattr(recording, "denoiser_calls", None)  # nothing may be drawn from here on
