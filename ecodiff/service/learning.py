@@ -51,7 +51,8 @@ def predict(model: str, ratio: float) -> dict:
         ratio: fraction of the denoiser's parameters to remove.
 
     Returns:
-        {"params_dense", "params_pruned", "bytes_dense", "bytes_pruned", "ceiling", "licence", "gated",
+        {"params_dense", "params_pruned", "bytes_dense", "bytes_pruned", "ceiling": share of the parameters
+        that can go at most, "units": what holds those, in words, "licence", "gated",
         "supported": what the conformance suite passes of this architecture, "memory": {"draw", "learn",
         "here"}, bytes: estimates of what it takes, and what the device has, "left_alone": {class: parameters
         that no unit holds}}
@@ -68,6 +69,7 @@ def predict(model: str, ratio: float) -> dict:
         "bytes_dense": dense_bytes,
         "bytes_pruned": dense_bytes - removed * itemsize,
         "ceiling": scores.ceiling,
+        "units": scores.kinds_in_words.replace(" or ", ", "),
         "licence": known.licence,
         "gated": known.gated,
         "supported": catalog.supported(type(denoiser).__name__),

@@ -99,7 +99,7 @@ def _figures_of(facts: dict, removed: float) -> str:
             (
                 "Can be removed at most",
                 f"{facts['ceiling']:.0%}",
-                "what heads, neurons and ResNet channels hold",
+                f"what its {facts['units']} hold",
             ),
         ]
     )
