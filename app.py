@@ -11,11 +11,11 @@ os.environ.setdefault("ZEROGPU_MMAP_AUTOPRUNE_PATTERN", "/nonexistent/*")
 import spaces  # noqa: F401 - before torch, or ZeroGPU refuses to start
 import torch
 
-from ecodiff import backends
-from ecodiff.logs import be_quiet
+from ecodiff import machine
+from ecodiff.machine import be_quiet
 from ecodiff.ui import build_demo, launch
 
-if backends.zerogpu():
+if machine.zerogpu():
     torch.set_num_threads(1)  # workers are forked from this process: a pool of threads would not be there
 
 demo = build_demo()

@@ -20,11 +20,12 @@ from fidelity import arguments, results_file
 
 import ecodiff
 from ecodiff import catalog
-from ecodiff.compensate import Calibration, compensate_
-from ecodiff.fidelity import latent_error
-from ecodiff.groups import ALL_KINDS, denoiser_of
-from ecodiff.learn import learn
-from ecodiff.trajectory import call_options, prompt_rows
+from ecodiff.learning.calibration import Calibration
+from ecodiff.learning.compensate import compensate_
+from ecodiff.learning.learn import learn
+from ecodiff.metrics.fidelity import latent_error
+from ecodiff.pipelines import call_options, denoiser_of, prompt_rows
+from ecodiff.units import ALL_KINDS
 
 BATCH = 8
 CUT_AT = (4, 8, 12, 16, 28, 44, 60)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ecodiff import catalog
-from ecodiff.trajectory import call_options, prompt_rows
+from ecodiff.pipelines import call_options, prompt_rows
 
 
 def seconds(function, *args) -> float:

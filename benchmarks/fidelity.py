@@ -16,6 +16,7 @@ Trajectories: dense runs, plus three for every one that is differentiated.
 import argparse
 import json
 import platform
+import sys
 import time
 from pathlib import Path
 
@@ -23,14 +24,17 @@ import numpy as np
 import obs_diff
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for recipes
 import ecodiff
-from ecodiff import catalog, saliency
-from ecodiff.compensate import Calibration, CompensateConfig, compensate_
-from ecodiff.embedded.recipe import data, evaluate
-from ecodiff.fidelity import Sample, fidelity
-from ecodiff.groups import denoiser_of
-from ecodiff.state import PRESETS
-from ecodiff.trajectory import call_options, prompt_rows
+from ecodiff import catalog
+from ecodiff.config import PRESETS, CompensateConfig
+from ecodiff.learning import scoring
+from ecodiff.learning.calibration import Calibration
+from ecodiff.learning.compensate import compensate_
+from ecodiff.metrics.cost import parameters
+from ecodiff.metrics.fidelity import Sample, fidelity
+from ecodiff.pipelines import call_options, denoiser_of, prompt_rows
+from recipes import data, evaluate
 
 HERE = Path(__file__).parent
 CACHE = Path.home() / ".cache" / "ecodiff" / "data"
@@ -95,12 +99,12 @@ def rank(method: str, pipe, model: catalog.Model, ratio: float, seed: int) -> tu
         prompt_rows(prompts, range(first, first + 4), seed, options) for first in range(0, CALIBRATION, 4)
     ]
     values, cost = {
-        "random": lambda: (saliency.random(denoiser, seed), 0),
-        "magnitude-l1": lambda: (saliency.magnitude(denoiser, 1), 0),
-        "magnitude-l2": lambda: (saliency.magnitude(denoiser, 2), 0),
-        "wanda": lambda: (saliency.wanda(pipe, calls), CALIBRATION),
-        "taylor": lambda: (saliency.taylor(pipe, calls, seed=seed), 5 * CALIBRATION),
-        "gauss-newton": lambda: (saliency.gauss_newton(pipe, calls, seed), 4 * CALIBRATION),
+        "random": lambda: (scoring.random(denoiser, seed), 0),
+        "magnitude-l1": lambda: (scoring.magnitude(denoiser, 1), 0),
+        "magnitude-l2": lambda: (scoring.magnitude(denoiser, 2), 0),
+        "wanda": lambda: (scoring.wanda(pipe, calls), CALIBRATION),
+        "taylor": lambda: (scoring.taylor(pipe, calls, seed=seed), 5 * CALIBRATION),
+        "gauss-newton": lambda: (scoring.gauss_newton(pipe, calls, seed), 4 * CALIBRATION),
     }[method]()
     return ecodiff.Scores.of(denoiser, values, method=method), cost
 
@@ -212,7 +216,7 @@ def main() -> None:
     for method in options.methods:
         every = variants(method, pipe, model, options.ratios, options.learn_ratio, calibration)
         for label, ratio, small, seconds, cost in every:
-            params = [ecodiff.measure.parameters(denoiser_of(p)) for p in (small, pipe)]
+            params = [parameters(denoiser_of(p)) for p in (small, pipe)]
             row = {"method": label, "ratio": ratio, "removed": 1 - params[0] / params[1]}
             row |= measure(dense, draw(small, model, prompts), recognised)
             row |= {"seconds": seconds, "trajectories": cost}

@@ -19,7 +19,8 @@ import torch
 from random_weights import pipeline
 
 import ecodiff
-from ecodiff.measure import parameters
+from ecodiff.learning.learn import learn
+from ecodiff.metrics.cost import parameters
 
 
 def checksums(module: torch.nn.Module) -> dict[str, int]:
@@ -54,7 +55,7 @@ def main() -> None:
             groups = ecodiff.find_groups(pipe.unet, ecodiff.LearnConfig().kinds)
         with step("warm start, 1 batch"):
             config = ecodiff.LearnConfig(warm_steps=1, steps=1, batch=1, inference_steps=2, size=32)
-            steps = ecodiff.learn.learn(pipe, ["red apple"], config)
+            steps = learn(pipe, ["red apple"], config)
             next(steps)
         with step("learning step"):
             _, scores = next(steps)

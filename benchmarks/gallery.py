@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import ecodiff
 from ecodiff import catalog
-from ecodiff.compensate import Calibration
+from ecodiff.learning.calibration import Calibration
 
 OUT = Path(__file__).with_suffix(".png")
 ROWS = (

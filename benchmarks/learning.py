@@ -27,10 +27,12 @@ import torch
 from common import call_of, device_name, keep_results, seconds
 
 import ecodiff
-from ecodiff import backends, catalog, memory
+from ecodiff import catalog, machine
+from ecodiff.architectures import find_groups
 from ecodiff.errors import exhausted
-from ecodiff.groups import denoiser_of, find_groups
-from ecodiff.trajectory import ALL, NOTHING, Keep
+from ecodiff.learning import memory
+from ecodiff.learning.checkpointing import ALL, NOTHING, Keep
+from ecodiff.pipelines import denoiser_of
 
 OUT = Path(__file__).with_suffix(".json")
 STEPS = (5, 10, 20, 50)
@@ -108,7 +110,7 @@ def opened(options):
     model = catalog.find(options.model)
     model = replace(model, size=options.size or model.size, learn_steps=options.steps or model.learn_steps)
     if options.random:
-        return model, random_weights.pipeline(options.model, backends.device())
+        return model, random_weights.pipeline(options.model, machine.device())
     return model, ecodiff.load(options.model)
 
 

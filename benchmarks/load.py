@@ -19,8 +19,10 @@ import psutil
 import torch
 from gradio_client import Client
 
-from ecodiff import catalog, checkpoint
-from ecodiff.runs import Run
+from ecodiff import catalog
+from ecodiff.checkpoints import loading
+from ecodiff.runs.folder import Run
+from ecodiff.runs.loop import advance
 from tests.server import serve
 
 OUT = Path(__file__).with_suffix(".json")
@@ -78,7 +80,7 @@ def main() -> None:
         alone = Run.create(
             Path(home) / "alone", MODEL, known.learn_config("fast", 0.3, seed=1), known.prompts("calibration")
         )
-        alone.advance(checkpoint.load(MODEL))
+        advance(alone, loading.load(MODEL))
         same = all(torch.equal(v, crowded.values[n]) for n, v in alone.scores().values.items())
     found = {"visitors": options.visitors, "seconds": options.seconds, "cores": os.cpu_count()}
     found |= {"outcomes": dict(outcomes), "run": last["stage"], "same_scores": same, "memory_mb": memory}

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import ecodiff
-from ecodiff.compensate import Calibration, Statistics, seen
-from ecodiff.groups import denoiser_of, find_groups, unit_parameters
+from ecodiff.architectures import find_groups, unit_parameters
+from ecodiff.learning.calibration import Calibration, Statistics, seen
+from ecodiff.pipelines import denoiser_of
 
 DAMPING = 0.01
 

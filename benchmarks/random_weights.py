@@ -23,8 +23,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-from ecodiff import checkpoint
 from ecodiff.catalog import EMBEDDED
+from ecodiff.checkpoints import loading
 
 HALF = torch.bfloat16
 
@@ -40,7 +40,7 @@ def pipeline(name: str, device: str = "cpu", vae_blocks: int = 4):
 
 def _denoiser(name: str, device: str) -> nn.Module:
     """Every weight random, none in float32 on the way."""
-    denoiser = checkpoint.empty_denoiser(name).to(HALF).to_empty(device=device).eval().requires_grad_(False)
+    denoiser = loading.empty_denoiser(name).to(HALF).to_empty(device=device).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
     for path, parameter in denoiser.named_parameters():
         if parameter.ndim > 1:

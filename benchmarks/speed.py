@@ -16,10 +16,12 @@ import torch
 from common import call_of, device_name, keep_results, seconds
 
 import ecodiff
-from ecodiff import catalog, measure, saliency
-from ecodiff.groups import denoiser_of, unit_parameters
-from ecodiff.scores import Scores
-from ecodiff.trajectory import denoiser_calls, moved
+from ecodiff import catalog
+from ecodiff.architectures import unit_parameters
+from ecodiff.learning import scoring
+from ecodiff.metrics import cost
+from ecodiff.pipelines import denoiser_calls, denoiser_of, moved
+from ecodiff.pruning.scores import Scores
 
 OUT = Path(__file__).with_suffix(".json")
 
@@ -53,12 +55,12 @@ def main() -> None:
     pipe = ecodiff.load(options.model)
     denoiser = denoiser_of(pipe)
     groups = ecodiff.find_groups(denoiser)
-    worth = saliency.magnitude(denoiser)
+    worth = scoring.magnitude(denoiser)
     call = call_of(pipe, model, 1)
     scores = Scores.of(
         denoiser,
         {g.name: worth[g.name] / unit_parameters(denoiser, g) for g in groups},
-        measure.unit_macs(pipe, call, groups),
+        cost.unit_macs(pipe, call, groups),
     )
     found = {"model": options.model, "device": device_name(), "threads": torch.get_num_threads()}
     found |= {"torch": torch.__version__, "load_s": round(load, 2), "rows": []}

@@ -6,25 +6,60 @@
 >>> small = ecodiff.variant(pipe, scores.plan(ratio=0.2))
 >>> ecodiff.compensate_(small, pipe, ["a red apple", "a cat"])
 >>> ecodiff.save(small, "emoji-sdxl-eco20")
+
+Names are imported when they are first used: `import ecodiff` alone imports neither torch nor diffusers.
 """
 
-from .checkpoint import load, save
-from .compensate import CompensateConfig, compensate_
-from .errors import EcodiffError
-from .fidelity import compare
-from .gates import masked
-from .groups import PruneGroup, find_groups
-from .learn import learn_masks
-from .lora import save_lora, translate_lora
-from .plan import PrunePlan
-from .scores import Scores
-from .slicing import slice_, variant
-from .state import LearnConfig, LearnState
-from .trajectory import trajectory
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .architectures import find_groups
+    from .checkpoints.loading import load
+    from .checkpoints.lora import save_lora, translate_lora
+    from .checkpoints.saving import save
+    from .config import CompensateConfig, HealConfig, LearnConfig
+    from .errors import EcodiffError
+    from .learning.compensate import compensate_
+    from .learning.heal import heal
+    from .learning.learn import learn_masks
+    from .learning.state import LearnState
+    from .learning.trajectory import trajectory
+    from .metrics.fidelity import compare
+    from .pruning.masking import masked
+    from .pruning.plan import PrunePlan
+    from .pruning.scores import Scores
+    from .pruning.slicing import slice_, variant
+    from .units import PruneGroup
+
+_HOMES = {
+    "CompensateConfig": "config",
+    "EcodiffError": "errors",
+    "HealConfig": "config",
+    "LearnConfig": "config",
+    "LearnState": "learning.state",
+    "PruneGroup": "units",
+    "PrunePlan": "pruning.plan",
+    "Scores": "pruning.scores",
+    "compare": "metrics.fidelity",
+    "compensate_": "learning.compensate",
+    "find_groups": "architectures",
+    "heal": "learning.heal",
+    "learn_masks": "learning.learn",
+    "load": "checkpoints.loading",
+    "masked": "pruning.masking",
+    "save": "checkpoints.saving",
+    "save_lora": "checkpoints.lora",
+    "slice_": "pruning.slicing",
+    "trajectory": "learning.trajectory",
+    "translate_lora": "checkpoints.lora",
+    "variant": "pruning.slicing",
+}
 
 __all__ = [
     "CompensateConfig",
     "EcodiffError",
+    "HealConfig",
     "LearnConfig",
     "LearnState",
     "PruneGroup",
@@ -33,6 +68,7 @@ __all__ = [
     "compare",
     "compensate_",
     "find_groups",
+    "heal",
     "learn_masks",
     "load",
     "masked",
@@ -43,3 +79,15 @@ __all__ = [
     "translate_lora",
     "variant",
 ]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

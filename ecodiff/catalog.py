@@ -4,9 +4,7 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .compensate import CompensateConfig
-from .heal import HealConfig
-from .state import LearnConfig
+from .config import CompensateConfig, HealConfig, LearnConfig
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -103,6 +101,7 @@ def _table(file: str) -> list[dict]:
 
 
 MODELS: dict[str, Model] = {entry["name"]: _read(entry) for entry in _table("models.json")}
+
 SUPPORTED = _table("supported.json")  # written by tests/support.py
 
 

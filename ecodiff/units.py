@@ -7,9 +7,13 @@ import torch
 from torch import LongTensor, Tensor, nn
 
 Kind = Literal["heads", "ffn", "conv_ffn", "resnet", "modulation"]
+
 ALL_KINDS: tuple[Kind, ...] = ("heads", "ffn", "conv_ffn", "resnet", "modulation")
+
 KINDS: tuple[Kind, ...] = ("heads", "ffn", "conv_ffn")  # the paper's
+
 PRESET_KINDS: tuple[Kind, ...] = (*KINDS, "resnet")  # modulation rows buy memory, but no time
+
 WORDS: dict[Kind, str] = {
     "heads": "heads",
     "ffn": "FFN neurons",
@@ -17,6 +21,7 @@ WORDS: dict[Kind, str] = {
     "resnet": "ResNet channels",
     "modulation": "modulation rows",
 }
+
 # Norms and depthwise convolutions of no channels cannot run.
 FLOORS: dict[Kind, int] = {"heads": 0, "ffn": 0, "conv_ffn": 1, "resnet": 1, "modulation": 0}
 

@@ -19,19 +19,20 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import ecodiff
-from ecodiff import checkpoint, measure
-from ecodiff.compensate import CompensateConfig
-from ecodiff.fidelity import Sample, compare, generate
-from ecodiff.groups import ALL_KINDS, denoiser_of
-from ecodiff.heal import HealConfig, heal
-from ecodiff.learn import learn
-from ecodiff.scores import Scores
-from ecodiff.trajectory import call_options, prompt_rows
-
-from .architectures import ROWS
-from .conftest import PIPELINES, SHORT, randomise
-from .pipelines import BUILDERS
-from .test_conformance import _cast, kept, run
+from ecodiff import machine
+from ecodiff.checkpoints import loading
+from ecodiff.config import CompensateConfig, HealConfig
+from ecodiff.learning.heal import heal
+from ecodiff.learning.learn import learn
+from ecodiff.metrics import cost
+from ecodiff.metrics.fidelity import Sample, compare, generate
+from ecodiff.pipelines import call_options, denoiser_of, prompt_rows
+from ecodiff.pruning.scores import Scores
+from ecodiff.units import ALL_KINDS
+from tests.architectures.test_conformance import _cast, kept, run
+from tests.conftest import PIPELINES, SHORT, randomise
+from tests.denoisers import ROWS
+from tests.pipelines import BUILDERS
 
 NAME = "elsewhere"
 MOVES = {"aten::_to_copy", "aten::copy_"}  # from one device to another
@@ -179,7 +180,7 @@ def whole_job(pipe, size, extra: dict) -> None:
     found = compare(pipe, small, prompts[:1], steps=2, size=size, extra=extra)
     assert found["mean"]["latent_error"] < 10
     call = prompt_rows(prompts, range(2), 0, call_options(pipe, 2, None, size, extra))
-    measure.unit_milliseconds(pipe, call, repeats=1)
+    cost.unit_milliseconds(pipe, call, repeats=1)
 
 
 def row_job(row) -> None:
@@ -210,8 +211,8 @@ def row_job(row) -> None:
 
 def offloaded(pipe, expected: Sample) -> None:
     """A model that does not fit: its parts are there only while they work, and it draws the same."""
-    checkpoint.free_bytes = lambda device: 1
-    pipe = checkpoint._ready(pipe, f"{NAME}:0", offload=True)
+    machine.free_bytes = lambda device: 1
+    pipe = loading._ready(pipe, f"{NAME}:0", offload=True)
     assert pipe.unet.device.type == "cpu"
     seen = []
     pipe.unet.conv_in.register_forward_hook(lambda module, inputs, output: seen.append(output.device.type))

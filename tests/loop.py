@@ -5,7 +5,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from .architectures import Row
+from tests.denoisers import Row
 
 
 class LoopPipeline(DiffusionPipeline):

@@ -38,8 +38,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from .architectures import ROWS
-from .conftest import randomise, t5, tiny_vae, tokenizer_5
+from tests.conftest import randomise, t5, tiny_vae, tokenizer_5
+from tests.denoisers import ROWS
 
 TEXT = {
     "vocab_size": 128,

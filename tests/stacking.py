@@ -17,7 +17,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from ecodiff.groups import denoiser_of
+from ecodiff.pipelines import denoiser_of
 
 CPU = torch.device("cpu")
 DRAW = {

@@ -7,11 +7,12 @@ while either says something else than the suite.
 import json
 from pathlib import Path
 
-from ecodiff.groups import ALL_KINDS, WORDS, denoiser_of, find_groups
-
-from . import conftest, stacking
-from .architectures import ROWS
-from .pipelines import BUILDERS
+from ecodiff.architectures import find_groups
+from ecodiff.pipelines import denoiser_of
+from ecodiff.units import ALL_KINDS, WORDS
+from tests import conftest, stacking
+from tests.denoisers import ROWS
+from tests.pipelines import BUILDERS
 
 HOME = Path(__file__).parent.parent
 FILE, README = HOME / "ecodiff" / "supported.json", HOME / "README.md"

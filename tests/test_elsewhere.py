@@ -8,9 +8,9 @@ import sys
 import pytest
 from torch.utils import backend_registration
 
-from .architectures import ROWS
-from .conftest import PIPELINES
-from .pipelines import BUILDERS
+from tests.conftest import PIPELINES
+from tests.denoisers import ROWS
+from tests.pipelines import BUILDERS
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),

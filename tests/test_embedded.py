@@ -7,7 +7,8 @@ import torch
 
 import ecodiff
 from ecodiff import catalog
-from ecodiff.fidelity import generate
+from ecodiff.learning import scoring
+from ecodiff.metrics.fidelity import generate
 
 EMBEDDED = [name for name, model in catalog.MODELS.items() if model.embedded]
 
@@ -64,8 +65,8 @@ def test_the_card_says_what_the_report_measured(name):
 
 def test_learned_masks_beat_random_and_magnitude(emoji):
     """A small version of benchmarks/fidelity: one size, few prompts, one step of warm start."""
-    from ecodiff import saliency
-    from ecodiff.fidelity import compare
+    from ecodiff import catalog
+    from ecodiff.metrics.fidelity import compare
 
     model = catalog.MODELS["emoji-sdxl"]
     config = ecodiff.LearnConfig(
@@ -73,8 +74,8 @@ def test_learned_masks_beat_random_and_magnitude(emoji):
     )
     scores = {
         "learned": ecodiff.learn_masks(emoji, model.prompts("calibration"), config),
-        "magnitude": ecodiff.Scores.of(emoji.unet, saliency.magnitude(emoji.unet)),
-        "random": ecodiff.Scores.of(emoji.unet, saliency.random(emoji.unet)),
+        "magnitude": ecodiff.Scores.of(emoji.unet, scoring.magnitude(emoji.unet)),
+        "random": ecodiff.Scores.of(emoji.unet, scoring.random(emoji.unet)),
     }
     error = {}
     for name, ranking in scores.items():

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from ecodiff.ui import show
-
-from . import stacking, support
-from .architectures import MISSING
+from ecodiff.app.ui import show
+from tests import stacking, support
+from tests.denoisers import MISSING
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

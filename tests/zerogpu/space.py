@@ -34,9 +34,9 @@ zero_torch.unpatch = lambda: None  # the worker goes on taking itself for one
 zero_torch.init = lambda uuid: None
 zero_torch.move = lambda callback=None: None  # nothing was packed
 
-from ecodiff import backends
+from ecodiff import machine
 
-backends.CHUNK_SECONDS = float(os.environ.get("CHUNK_SECONDS", backends.CHUNK_SECONDS))
+machine.CHUNK_SECONDS = float(os.environ.get("CHUNK_SECONDS", machine.CHUNK_SECONDS))
 import app
 
 if __name__ == "__main__":

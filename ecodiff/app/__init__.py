@@ -1,0 +1,1 @@
+"""The page and its API: all that needs gradio or spaces."""

@@ -1,0 +1,182 @@
+"""The devices of this machine: the lock of each, and the pipelines that are on it."""
+
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .. import catalog, machine
+from ..checkpoints import loading
+from ..learning import calibration
+from ..learning.calibration import Calibration
+from ..learning.compensate import compensate_
+from ..pipelines import denoiser_of
+from ..pruning.plan import PrunePlan
+from ..pruning.slicing import variant
+from ..storage import write_small
+
+VARIANTS_KEPT = 4  # each costs the memory of its cut layers only
+
+
+class DeviceLock:
+    """A lock whose holder lets others in: learning takes it for each step, images in between."""
+
+    def __init__(self):
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> "DeviceLock":
+        self._lock.acquire()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._lock.release()
+        time.sleep(0.005)  # a plain lock would mostly be won by the thread that just had it
+
+
+class Device:
+    """A device, its lock, and the pipelines on it: the dense one that was used last, and variants of it.
+
+    A variant is known by its plan's digest: swapping to one that is kept costs nothing, to a new
+    one the slicing, some milliseconds to a second. Compensation needs statistics of the dense
+    model's layers; they are gathered once and serve every variant of it, and the weights that come
+    of it are kept on disk.
+    """
+
+    def __init__(self, device: str, timings: machine.Timings, recordings: Callable[[str], Path | None]):
+        self.device, self.lock = device, DeviceLock()
+        self.timings, self.recordings = timings, recordings
+        self._name: str | None = None
+        self._dense = None
+        self._variants: OrderedDict[tuple[str, bool], tuple[object, int]] = OrderedDict()
+        self._calibration: Calibration | None = None
+
+    def dense(self, model: str):
+        """The dense pipeline of a model, loaded if another one was in use."""
+        with self.lock:
+            if model != self._name:
+                started = time.monotonic()
+                self._name = self._dense = self._calibration = None  # free it before the new one loads
+                self._variants.clear()
+                self._dense = loading.load(model, device=self.device)
+                self._dense.set_progress_bar_config(disable=True)
+                self._name = model
+                self.timings.note(model, load=time.monotonic() - started)
+            return self._dense
+
+    def calibration(self, model: str) -> Calibration:
+        """What compensation needs to know of a dense model, gathered on its calibration prompts."""
+        with self.lock:
+            dense = self.dense(model)
+            if self._calibration is None:
+                known = catalog.find(model)
+                prompts, config = known.prompts("calibration"), known.compensation()
+                device = denoiser_of(dense).device
+                if device.type == "cuda":  # fewer passes over the calls
+                    config = replace(config, memory=max(config.memory, machine.free_bytes(device) // 2))
+                self._calibration = Calibration(dense, prompts, config, self.recordings(model))
+            return self._calibration
+
+    def pruned(self, model: str, plan: PrunePlan, compensate: bool = True, kept: Path | None = None):
+        """The variant of a model that keeps what `plan` keeps.
+
+        Args:
+            kept: a folder for compensated or healed weights, so that no other process computes them again.
+        """
+        with self.lock:
+            dense, file = self.dense(model), kept and kept / f"{plan.digest}.safetensors"
+            key = (plan.digest, compensate)
+            small, stamp = self._variants.pop(key, (None, None))
+            if small is None or (compensate and stamp != _stamp(file)):  # healed since, maybe elsewhere
+                small = variant(dense, plan)
+                if compensate:
+                    self._compensate(small, dense, model, file)
+            self._variants[key] = small, _stamp(file)
+            while len(self._variants) > VARIANTS_KEPT:
+                self._variants.popitem(last=False)
+            return small
+
+    def forget(self) -> None:
+        """Free what can be made again."""
+        with self.lock:
+            self._variants.clear()
+            self._calibration = None
+            machine.release()
+
+    def _compensate(self, small, dense, model: str, file: Path | None) -> None:
+        denoiser = denoiser_of(small)
+        if file is not None and file.is_file():
+            with suppress(OSError, SafetensorError):  # a damaged file is written again
+                _replace(denoiser, load_file(file))
+                return
+        updated = compensate_(small, dense, calibration=self.calibration(model))
+        if file is not None:
+            layers = tuple(f"{name}." for name, better in updated.items() if better)
+            weights = denoiser.state_dict().items()
+            write_small(file, {n: w.contiguous().cpu() for n, w in weights if n.startswith(layers)}, {})
+
+
+def _stamp(file: Path | None) -> int:
+    """When a file was last written, 0 if it is not there."""
+    with suppress(OSError):
+        return file.stat().st_mtime_ns if file else 0
+    return 0
+
+
+def _replace(denoiser: nn.Module, weights: dict[str, Tensor]) -> None:
+    like = next(denoiser.parameters())
+    for name, weight in weights.items():
+        path, _, leaf = name.rpartition(".")
+        # A new parameter: a bias may be the dense model's own.
+        parameter = nn.Parameter(weight.to(like.device, like.dtype), requires_grad=False)
+        setattr(denoiser.get_submodule(path), leaf, parameter)
+
+
+class Devices:
+    """All devices: on a machine with several, images are drawn on the first and each other learns a run.
+
+    Args:
+        root: the folder of the runs; recorded calls are kept in it where other devices, or ZeroGPU's workers
+            (which come and go), need them.
+        names: of the devices; None: `machine.devices()`.
+    """
+
+    def __init__(self, root: Path, timings: machine.Timings, names: Sequence[str] | None = None):
+        self.root = root
+        self.all = [Device(name, timings, self.recordings) for name in names or machine.devices()]
+
+    @property
+    def drawing(self) -> Device:
+        """The device that images are drawn on."""
+        return self.all[0]
+
+    @property
+    def learning(self) -> list[Device]:
+        """The devices that runs are learned on."""
+        return self.all[1:] or self.all
+
+    def recordings(self, model: str) -> Path | None:
+        """Where a model's recorded calls are kept, if anybody else needs them."""
+        if not machine.zerogpu() and len(self.all) == 1:
+            return None
+        known = catalog.find(model)
+        key = repr((known.name, known.compensation(), known.prompts("calibration")))
+        return self.root / "recordings" / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+    def calibrated(self, model: str) -> bool:
+        """False if calls are still to be recorded, in a call of ZeroGPU of its own."""
+        if not machine.zerogpu():
+            return True
+        return not calibration.missing(catalog.find(model).compensation(), self.recordings(model))
+
+    def forget(self) -> None:
+        """Free everywhere what can be made again."""
+        for device in self.all:
+            device.forget()

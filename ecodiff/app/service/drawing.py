@@ -1,0 +1,142 @@
+"""What can be had of a run: sizes, images, how close they are."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from statistics import fmean
+
+from ... import catalog
+from ...errors import BudgetError, RunError
+from ...metrics.fidelity import Sample, fidelity
+from ...pruning.plan import PrunePlan
+from ..server import server
+from ..tasks import DrawImages, HealRun, results
+from .learning import unit_costs
+
+MAX_SIZES, MAX_PROMPTS = 4, 32  # of one call of `sizes`
+
+MAX_HEALING = 2000  # steps
+
+
+def plan(run: str, ratio: float) -> PrunePlan:
+    """The plan of a run at a size. Milliseconds: nothing is learned again."""
+    return server().store.open(run).plan(ratio)
+
+
+def cut(run: str, ratio: float) -> dict:
+    """Cut a run's ranking at a size.
+
+    Returns:
+        {"digest", "ratio", "params_dense", "params_pruned", "bytes_dense", "bytes_pruned",
+        "units_removed", "units", "kept": {group: fraction kept}}
+    """
+    made = plan(run, ratio)
+    _, itemsize, dense_bytes = unit_costs(made.metadata["model"])
+    dense, pruned = made.metadata["params_dense"], made.metadata["params_pruned"]
+    return {
+        "digest": made.digest,
+        "ratio": 1 - pruned / dense,
+        "params_dense": dense,
+        "params_pruned": pruned,
+        "bytes_dense": dense_bytes,
+        "bytes_pruned": dense_bytes - (dense - pruned) * itemsize,
+        "units_removed": sum(int((~keep).sum()) for keep in made.values()),
+        "units": sum(len(keep) for keep in made.values()),
+        "kept": {name: float(keep.float().mean()) for name, keep in made.items()},
+    }
+
+
+def heal(run: str, ratio: float, steps: int = 100) -> Iterator[dict]:
+    """Train what is left of a run at a size towards the dense model for a while (LoRA, merged; no images).
+
+    If that brings it closer on held-out prompts, images and downloads of that size are the healed model's
+    from then on. On ZeroGPU a call goes on for about a minute: call it again while the stage is
+    "interrupted". Stopped (see `stop`), it goes on from there too.
+
+    Yields:
+        {"stage": healing, interrupted, stopped, healed or unchanged, "step", "steps", "loss",
+        "seconds_left"}, and at the end "before" and "after", mean latent errors
+    """
+    if not 1 <= steps <= MAX_HEALING:
+        raise BudgetError(f"Healing takes 1 to {MAX_HEALING} steps.")
+    opened, made = server().store.open(run), plan(run, ratio)
+    if not opened.finished:
+        raise RunError("The run is not finished. Healing is for what is cut in the end.")
+    opened.permit()
+    found = {"stage": "healing", "step": 0, "steps": steps, "loss": None, "seconds_left": None}
+    for done in results(HealRun(str(opened.folder), made, steps)):
+        if "after" in done:
+            stage = "healed" if done["after"] < done["before"] else "unchanged"
+            yield found | {"stage": stage, "before": done["before"], "after": done["after"]}
+            return
+        left = {"seconds_left": (steps - done["step"]) * done["seconds"]}
+        found = found | {"step": done["step"], "loss": done["loss"]} | left
+        yield found
+    yield found | {"stage": "stopped" if opened.stop_requested else "interrupted", "seconds_left": None}
+
+
+def compare(
+    run: str,
+    ratio: float,
+    prompt: str,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    compensate: bool = True,
+) -> tuple[Sample, Sample, dict]:
+    """Draw one prompt with the dense and the pruned model, from the same noise, and measure.
+
+    Args:
+        compensate: let the weights that remain take over from those that went (closed form).
+
+    Returns:
+        dense sample, pruned sample, and `cut`'s result with latent_error, psnr, ssim; ms_dense, ms_pruned:
+        milliseconds for this image, after a warm-up; step_ms_dense, step_ms_pruned: for a time step of it, a
+        median; peak_dense, peak_pruned: bytes on the GPU at most, weights and all, or None
+    """
+    made, facts = plan(run, ratio), cut(run, ratio)
+    known = catalog.find(made.metadata["model"])
+    if not prompt.strip():
+        raise BudgetError("Write a prompt first: what should be drawn?")
+    options = known.drawing(int(steps) if steps else None, guidance_scale)
+    kept = str(server().store.open(run).folder / "variants")
+    (samples,) = results(DrawImages(known.name, [made], [(prompt, int(seed))], options, compensate, kept))
+    facts |= asdict(fidelity(*samples))
+    for name, sample in zip(("dense", "pruned"), samples, strict=True):
+        facts |= {f"ms_{name}": sample.milliseconds, f"step_ms_{name}": sample.step_milliseconds}
+        facts |= {f"peak_{name}": sample.peak_bytes}
+    return *samples, facts
+
+
+def sizes(
+    run: str, ratios: Sequence[float], count: int = 8, compensate: bool = True
+) -> Iterator[tuple[tuple[Sample, ...], dict]]:
+    """Draw held-out prompts with the dense model and at several sizes, from the same noise.
+
+    Args:
+        ratios: fractions of the denoiser's parameters removed, up to four.
+        count: how many prompts, 1 to 32; prompt i is drawn with seed i.
+
+    Yields:
+        for each prompt: the samples, dense first, and {"prompt", "seed", "ratios", "latent_error",
+        "psnr", "ssim": a number a size}
+    """
+    if not 1 <= len(ratios) <= MAX_SIZES or not 1 <= int(count) <= MAX_PROMPTS:
+        raise BudgetError(f"Choose 1 to {MAX_SIZES} sizes and 1 to {MAX_PROMPTS} prompts.")
+    plans = [plan(run, ratio) for ratio in sorted(ratios)]
+    known = catalog.find(plans[0].metadata["model"])
+    asked = list(zip(known.prompts("heldout")[: int(count)], range(int(count)), strict=False))
+    kept = str(server().store.open(run).folder / "variants")
+    drawn = results(DrawImages(known.name, plans, asked, known.drawing(), compensate, kept))
+    for (prompt, seed), samples in zip(asked, drawn, strict=False):
+        measured = [asdict(fidelity(samples[0], pruned)) for pruned in samples[1:]]
+        found = {name: [row[name] for row in measured] for name in measured[0]}
+        yield samples, {"prompt": prompt, "seed": seed, "ratios": sorted(ratios), **found}
+
+
+def means(rows: Sequence[dict]) -> list[dict]:
+    """Of `sizes`' rows, the mean of each measure at each size, as {"ratio", "latent_error", ...}."""
+    ratios = rows[0]["ratios"] if rows else []
+    return [
+        {"ratio": ratio} | {m: fmean(row[m][at] for row in rows) for m in ("latent_error", "psnr", "ssim")}
+        for at, ratio in enumerate(ratios)
+    ]

@@ -1,0 +1,125 @@
+"""Files that leave: pruned pipelines, plans, LoRAs cut to fit."""
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+from ... import catalog
+from ...checkpoints import hub, loading
+from ...checkpoints.lora import save_lora, translate
+from ...errors import BudgetError, CheckpointError
+from ...metrics.fidelity import Sample
+from ...runs.healing import healed as healed_variant
+from .. import limits
+from ..server import server
+from ..tasks import DrawLoras, SavePruned, results
+from .drawing import plan
+from .learning import empty_denoiser
+
+
+def export(run: str, ratio: float, compensate: bool = True) -> dict:
+    """Write the pruned pipeline folder of a run at a size, as one zip file.
+
+    Args:
+        compensate: let the weights that remain take over from those that went (closed form).
+
+    Returns:
+        {"path", "name", "bytes", "sha256", "folder"}
+    """
+    made, opened = plan(run, ratio), server().store.open(run)
+    model = made.metadata["model"]
+    name = f"{model.rpartition('/')[2]}-eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}"
+    healed = healed_variant(opened.folder, made) if compensate else None
+    name += f"-healed{healed['steps']}" if healed else "" if compensate else "-uncompensated"
+    path = opened.folder / "models" / f"{name}.zip"
+    if not path.exists():
+        limits.require_bytes()
+        kept = str(opened.folder / "variants")
+        (folder,) = results(SavePruned(model, made, compensate, kept, str(path.with_suffix(""))))
+        _zip(Path(folder), path)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return {
+        "path": str(path),
+        "name": path.name,
+        "folder": name,
+        "bytes": path.stat().st_size,
+        "sha256": digest.hexdigest(),
+    }
+
+
+def _zip(folder: Path, path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            for file in sorted(folder.rglob("*")):
+                archive.write(file, file.relative_to(folder.parent))
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"Could not pack the checkpoint: {error}. Is the disk full?") from None
+
+
+def lora(run: str, ratio: float, file: str) -> dict:
+    """Cut a LoRA of the dense model to fit the pruned model of a run at a size.
+
+    Args:
+        file: path of a .safetensors file in diffusers', PEFT's or kohya's naming.
+
+    Returns:
+        {"path", "name", "report": what was done, in words, "dropped": {layer: why}}
+    """
+    made, folder = plan(run, ratio), server().store.open(run).folder / "loras"
+    limits.require_bytes()
+    known = catalog.find(made.metadata["model"])
+    pipeline, component = loading.classes(known.name)
+    tensors, report = translate(file, pipeline, component, made, empty_denoiser(known.name))
+    name = f"{Path(file).stem[:60]}-eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}.safetensors"
+    path = save_lora(tensors, folder / name, made)
+    return {"path": str(path), "name": name, "report": report.words(), "dropped": report.dropped}
+
+
+def lora_images(run: str, ratio: float, file: str, prompt: str, seed: int = 0) -> tuple[Sample, Sample]:
+    """See what a LoRA became: one prompt, from the same noise, as in `compare`.
+
+    Args:
+        file: as in `lora`.
+
+    Returns:
+        dense model with the LoRA as it is, pruned model with the LoRA cut to fit
+    """
+    if not prompt.strip():
+        raise BudgetError("Write a prompt first: what should be drawn?")
+    fitting, made = lora(run, ratio, file), plan(run, ratio)
+    known = catalog.find(made.metadata["model"])
+    asked = (str(server().store.open(run).folder / "variants"), (file, fitting["path"]), prompt, int(seed))
+    return tuple(results(DrawLoras(known.name, made, *asked, known.drawing())))
+
+
+def plan_file(run: str, ratio: float) -> str:
+    """Write the plan file of a run at a size; returns its path."""
+    made = plan(run, ratio)
+    name = f"eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}.safetensors"
+    return str(made.save(server().store.open(run).folder / "plans" / name))
+
+
+def push(
+    run: str, ratio: float, repo: str, token: str, plan_only: bool = False, private: bool = True
+) -> dict:
+    """Upload the pruned pipeline of a run at a size, or its plan alone, to the Hugging Face Hub.
+
+    Args:
+        repo: "name" or "user/name"; made if it is not there.
+        token: of the person who asks; needs the right to write to `repo`.
+
+    Returns:
+        {"url"}
+    """
+    if not token:
+        raise CheckpointError("Sign in with Hugging Face first.")
+    if plan_only:
+        return {"url": hub.push_plan(plan(run, ratio), repo, token, private)}
+    folder = Path(export(run, ratio)["path"]).with_suffix("")
+    return {"url": hub.push(folder, repo, token, private)}

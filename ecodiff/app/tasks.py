@@ -1,0 +1,239 @@
+"""Tasks: what needs the device. On ZeroGPU they run in a worker; elsewhere in this process.
+
+A task is a frozen dataclass of plain data: `run` does it where the GPU is, `seconds` says how long it may
+take there. A ZeroGPU worker is a forked process that is used again while it is warm: it gets a task, gives
+back plain data, and what it loaded stays with it. Elsewhere `spaces.GPU` does nothing.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import spaces
+
+from .. import catalog, machine
+from ..checkpoints import loading, saving
+from ..checkpoints.card import model_card
+from ..errors import EcodiffError, OutOfMemoryError, RunError, memory_advice
+from ..learning import calibration
+from ..metrics.fidelity import Sample, generate
+from ..pruning.plan import PrunePlan
+from ..runs.folder import Run
+from ..runs.healing import heal_run, healed
+from ..runs.loop import learn_run
+from .server import server
+from .worker import ADVICE
+
+UNRECORDED = (
+    "The masks are learned. What compensation needs could not be kept (is the disk full?): images and "
+    "downloads with it will take longer, or more than a call may take. Without it they do not."
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error that a person should read. Raised in a worker, its text would be lost, and the worker."""
+
+    message: str
+
+
+class Task(Protocol):
+    """What `work` runs: pickled on ZeroGPU, like its results."""
+
+    def run(self) -> Iterator[Any]:
+        """Do it, yielding results as they come."""
+        ...
+
+    def seconds(self, timings: machine.Timings) -> float:
+        """GPU time that the call asks ZeroGPU for: from what the same took before."""
+        ...
+
+
+def _whole_call() -> float:
+    return machine.CHUNK_SECONDS + machine.START_SECONDS
+
+
+@dataclass(frozen=True)
+class LearnRun:
+    """Learn for one call, or record what compensation needs; yields {"step", "seconds"} after each part.
+
+    The state is on disk.
+    """
+
+    folder: str
+
+    def run(self) -> Iterator[dict]:
+        run, started, device = Run.open(Path(self.folder)), time.monotonic(), server().devices.drawing
+        pipe = device.dense(run.model)
+        left = machine.CHUNK_SECONDS - (time.monotonic() - started)
+        if not run.finished:
+            for state, seconds in learn_run(run, pipe, device.lock, budget=left):
+                server().timings.note(run.model, step=seconds)
+                yield {"step": state.step, "seconds": seconds}
+        if run.finished:
+            yield from self._record(run, pipe, started)
+
+    def _record(self, run: Run, pipe, started: float) -> Iterator[dict]:
+        known, folder = catalog.find(run.model), server().devices.recordings(run.model)
+        config, prompts, slowest = known.compensation(), known.prompts("calibration"), 0.0
+        batches = calibration.missing(config, folder)
+        while batches:  # each call adds one at least, or says why not: else the page would call for ever
+            begun, before = time.monotonic(), len(batches)
+            list(calibration.record(pipe, prompts, config, folder, batches=batches[:1]))
+            batches = calibration.missing(config, folder)
+            if len(batches) >= before:
+                run.record(UNRECORDED)
+                raise RunError(UNRECORDED)
+            slowest = max(slowest, time.monotonic() - begun)
+            yield {"step": run.config.total_steps, "seconds": 0.0}
+            if run.stop_requested or time.monotonic() - started + 1.5 * slowest > machine.CHUNK_SECONDS:
+                return
+
+    def seconds(self, timings: machine.Timings) -> float:
+        run = Run.open(Path(self.folder))
+        state = run.state()
+        left = run.config.total_steps - (state.step if state else 0)
+        if not left:  # recording comes next, as long as it may
+            return _whole_call()
+        return min(_whole_call(), timings.seconds(run.model, "load", *["step"] * left))
+
+
+@dataclass(frozen=True)
+class DrawImages:
+    """For each (prompt, seed), a dense and the pruned images from the same noise, timed after a warm-up.
+
+    On ZeroGPU it ends early when the call's time is up.
+    """
+
+    model: str
+    plans: list[PrunePlan]
+    asked: list[tuple[str, int]]
+    options: dict = field(default_factory=dict)
+    compensate: bool = True
+    kept: str = ""  # folder of compensated or healed weights
+
+    def run(self) -> Iterator[tuple[Sample, ...]]:
+        begun, pipes, device = time.monotonic(), [], server().devices.drawing
+        for index, (prompt, seed) in enumerate(self.asked):
+            started = time.monotonic()
+            if index and machine.zerogpu() and started - begun > machine.CHUNK_SECONDS:
+                return
+            with device.lock:  # others draw and learn between prompts
+                if not pipes:
+                    kept = Path(self.kept)
+                    variants = [device.pruned(self.model, p, self.compensate, kept) for p in self.plans]
+                    pipes = [device.dense(self.model), *variants]
+                    for pipe in pipes:
+                        generate(pipe, prompt, seed, **self.options | {"steps": 2})
+                samples = tuple(generate(pipe, prompt, seed, **self.options) for pipe in pipes)
+            server().timings.note(self.model, draw=(time.monotonic() - started) / len(pipes))
+            yield samples
+
+    def seconds(self, timings: machine.Timings) -> float:
+        images = (1 + len(self.plans)) * len(self.asked)
+        return min(2 * machine.CHUNK_SECONDS, timings.seconds(self.model, "load", *["draw"] * images))
+
+
+@dataclass(frozen=True)
+class DrawLoras:
+    """One prompt with the dense model and a LoRA, then with the pruned one and the LoRA cut to fit."""
+
+    model: str
+    plan: PrunePlan
+    kept: str
+    files: tuple[str, str]
+    prompt: str
+    seed: int
+    options: dict
+
+    def run(self) -> Iterator[Sample]:
+        device = server().devices.drawing
+        with device.lock:
+            pipes = device.dense(self.model), device.pruned(self.model, self.plan, True, Path(self.kept))
+            for pipe, file in zip(pipes, self.files, strict=True):
+                try:
+                    pipe.load_lora_weights(file)
+                    yield generate(pipe, self.prompt, self.seed, **self.options)
+                except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+                    words = str(error).splitlines() or [type(error).__name__]
+                    raise RunError(f"diffusers could not load this LoRA: {words[0][:200]}") from None
+                finally:
+                    pipe.unload_lora_weights()
+
+    def seconds(self, timings: machine.Timings) -> float:
+        return min(2 * machine.CHUNK_SECONDS, timings.seconds(self.model, "load", "draw", "draw"))
+
+
+@dataclass(frozen=True)
+class HealRun:
+    """Heal a run's variant, on ZeroGPU for one call; yields what `heal_run` does."""
+
+    folder: str
+    plan: PrunePlan
+    steps: int
+
+    def run(self) -> Iterator[dict]:
+        run, begun, device = Run.open(Path(self.folder)), time.monotonic(), server().devices.learning[-1]
+        with device.lock:
+            dense = device.dense(run.model)
+            before = device.pruned(run.model, self.plan, True, run.folder / "variants")
+        left = machine.CHUNK_SECONDS - (time.monotonic() - begun) if machine.zerogpu() else None
+        yield from heal_run(run, self.plan, self.steps, dense, before, device.lock, left)
+
+    def seconds(self, timings: machine.Timings) -> float:
+        return _whole_call()
+
+
+@dataclass(frozen=True)
+class SavePruned:
+    """Write the pruned pipeline to `folder`; yields where it lies."""
+
+    model: str
+    plan: PrunePlan
+    compensate: bool
+    kept: str
+    folder: str
+
+    def run(self) -> Iterator[str]:
+        device = server().devices.drawing
+        with device.lock:
+            kept = Path(self.kept)
+            small, started = device.pruned(self.model, self.plan, self.compensate, kept), time.monotonic()
+            about = healed(kept.parent, self.plan) if self.compensate else None
+            card = model_card(small, about["facts"]) if about else ""
+            written = saving.save(small, Path(self.folder), loading.disk_dtype(self.model), card)
+        server().timings.note(self.model, pack=time.monotonic() - started)
+        yield str(written)
+
+    def seconds(self, timings: machine.Timings) -> float:
+        return min(2 * machine.CHUNK_SECONDS, timings.seconds(self.model, "load", "pack"))
+
+
+def seconds_wanted(task: Task, *args, **kwargs) -> float:
+    """GPU time that `work` asks ZeroGPU for."""
+    return task.seconds(server().timings)
+
+
+# One function for all tasks: ZeroGPU keeps a worker a function, and this one's pipelines serve them all.
+@spaces.GPU(duration=seconds_wanted)
+def work(task: Task) -> Iterator:
+    """Run a task where the GPU is; a failure that a person should read is its last result."""
+    try:
+        with memory_advice(ADVICE):
+            yield from task.run()
+        return
+    except EcodiffError as error:
+        failure, exhausted = Failure(str(error)), isinstance(error, OutOfMemoryError)
+    if exhausted:  # only now: the error held what was being computed
+        server().devices.forget()
+    yield failure
+
+
+def results(task: Task) -> Iterator:
+    """What a task yields, as it does. Raises RunError with what went wrong in it."""
+    for result in work(task):
+        if isinstance(result, Failure):
+            raise RunError(result.message)
+        yield result

@@ -1,0 +1,72 @@
+"""The About tab."""
+
+import json
+from pathlib import Path
+
+import gradio as gr
+
+from ... import catalog
+from ..ui import show
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+TEXT = """
+## What it does
+ecodiff removes attention heads, feed-forward neurons and ResNet channels from a diffusion model's
+denoiser. It puts a gate on every one of them, runs whole generations, and learns which gates can close
+while the final latents stay what they were: no images, no retraining, prompts only. What is closed is
+then really cut out, so the model has fewer parameters in memory and on disk.
+
+The method is EcoDiff: Zhang et al., *Learnable Sparsity for Vision Generative Models*
+([arXiv 2412.02852](https://arxiv.org/abs/2412.02852)), with hard-concrete gates (Louizos et al. 2018)
+and time step gradient checkpointing. ecodiff starts the gates from a Gauss-Newton estimate of what
+each one is worth, steers to a size that you choose, and lets the weights that stay take over from
+those that went (a closed-form update of each layer, as in Optimal Brain Surgeon: no training).
+
+## What it does not do
+- The ratio is of the denoiser's parameters. Time saved is less than that: not
+  all layers are cut, and small widths do not use a GPU better.
+- Text encoders and the autoencoder are left as they are.
+- Pruned models keep the base model's licence and its flaws.
+
+## What ships with it
+emoji-sdxl, a small Stable Diffusion XL; emoji-turbo, the same distilled to four steps; emoji-flux, a
+small FLUX.1. All are trained on Microsoft's Fluent Emoji (MIT).
+
+## Privacy
+No account, no analytics. Runs are folders on this server, found by a random id that your browser
+keeps.
+"""
+
+
+def build() -> None:
+    """Lay out the tab."""
+    gr.Markdown(TEXT)
+    gr.Markdown(f"## Architectures\n{_supported()}")
+    for name in catalog.MODELS:
+        file = BENCHMARKS / ("fidelity.json" if name == "emoji-sdxl" else f"fidelity-{name}.json")
+        if file.is_file():  # a wheel comes without
+            with gr.Accordion(f"Measured on {name}", open=name == "emoji-sdxl"):
+                _measured(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _measured(found: dict) -> None:
+    gr.Markdown(
+        f"Error of the final latents on {found['pairs']} prompts that nothing was learned on, by the "
+        "share of the denoiser's parameters removed; 0 is identical, 1 is unrelated. A + means "
+        "compensated. Fast, balanced and paper are ecodiff's presets, ecodiff is the method as "
+        "published."
+    )
+    gr.HTML(show.table(show.measured(found), f"Measured on {found['model']}"))
+    gr.Markdown(f"`python benchmarks/fidelity.py --model {found['model']}`, {found['machine']}.")
+
+
+def _supported() -> str:
+    """What passes the conformance suite, in one paragraph for each depth."""
+    whole = [row["name"] for row in catalog.SUPPORTED if row["pipeline"]]
+    alone = [row["name"] for row in catalog.SUPPORTED if not row["pipeline"]]
+    return (
+        f"Every check passes through the whole pipeline: {', '.join(whole)}.\n\n"
+        f"Every check passes on the denoiser, in a loop of its own: {', '.join(alone)}.\n\n"
+        "Others work as far as their layers are known; what is not known is left alone."
+    )

@@ -1,0 +1,127 @@
+"""What all tabs share: errors for people, and the list of runs that this browser knows."""
+
+import functools
+import inspect
+import time
+from collections.abc import Callable
+
+import gradio as gr
+from gradio.context import LocalContext
+
+from ... import catalog
+from ...app import limits, service
+from ...errors import EcodiffError
+from ...units import WORDS
+
+MODELS = [(model.title, model.name) for model in catalog.MODELS.values()]
+
+PRESETS = [
+    ("Fast: a minute or two on the small model", "fast"),
+    ("Balanced", "balanced"),
+    ("Paper: as many trajectories as the paper", "paper"),
+    ("EcoDiff as published, to compare with", "ecodiff"),
+]
+
+COMPENSATE = "What stays takes over from what went: closer images, same size"
+
+KINDS = [(word[0].upper() + word[1:], kind) for kind, word in WORDS.items()]
+
+
+def readable(error: Exception) -> gr.Error:
+    """An error as the page shows it. Of what a ZeroGPU worker did not expect, only a class name is left."""
+    if not isinstance(error, gr.Error):
+        return gr.Error(str(error), duration=15, print_exception=False)
+    if error.message.isidentifier():
+        error.message = (
+            f"The GPU worker failed ({error.message}), which ecodiff did not expect. Nothing is lost: "
+            "try again, and report it if it comes back."
+        )
+    return error
+
+
+def address() -> str:
+    """Where the request that is being answered comes from, as far as can be told."""
+    request = LocalContext.request.get(None)
+    if request is None:
+        return ""
+    forwarded = request.headers.get("x-forwarded-for", "").partition(",")[0].strip()  # a Space has a proxy
+    return forwarded or getattr(request.client, "host", "")
+
+
+def told(function: Callable) -> Callable:
+    """Turn ecodiff's errors into Gradio's, so that the person reads their text; note who it is."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        limits.come_from(address())
+        try:
+            return function(*args, **kwargs)
+        except (EcodiffError, gr.Error) as error:
+            raise readable(error) from None
+
+    @functools.wraps(function)
+    def generator(*args, **kwargs):
+        try:
+            yield from function(*args, **kwargs)
+        except (EcodiffError, gr.Error) as error:
+            raise readable(error) from None
+
+    return generator if inspect.isgeneratorfunction(function) else wrapper
+
+
+def lenient(box: gr.Slider | gr.Number) -> gr.Slider | gr.Number:
+    """Take a number as the box will show it once it is left: within bounds, and the least if it is empty.
+
+    Gradio hands it over while it is typed, and would answer "3" on the way to "30" with an error of its own.
+    """
+    strict, least, most = box.preprocess, box.minimum, box.maximum
+    # Not a subclass: Gradio writes a .pyi file beside the source of each.
+    box.preprocess = lambda typed: strict(least if typed is None else min(max(typed, least), most))
+    return box
+
+
+def percent_box() -> gr.Slider:
+    """How much goes, wherever a person says it."""
+    return lenient(gr.Slider(1, 90, value=20, step=1, label="Remove", info="% of the denoiser's parameters"))
+
+
+def seed_box() -> gr.Number:
+    """The seed of noise or of learning."""
+    return lenient(gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1))
+
+
+def when(seconds: float) -> str:
+    """A time for people, of the server's clock."""
+    return time.strftime("%d %b %H:%M", time.localtime(seconds))
+
+
+def label(status: dict) -> str:
+    """A run's name in a list: its own, or what it is and when it was started."""
+    return status["name"] or f"{status['model']} · {status['preset']} · {when(status['created'])}"
+
+
+def mine(runs: list[str]) -> list[dict]:
+    """Status of the runs that this browser started and that still exist, newest first."""
+    found = []
+    for run in runs or []:
+        try:
+            found.append(service.status(run))
+        except EcodiffError:
+            continue
+    return sorted(found, key=lambda status: -status["created"])
+
+
+def choices(runs: list[str], scored: bool = False) -> list[tuple[str, str]]:
+    """(label, id) of those runs; `scored`: only those that something can be cut from."""
+    return [(label(s), s["run"]) for s in mine(runs) if s["step"] or not scored]
+
+
+def choose(runs: list[str], current: str, chosen: str | None) -> tuple[dict, dict]:
+    """Updates of a dropdown of runs and of the text for when there is none.
+
+    What was chosen stays chosen; else it is what was pruned last.
+    """
+    found = choices(runs, scored=True)
+    ids = [value for _, value in found]
+    value = chosen if chosen in ids else current if current in ids else (ids or [None])[0]
+    return gr.update(choices=found, value=value), gr.update(visible=not found)

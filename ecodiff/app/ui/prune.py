@@ -1,0 +1,268 @@
+"""The Prune tab: choose, watch it learn, stop and resume, cut, download."""
+
+import time
+
+import gradio as gr
+import pandas as pd
+
+from ... import machine
+from ...app import service
+from ...errors import EcodiffError, RunError
+from ...machine import megabytes
+from ...units import PRESET_KINDS
+from ..ui import show
+from ..worker import ACTIVE
+from .common import COMPENSATE, KINDS, MODELS, PRESETS, percent_box, readable, seed_box, told
+
+POLL_SECONDS = 0.7
+
+WATCHED, CUT_OUT = 8, 5  # components that `view` and `recut` update
+
+
+def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.components.Component]:
+    """Lay out the tab. `runs` holds the ids that this browser knows, `current` the one shown."""
+    gr.Markdown(
+        "Pick a model and how much of it to remove. ecodiff learns which parts its images depend on, "
+        "and cuts the rest out. **emoji-sdxl** works right away, here."
+    )
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            form = _form()
+        with gr.Column(scale=3, min_width=300):
+            predicted = gr.HTML()
+            panel = _panel()
+    results = _results()
+
+    watched = [*panel.values(), results["column"]]
+    cut_out = [results[name] for name in ("figures", "layers", "download", "packed", "code")]
+    size, compensate = results["size"], results["compensate"]
+    asked = [form[name] for name in ("model", "ratio", "preset", "seed", "kinds")]
+
+    private = {"api_visibility": "private"}
+    hidden = private | {"show_progress": "hidden"}
+    watching = hidden | {"concurrency_limit": None}
+    for event in (form["model"].change, form["ratio"].release, form["ratio"].change):
+        event(predict, asked[:2], predicted, show_progress="minimal", **private)
+    turn = gr.State(0)
+    begun = form["start"].click(begin, [*asked, runs], [runs, current, size], **private)
+    panel["stop"].click(end, current, None, queue=False, **private)
+    resumed = panel["resume"].click(go_on, current, None, **private)
+    for event in (begun.success, resumed.success, turn.change):
+        ended = event(drive, [current, turn], [*watched, turn], **watching)
+        ended.then(recut, [current, size], cut_out, **hidden)
+    size.release(recut, [current, size], cut_out, **hidden)
+    compensate.change(recut, [current, size], cut_out, **hidden)
+    files = [results[name] for name in ("download", "packed", "code")]
+    results["pack"].click(make, [current, size, compensate], files, **private)
+    return {
+        "model": form["model"],
+        "ratio": form["ratio"],
+        "size": size,
+        "compensate": compensate,
+        "see": results["see"],
+        "predicted": predicted,
+        "predict": predict,
+        "watch": watch,
+        "watched": watched,
+        "recut": recut,
+        "cut_out": cut_out,
+    }
+
+
+def _form() -> dict[str, gr.components.Component]:
+    """What to prune, how much, how long to learn."""
+    model = gr.Dropdown(
+        MODELS,
+        value="emoji-sdxl",
+        label="Model",
+        info="Or type a diffusers folder, a Hub id or a .safetensors file",
+        allow_custom_value=True,
+    )
+    ratio = percent_box()
+    preset = gr.Radio(PRESETS, value="fast", label="Learn for")
+    with gr.Accordion("Advanced", open=False):
+        kinds = gr.CheckboxGroup(KINDS, value=list(PRESET_KINDS), label="What may go")
+        seed = seed_box()
+    start = gr.Button("Prune", variant="primary", size="lg")
+    if machine.zerogpu():
+        gr.Markdown("A large model? On a GPU of your own it learns without a quota:")
+        gr.DuplicateButton("Duplicate this Space", size="sm")
+    return {"model": model, "ratio": ratio, "preset": preset, "kinds": kinds, "seed": seed, "start": start}
+
+
+def _panel() -> dict[str, gr.components.Component]:
+    """The run that is watched: in the order of what `view` returns."""
+    with gr.Column(visible=False) as panel:
+        status = gr.HTML()
+        with gr.Row():
+            stop = gr.Button("Stop", interactive=False)
+            resume = gr.Button("Resume", interactive=False)
+        with gr.Row(visible=False) as charts:
+            loss = gr.LinePlot(x="step", y="loss", title="Loss", height=220)
+            removed = gr.LinePlot(x="step", y="removed", title="% removed, expected", height=220)
+    return {
+        "panel": panel,
+        "status": status,
+        "stop": stop,
+        "resume": resume,
+        "charts": charts,
+        "loss": loss,
+        "removed": removed,
+    }
+
+
+def _results() -> dict[str, gr.components.Component]:
+    """What was cut, at a size that can be moved, and the download."""
+    with gr.Column(visible=False) as column:
+        gr.Markdown("## What is left\nMove the size: nothing is learned again.")
+        size = percent_box()
+        figures = gr.HTML()
+        layers = gr.HTML(label="Kept in each layer")
+        compensate = gr.Checkbox(True, label="Compensate", info=COMPENSATE)
+        with gr.Row():
+            see = gr.Button("Compare images", variant="primary")
+            pack = gr.Button("Make the download")
+            download = gr.DownloadButton("Download", interactive=False)
+        packed = gr.Markdown()
+        code = gr.Code(language="python", label="Load it", visible=False, interactive=False)
+    return {
+        "column": column,
+        "size": size,
+        "figures": figures,
+        "layers": layers,
+        "compensate": compensate,
+        "see": see,
+        "pack": pack,
+        "download": download,
+        "packed": packed,
+        "code": code,
+    }
+
+
+def predict(model, percent):
+    """What a size will leave, or why it cannot be."""
+    try:
+        return show.prediction(service.predict(model, percent / 100))
+    except EcodiffError as error:
+        return show.failure(str(error))
+
+
+@told
+def begin(model, percent, preset, seed, kinds, runs):
+    """Start a run and remember its id in the browser."""
+    if not kinds:
+        raise gr.Error("Choose what may go, under Advanced.", duration=8)
+    made = service.start(model, percent / 100, preset, seed, kinds)["run"]
+    return [*(runs or []), made], made, percent
+
+
+def view(found):
+    """A run's status as updates of the panel and the results."""
+    rows = [row for row in found["history"] if "loss" in row]
+    table = pd.DataFrame(
+        {
+            "step": [row["step"] for row in rows],
+            "loss": [row["loss"] for row in rows],
+            "removed": [100 * row["expected"] for row in rows],
+        }
+    )
+    active = found["stage"] in ACTIVE
+    can_resume = found["stage"] in ("stopped", "failed", "interrupted")
+    return (
+        gr.update(visible=True),
+        show.progress(found),
+        gr.update(value="Stop", interactive=active),  # without a value its text is lost
+        gr.update(
+            value="Resume",
+            interactive=can_resume,
+            variant="primary" if can_resume else "secondary",
+        ),
+        gr.update(visible=len(rows) > 1),
+        table,
+        table,
+        gr.update(visible=found["step"] > 0 and not active),
+    )
+
+
+@told
+def watch(run):
+    """Updates of the panel for as long as the run goes on."""
+    nothing = (gr.update(visible=False), *(gr.skip() for _ in range(WATCHED - 1)))
+    if not run:
+        yield nothing
+        return
+    try:
+        before = None
+        while True:
+            found = service.status(run)
+            seen = (found["stage"], found["step"], round(found["seconds_left"] or 0))
+            if seen != before:
+                yield view(found)
+                before = seen
+            if found["stage"] not in ACTIVE:
+                return
+            time.sleep(POLL_SECONDS)
+    except RunError:
+        yield nothing
+
+
+@told
+def drive(run, turn):
+    """See the run through. On ZeroGPU it learns in calls of a minute, each an event of its own.
+
+    An event that ends while there is more to do changes `turn`, which starts the next one.
+    """
+    if not machine.zerogpu():
+        for update in watch(run):
+            yield *update, gr.skip()
+        return
+    before = service.status(run)["step"]
+    try:
+        for found in service.learn(run):
+            yield *view(found), gr.skip()
+    except gr.Error as error:  # of ZeroGPU: the call was ended, or there is no quota
+        found, why = service.status(run), readable(error).message
+        if "aborted" not in why or found["step"] == before:
+            yield *view(service.fail(run, why)), gr.skip()
+            return
+    if found["stage"] in ("interrupted", "calibrating"):
+        stage = "learning" if found["stage"] == "interrupted" else "calibrating"
+        yield *view(found | {"stage": stage}), turn + 1
+
+
+@told
+def recut(run, percent):
+    """What is left at another size; a download that was made is of the size before."""
+    if not run:
+        return tuple(gr.skip() for _ in range(CUT_OUT))
+    facts = service.cut(run, percent / 100)
+    return (
+        show.size(facts),
+        show.layers(facts["kept"]),
+        gr.DownloadButton("Download", value=None, interactive=False),
+        "",
+        gr.Code(visible=False),
+    )
+
+
+@told
+def make(run, percent, compensate):
+    """The pruned folder as a file."""
+    made = service.export(run, percent / 100, compensate)
+    return (
+        gr.DownloadButton(f"Download {made['name']}", value=made["path"], interactive=True),
+        f"**{made['name']}** · {megabytes(made['bytes'])} · SHA-256 `{made['sha256']}`\n\nUnpack it, then:",
+        gr.Code(show.snippet(made["folder"]), visible=True),
+    )
+
+
+@told
+def end(run):
+    """Ask the run to stop."""
+    service.stop(run)
+
+
+@told
+def go_on(run):
+    """Go on with a run that was stopped."""
+    service.resume(run)

@@ -1,0 +1,298 @@
+"""Results as HTML: figures, progress, the picture of what each layer keeps."""
+
+from collections.abc import Iterable
+from html import escape
+from math import ceil
+
+from ...machine import megabytes
+
+STAGES = {
+    "queued": "Waiting",
+    "loading": "Loading the model",
+    "learning": "Learning",
+    "calibrating": "Preparing compensation",
+    "finished": "Finished",
+    "stopped": "Stopped",
+    "failed": "Failed",
+    "interrupted": "Interrupted",
+}
+
+
+def millions(count: float) -> str:
+    """Parameters for people."""
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
+
+
+def duration(seconds: float) -> str:
+    """Time left, rounded up: "45 s", "3 min", "2.5 h"."""
+    if seconds < 60:
+        return f"{ceil(seconds)} s"
+    return f"{ceil(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def figures(rows: Iterable[tuple[str, str, str]]) -> str:
+    """Cards of (label, value, small print)."""
+    cards = "".join(
+        f"<div><dt>{escape(label)}</dt><dd>{escape(value)} <small>{escape(note)}</small></dd></div>"
+        for label, value, note in rows
+    )
+    return f'<dl class="eco-figures">{cards}</dl>'
+
+
+def table(rows: list[dict[str, str]], label: str) -> str:
+    """Rows of the same columns; on a narrow screen it scrolls by itself."""
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in rows[0])
+    body = "".join(f"<tr>{''.join(f'<td>{escape(v)}</td>' for v in row.values())}</tr>" for row in rows)
+    scroll = f'class="eco-table" tabindex="0" role="region" aria-label="{escape(label)}"'
+    return f"<div {scroll}><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def failure(message: str) -> str:
+    """What went wrong."""
+    return f'<p class="eco-error" role="alert">{escape(message)}</p>'
+
+
+def prediction(facts: dict) -> str:
+    """What a size will leave, before anything is started."""
+    removed = 1 - facts["params_pruned"] / facts["params_dense"]
+    passed = facts["supported"]
+    whole = (
+        "with its whole pipeline"
+        if any(row["pipeline"] for row in passed)
+        else "its denoiser in a loop of its own"
+    )
+    notes = [
+        f"Licence: {escape(facts['licence'])}" + (", gated: accept it on the Hub first" * facts["gated"])
+    ]
+    if facts["memory"]["learn"] > 1e9:
+        draw, learn, here = (megabytes(facts["memory"][name]) for name in ("draw", "learn", "here"))
+        notes.append(f"Memory, estimate: {draw} to draw, {learn} to learn; there are {here} here")
+    notes.append(
+        f"This architecture passed the conformance suite, {whole}"
+        if passed
+        else "This architecture is not in the conformance suite: its layers are known by their structure"
+    )
+    alone = {kind: count / facts["params_dense"] for kind, count in facts["left_alone"].items()}
+    largest = [f"{escape(kind)} {share:.1%}" for kind, share in alone.items() if share >= 0.001]
+    notes.append(f"Left alone: {', '.join(largest) or 'next to nothing'} of the parameters")
+    found = _figures_of(facts, removed) + f'<p class="eco-notes">{" · ".join(notes)}</p>'
+    if facts["memory"]["learn"] > facts["memory"]["here"]:
+        found += failure("By that estimate this machine has too little memory to learn on this model.")
+    return found
+
+
+def _figures_of(facts: dict, removed: float) -> str:
+    return figures(
+        [
+            (
+                "Parameters of the denoiser",
+                millions(facts["params_pruned"]),
+                f"of {millions(facts['params_dense'])}, −{removed:.0%}",
+            ),
+            (
+                "Download",
+                megabytes(facts["bytes_pruned"]),
+                f"predicted; dense {megabytes(facts['bytes_dense'])}",
+            ),
+            (
+                "Can be removed at most",
+                f"{facts['ceiling']:.0%}",
+                f"what its {facts['units']} hold",
+            ),
+        ]
+    )
+
+
+def progress(status: dict) -> str:
+    """Stage, step, loss, size, time left and a bar."""
+    stage, step, steps = status["stage"], status["step"], status["steps"]
+    words = [f"<b>{STAGES[stage]}</b>"]
+    if stage == "queued" and status["ahead"]:
+        words.append(f"{status['ahead']} run(s) before this one")
+    if stage == "learning" and step < status["warm_steps"]:
+        words.append("finding a start")
+    words.append(f"step {step} of {steps}")
+    learned = [row for row in status["history"] if "loss" in row]
+    if learned:
+        words.append(f"loss {learned[-1]['loss']:.4f}")
+        words.append(f"{learned[-1]['expected']:.1%} removed")
+    if status["seconds_left"] is not None:
+        words.append(f"{duration(status['seconds_left'])} left")
+    share = 100 * step / max(1, steps)
+    if status["memory"] and stage == "learning":
+        words.append(f"memory: {escape(status['memory'])}")
+    failed = failure(status["error"]) if status["error"] else ""
+    note = ""
+    if stage in ("stopped", "failed", "interrupted"):
+        note = "<p>Nothing is lost: <b>Resume</b> goes on from the last step.</p>"
+    return (
+        f'<div class="eco-status" role="status">{" · ".join(words)}'
+        f'<div class="eco-progress" role="progressbar" aria-label="Learning" aria-valuemin="0" '
+        f'aria-valuemax="100" aria-valuenow="{share:.0f}"><div style="width:{share:.1f}%"></div></div>'
+        f"{failed}{note}</div>"
+    )
+
+
+def size(facts: dict) -> str:
+    """What a cut leaves, counted."""
+    return figures(
+        [
+            (
+                "Parameters of the denoiser",
+                millions(facts["params_pruned"]),
+                f"of {millions(facts['params_dense'])}, −{facts['ratio']:.1%}",
+            ),
+            (
+                "Weights on disk",
+                megabytes(facts["bytes_pruned"]),
+                f"dense {megabytes(facts['bytes_dense'])}",
+            ),
+            (
+                "Heads, neurons, channels removed",
+                f"{facts['units_removed']:,}",
+                f"of {facts['units']:,}",
+            ),
+        ]
+    )
+
+
+def comparison(facts: dict, link: str) -> str:
+    """Speed, size and fidelity of one pair of images, and where to find it again."""
+    faster = facts["step_ms_dense"] / facts["step_ms_pruned"]
+    rows = [
+        ("Parameters", millions(facts["params_pruned"]), f"dense {millions(facts['params_dense'])}"),
+        ("Weights", megabytes(facts["bytes_pruned"]), f"dense {megabytes(facts['bytes_dense'])}"),
+        (
+            "Time for a step",
+            f"{facts['step_ms_pruned']:.0f} ms",
+            f"dense {facts['step_ms_dense']:.0f} ms ({faster:.2f}×)",
+        ),
+        ("Latent error", _error(facts["latent_error"]), "0 is identical"),
+        ("PSNR", f"{facts['psnr']:.1f} dB", closeness(facts["psnr"])),
+        ("SSIM", f"{facts['ssim']:.3f}", "1 is identical"),
+    ]
+    if facts["peak_pruned"] is not None:
+        peak, dense = (megabytes(facts[f"peak_{name}"]) for name in ("pruned", "dense"))
+        rows.insert(3, ("GPU memory at most", peak, f"dense {dense}"))
+    return (
+        f'{figures(rows)}<p class="eco-notes"><a href="{escape(link)}">Link to this comparison</a> with its '
+        "run, size, prompt, seed and settings. Whoever has it can use the run.</p>"
+    )
+
+
+# What people see, by PSNR of their images: rules of thumb.
+WORDS = (
+    (40.0, "hard to tell apart"),
+    (30.0, "small differences"),
+    (20.0, "visibly different"),
+    (0.0, "another image"),
+)
+
+
+def closeness(psnr: float) -> str:
+    """A PSNR in words."""
+    return next((word for least, word in WORDS if psnr >= least), WORDS[-1][1])
+
+
+def surveyed(means: list[dict], count: int, done: int = 0) -> str:
+    """What several sizes cost, on average over the prompts that were drawn so far."""
+    status = f"Loading and cutting; {count} prompts to draw." if not done else f"{done} of {count} prompts."
+    if done == count:
+        status = f"Averages over {count} prompts; below, the prompts that suffer most come first."
+    cards = [
+        (
+            f"−{m['ratio']:.0%}",
+            closeness(m["psnr"]),
+            f"PSNR {m['psnr']:.1f} dB, error {_error(m['latent_error'])}",
+        )
+        for m in means
+    ]
+    return f'{figures(cards)}<p class="eco-notes" role="status">{status}</p>'
+
+
+def layers(kept: dict[str, float]) -> str:
+    """One cell a layer, filled as far as it is kept; a row for each kind of layer."""
+    rows = {label: {} for label in ("Attention", "Cross-attention", "Feed-forward", "ResNet channels")}
+    for name, share in kept.items():
+        tail = name.rpartition(".")[2]
+        label = "Feed-forward"
+        if tail.startswith("attn"):
+            label = "Cross-attention" if tail == "attn2" else "Attention"
+        elif tail.isdigit():
+            label = "ResNet channels"
+        rows[label][name] = share
+    lines = ""
+    for label, cells in rows.items():
+        if not cells:
+            continue
+        mean = sum(cells.values()) / len(cells)
+        inner = "".join(
+            f'<div class="cell" title="{escape(name)}: {share:.0%} kept">'
+            f'<div style="height:{100 * share:.0f}%"></div></div>'
+            for name, share in cells.items()
+        )
+        lines += (
+            f'<div class="row"><span>{label}<br>{mean:.0%} kept</span>'
+            f'<div class="cells" role="img" aria-label="{label}: {mean:.0%} kept on average over '
+            f'{len(cells)} layers">{inner}</div></div>'
+        )
+    return f'<div class="eco-layers">{lines}</div>'
+
+
+def snippet(name: str) -> str:
+    """The three lines that load a downloaded checkpoint."""
+    return (
+        "from diffusers import DiffusionPipeline\n"
+        f'pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)\n'
+        'image = pipe("a red apple").images[0]'
+    )
+
+
+def measured(found: dict) -> list[dict[str, str]]:
+    """What benchmarks/fidelity.py measured, a row a method: latent error by size."""
+    ratios = sorted({row["ratio"] for row in found["rows"]})
+    cells = {(row["method"], row["ratio"]): row for row in found["rows"]}
+    methods = dict.fromkeys(row["method"] for row in found["rows"])
+    methods = [method for method in methods if all((method, ratio) in cells for ratio in ratios)]
+    methods.sort(key=lambda method: -cells[method, ratios[-1]]["latent_error"][0])
+    return [
+        {"method": method}
+        | {f"{ratio:.0%}": _error(cells[method, ratio]["latent_error"][0]) for ratio in ratios}
+        | {"top-1 at 40 %": f"{cells.get((method, 0.4), {}).get('top1', [float('nan')])[0]:.2f}"}
+        | {"trajectories": str(cells[method, ratios[0]]["trajectories"])}
+        for method in methods
+    ]
+
+
+def benchmark(found: dict) -> str:
+    """The same as Markdown."""
+    rows = measured(found)
+    lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row.values())} |" for row in rows)])
+
+
+def _error(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.1 else f"{value:.2g}" if value >= 1e-4 else f"{value:.5f}"
+
+
+def healing(found: dict) -> str:
+    """Where healing is, in words."""
+    if found["stage"] == "healed":
+        return (
+            f"**Closer.** Mean latent error of held-out prompts: {found['before']:.4f} before, "
+            f"{found['after']:.4f} after {found['steps']} steps. Images and downloads of this size are the "
+            "healed model's now."
+        )
+    if found["stage"] == "unchanged":
+        return (
+            f"It did not get closer ({found['before']:.4f} before, {found['after']:.4f} after "
+            f"{found['steps']} steps), so nothing was changed."
+        )
+    where = f"Step {found['step']} of {found['steps']}"
+    if found["stage"] == "stopped":
+        return f"Stopped at step {found['step']}. Nothing is lost: with the same number of steps it goes on."
+    if found["loss"] is not None:
+        where += f" · loss {found['loss']:.4f}"
+    return where + (f" · {duration(found['seconds_left'])} left" if found["seconds_left"] else "")

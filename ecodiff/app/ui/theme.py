@@ -1,0 +1,79 @@
+"""Looks: Gradio's Base theme with the contrast mended, system fonts, no request to another host."""
+
+import gradio as gr
+
+FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
+
+MONO = ("ui-monospace", "Consolas", "monospace")
+
+
+def theme() -> gr.themes.Base:
+    """Emerald on slate; text and buttons pass WCAG AA in light and dark."""
+    base = gr.themes.Base(primary_hue="emerald", neutral_hue="slate", font=list(FONTS), font_mono=list(MONO))
+    return base.set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_label_text_color="*neutral_700",
+        block_label_text_color_dark="*neutral_200",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        block_title_text_color="*neutral_800",
+        block_title_text_color_dark="*neutral_100",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_600",
+        button_primary_text_color="white",
+        button_primary_text_color_dark="white",
+        block_radius="10px",
+        button_large_radius="8px",
+        block_border_width="1px",
+    )
+
+
+CSS = """
+.gradio-container { max-width: 1100px !important; margin: 0 auto !important; width: 100%; }
+.gradio-container main { width: 100%; }
+#title h1 { margin-bottom: 0; }
+.gradio-container .label-wrap { text-align: left; }
+/* Where the keyboard is: Gradio hides it on most of its inputs. */
+.gradio-container :is(button, input, textarea, a, [role="region"]):focus-visible {
+  outline: 2px solid var(--primary-600) !important; outline-offset: 2px !important; }
+#history, #history .grid-wrap { height: auto !important; min-height: 0 !important; }
+#history .grid-container { grid-template-columns: repeat(auto-fill, 104px) !important; }
+#history .thumbnail-item { aspect-ratio: 1; }
+.eco-figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(132px, 1fr)); gap: 10px; }
+.eco-figures > div { border: 1px solid var(--border-color-primary); border-radius: 10px;
+  padding: 8px 12px; background: var(--background-fill-primary); }
+.eco-figures dt { font-size: 12px; color: var(--body-text-color-subdued); }
+.eco-figures dd { margin: 0; font-size: 18px; font-weight: 600; font-variant-numeric: tabular-nums; }
+.eco-figures dd small { display: block; line-height: 1.4;
+  font-size: 12px; font-weight: 400; color: var(--body-text-color-subdued); }
+.eco-progress { height: 10px; border-radius: 5px; background: var(--border-color-primary);
+  overflow: hidden; margin: 8px 0 4px; }
+.eco-progress > div { height: 100%; background: var(--primary-600); transition: width .5s; }
+.eco-notes { font-size: 13px; color: var(--body-text-color-subdued); margin: 10px 2px 0; }
+.eco-table { overflow-x: auto; }
+.eco-table tr { border: 0 !important; }
+.eco-table table { width: 100%; border: 0 !important; border-collapse: collapse;
+  font-variant-numeric: tabular-nums; }
+.eco-table :is(th, td) { text-align: left; white-space: nowrap; padding: 6px 12px 6px 0; font-size: 14px;
+  border: 0; border-bottom: 1px solid var(--border-color-primary); }
+.eco-table th { font-weight: 400; font-size: 12px; color: var(--body-text-color-subdued); }
+.eco-table td:first-child { font-weight: 600; }
+#strips, #strips .grid-wrap { height: auto !important; max-height: none !important;
+  min-height: 0 !important; }
+#strips .grid-container { grid-template-columns: 1fr !important; gap: 12px; }
+#strips .thumbnail-item { aspect-ratio: auto; height: auto; }
+#strips .thumbnail-item img { width: 100%; height: auto; object-fit: contain; }
+.eco-status { font-variant-numeric: tabular-nums; }
+.eco-error { border-left: 4px solid #dc2626; padding: 6px 12px; }
+.eco-layers { display: grid; gap: 4px; }
+.eco-layers .row { display: grid; grid-template-columns: 86px 1fr; align-items: center; gap: 8px; }
+.eco-layers .cells { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: 2px; }
+.eco-layers .cell { height: 34px; border-radius: 3px; background: var(--border-color-primary);
+  position: relative; overflow: hidden; }
+.eco-layers .cell > div { position: absolute; bottom: 0; width: 100%;
+  background: var(--primary-600); }
+.eco-layers span { font-size: 12px; color: var(--body-text-color-subdued); }
+"""

@@ -1,0 +1,139 @@
+"""The worker: a thread for each device that learns one run after another, whoever watches."""
+
+import itertools
+import queue
+import threading
+import traceback
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from ..errors import EcodiffError, OutOfMemoryError, RunError, memory_advice
+from ..learning.state import LearnState
+from ..runs.folder import Run
+from ..runs.loop import learn_run
+from .devices import Device, Devices
+
+MAX_WAITING = 16
+
+ADVICE = (
+    "Nothing is lost. Try again when nothing else is learned or drawn here, or take a smaller model or image."
+)
+
+ACTIVE = ("queued", "loading", "learning", "calibrating")
+
+
+@dataclass
+class Job:
+    """A run that was handed to the worker in this process."""
+
+    run: Run
+    stage: str = "queued"  # queued, loading, learning, calibrating, finished, stopped, failed
+    seconds: deque = field(default_factory=lambda: deque(maxlen=8))  # of the last steps
+    state: LearnState | None = None
+
+    @property
+    def active(self) -> bool:
+        return self.stage in ACTIVE
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Measured time of the last steps times the steps that are left; None before the first."""
+        if not self.seconds or self.state is None:
+            return None
+        left = self.run.config.total_steps - self.state.step
+        return left * sum(self.seconds) / len(self.seconds)
+
+
+class Worker:
+    """Runs in the order in which they were handed in, in daemon threads."""
+
+    def __init__(self, devices: Devices):
+        self.devices = devices
+        self._jobs: dict[str, Job] = {}
+        self._waiting: queue.Queue[Job] = queue.Queue()
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+
+    def submit(self, run: Run) -> Job:
+        """Queue a run (or do nothing if it is queued or running).
+
+        Raises:
+            RunError: too many runs are waiting.
+        """
+        with self._lock:
+            job = self._jobs.get(run.id)
+            if job is not None and job.active:
+                return job
+            if self._waiting.qsize() >= MAX_WAITING:
+                raise RunError(f"{MAX_WAITING} runs are waiting already. Try again later.")
+            run.permit()
+            self._jobs.pop(run.id, None)  # so that the order is that of the queue
+            job = self._jobs[run.id] = Job(run, state=run.state())
+            self._waiting.put(job)
+            if not self._threads:
+                self._threads = [
+                    threading.Thread(target=self._work, args=[device], daemon=True, name="ecodiff-worker")
+                    for device in self.devices.learning
+                ]
+                for thread in self._threads:
+                    thread.start()
+            return job
+
+    def job(self, run_id: str) -> Job | None:
+        """The job of a run, if this process has or had one."""
+        return self._jobs.get(run_id)
+
+    def ahead(self, job: Job) -> int:
+        """How many runs come before a queued one."""
+        if job.stage != "queued":
+            return 0
+        before = itertools.takewhile(lambda other: other is not job, list(self._jobs.values()))
+        return sum(other.active for other in before)
+
+    def stop(self, run: Run) -> None:
+        """Ask a run to stop: at once if it waits, within one time step if it learns."""
+        run.request_stop()
+        job = self._jobs.get(run.id)
+        if job is not None and job.stage == "queued":
+            job.stage = "stopped"
+
+    def _work(self, device: Device) -> None:
+        while True:
+            job = self._waiting.get()
+            try:
+                with memory_advice(ADVICE):
+                    self._learn(job, device)
+            except EcodiffError as error:
+                job.run.record(str(error))
+                job.stage = "failed"
+            except Exception:  # the thread must outlive a bug; the run keeps its last saved state
+                traceback.print_exc()
+                job.run.record("ecodiff failed unexpectedly; the server's log says where. Resume?")
+                job.stage = "failed"
+
+    def _learn(self, job: Job, device: Device) -> None:
+        if job.stage == "stopped":
+            return
+        job.stage = "loading"
+        pipe = device.dense(job.run.model)
+        job.stage = "learning"
+
+        for state, seconds in learn_run(job.run, pipe, device.lock):
+            job.state = state
+            job.seconds.append(seconds)
+        finished = job.run.finished
+        if finished:
+            job.stage = "calibrating"
+            with suppress(OutOfMemoryError), memory_advice(ADVICE):  # whoever draws will be told
+                device.calibration(job.run.model)
+        job.stage = "finished" if finished else "stopped"
+        if finished and device is self.devices.drawing:
+            with suppress(EcodiffError), memory_advice(ADVICE):
+                self._prepare(job.run, device)
+
+    def _prepare(self, run: Run, device: Device) -> None:
+        """What the first images would wait for; nobody waits for it yet."""
+        device.pruned(run.model, run.plan(run.config.ratio))
+        with device.lock:
+            device.calibration(run.model).prepare()

@@ -1,0 +1,1 @@
+"""Opening, writing, importing and exporting models."""

@@ -1,0 +1,152 @@
+"""The Hugging Face Hub: pruned pipelines and plans go there, plans come from there."""
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.file_download import get_hf_file_metadata
+
+from .. import catalog
+from ..errors import CheckpointError
+from ..pruning.plan import PLAN_FILE, PrunePlan
+from ..storage import MAX_FILE_BYTES
+from .loading import NETWORK_ERRORS
+
+
+def is_repo(name: str) -> bool:
+    """True for `user/name`, where there is no such file."""
+    return bool(re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name)) and not Path(name).exists()
+
+
+def offers_sign_in() -> bool:
+    """True where a person can sign in on the page: on a Space with OAuth."""
+    return bool(os.environ.get("OAUTH_CLIENT_ID"))
+
+
+def push(folder: str | Path, repo_id: str, token: str | None = None, private: bool = True) -> str:
+    """Upload a pruned pipeline folder, with its card. Returns the address.
+
+    Args:
+        repo_id: "user/name", or "name" for the token's owner. It is made if it is not there.
+        token: None: the one of this machine (`hf auth login`).
+        private: of a new repository.
+
+    Raises:
+        CheckpointError: not a pruned folder, or the Hub refused it, or the repository holds something else.
+    """
+    folder = Path(folder)
+    if not (folder / PLAN_FILE).is_file():
+        raise CheckpointError(f"{folder} is not a pruned pipeline: it has no {PLAN_FILE}.")
+    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    card = (folder / "README.md").read_text(encoding="utf-8") if "README.md" in files else ""
+    return _upload(files, card, repo_id, token, private)
+
+
+def push_plan(plan: PrunePlan, repo_id: str, token: str | None = None, private: bool = True) -> str:
+    """Upload a plan alone, with a card that says how to use it. Returns the address.
+
+    Args, Raises: as `push`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = plan.save(Path(folder) / PLAN_FILE)
+        return _upload({PLAN_FILE: file}, _plan_card(plan), repo_id, token, private)
+
+
+def pull_plan(repo_id: str, token: str | bool | None = None) -> Path:
+    """Download the plan of a repository, and nothing else; returns where it lies in the Hub's cache.
+
+    Args:
+        token: None: the one of this machine; False: none.
+
+    Raises:
+        CheckpointError: no such repository, no plan in it, too large, or no connection.
+    """
+    try:
+        size = get_hf_file_metadata(hf_hub_url(repo_id, PLAN_FILE), token=token, timeout=20).size
+        if size is None or size > MAX_FILE_BYTES:
+            raise CheckpointError(f"{PLAN_FILE} in {repo_id} is too large for a plan.")
+        return Path(hf_hub_download(repo_id, PLAN_FILE, token=token, etag_timeout=20))
+    except EntryNotFoundError:
+        raise CheckpointError(f"{repo_id} has no {PLAN_FILE}: it was not pruned with ecodiff.") from None
+    except (HfHubHTTPError, HFValidationError, *NETWORK_ERRORS, OSError) as error:
+        raise CheckpointError(_words(error, repo_id, "read")) from None
+
+
+def _upload(files: dict[str, Path], card: str, repo_id: str, token: str | None, private: bool) -> str:
+    """One commit with these files and the card, and without what an earlier push left there."""
+    api = HfApi(token=token, library_name="ecodiff")
+    try:
+        made = api.create_repo(repo_id, private=private, exist_ok=True)
+        there = set(api.list_repo_files(made.repo_id)) - {".gitattributes"}
+        if PLAN_FILE not in there and there - {"README.md"}:
+            raise CheckpointError(f"{made.repo_id} holds something else. Name a new repository.")
+        contents = files | {"README.md": card.replace("THIS FOLDER", made.repo_id).encode()}
+        operations = [CommitOperationAdd(path, content) for path, content in contents.items()]
+        stale = [path for path in sorted(there - set(contents)) if _of_a_pipeline(path)]
+        operations += [CommitOperationDelete(path) for path in stale]
+        api.create_commit(made.repo_id, operations, commit_message="Pruned with ecodiff")
+        return str(made)
+    except LocalTokenNotFoundError:
+        raise CheckpointError(
+            "There is no Hugging Face token on this machine. Run `hf auth login`, or give --token."
+        ) from None
+    except (HfHubHTTPError, HFValidationError, *NETWORK_ERRORS, OSError, RuntimeError) as error:
+        raise CheckpointError(_words(error, repo_id, "write to")) from None
+
+
+def _of_a_pipeline(path: str) -> bool:
+    """True for files that `checkpoint.save` may have written; pictures and licences are their owner's."""
+    inside = "/" in path and Path(path).suffix in (".safetensors", ".json", ".py", ".txt", ".model")
+    return inside or path == "model_index.json"
+
+
+def _words(error: Exception, repo_id: str, what: str) -> str:
+    """What went wrong, and what to do."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, HFValidationError):
+        return f"{repo_id!r} is not the name of a repository. Give user/name."
+    if status == 401 or (isinstance(error, RepositoryNotFoundError) and what == "read"):
+        return (
+            f"The Hub has no {repo_id} that this token may {what}: the name is wrong, or the token is "
+            "missing, expired or without that right."
+        )
+    if isinstance(error, GatedRepoError) or status == 403:
+        return f"The Hub does not let this token {what} {repo_id}. It needs that right, or another name."
+    if status:
+        return f"The Hub answered {status} for {repo_id}. Nothing is lost here; try again later."
+    return f"The connection to the Hub failed ({type(error).__name__}). Nothing is lost here; try again."
+
+
+def _plan_card(plan: PrunePlan) -> str:
+    about = plan.metadata
+    model = str(about.get("model", "MODEL"))
+    known = catalog.find(model)
+    head = {"library_name": "ecodiff", "license": known.licence, "tags": ["ecodiff", "pruning-plan"]}
+    if "/" in known.source and not known.embedded:
+        head["base_model"] = known.source
+    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
+    removed = f", {about['ratio']:.1%} of the denoiser removed" if "ratio" in about else ""
+    return f"""---
+{front}
+---
+
+# A plan to prune {model}
+
+Which heads, neurons and channels of {model} stay{removed} (`{plan.digest}`). No weights are in it.
+
+```bash
+python -m ecodiff bring {model} "THIS FOLDER" --run run
+python -m ecodiff prune run --out small
+```
+"""

@@ -1,0 +1,250 @@
+"""Opening pipelines: embedded names, diffusers folders, Hub ids and single files."""
+
+import os
+import sys
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .. import catalog, machine
+from ..errors import CheckpointError, EcodiffError, ModelNotFoundError, UnsupportedModelError, memory_advice
+from ..machine import free_bytes, megabytes
+from ..pipelines import denoiser_of
+from ..pruning import ecodiff_sliced_v1
+
+# diffusers reads components of a pruned folder from the module that its index names, if imported.
+sys.modules.setdefault(ecodiff_sliced_v1.NAME, ecodiff_sliced_v1)
+
+# How the names of text encoders and autoencoders begin in the original authors' files.
+_OTHER_PARTS = ("first_stage_model.", "conditioner.", "cond_stage_model.", "text_encoders.", "vae.")
+
+# huggingface_hub 1 speaks HTTP with httpx, 2 with httpx2: their errors have no base in common.
+NETWORK_ERRORS = tuple(import_module(name).HTTPError for name in ("httpx", "httpx2") if find_spec(name))
+
+_WORDS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def load(
+    model: str | Path, dtype: torch.dtype | None = None, device: str | None = None, offload: bool = False
+):
+    """Open a pipeline: an embedded model's name, a diffusers folder (dense or pruned), a Hub id, or a
+    single .safetensors file in the layout of the original authors.
+
+    Args:
+        dtype: None: float32 on a CPU, else `working_dtype`.
+        device: None: `backends.device()`.
+        offload: if the parts do not fit on the device together, each is there only while it works
+            (diffusers' model offloading). Good for drawing; nothing can be learned then.
+
+    Raises:
+        OutOfMemoryError: the model does not fit on the device.
+        ModelNotFoundError: no such name or folder, no network, or no access.
+        CheckpointError: the folder is incomplete or damaged.
+        UnsupportedModelError: it is not a diffusion pipeline.
+    """
+    known = catalog.find(str(model))
+    device = device or machine.device()
+    if dtype is None:
+        dtype = torch.float32 if device == "cpu" else working_dtype(known.source)
+    source = known.source
+    try:
+        if is_single_file(source):
+            return _ready(_from_single_file(Path(source), dtype), device, offload)
+        index = model_index(source)
+        components = {}
+        for name, entry in index.items():
+            if isinstance(entry, list) and entry[0] is None:
+                components[name] = None  # SD3 without its T5: diffusers wants to be told
+            elif isinstance(entry, list) and entry[0] == ecodiff_sliced_v1.NAME:
+                cls = getattr(ecodiff_sliced_v1, str(entry[1]))
+                components[name] = cls.from_pretrained(source, subfolder=name, dtype=dtype)
+        pipe = _from_files(source, dtype, components)
+    except EcodiffError:
+        raise
+    except SafetensorError as error:
+        raise damaged(source, error) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, *NETWORK_ERRORS):
+        raise unreachable(source) from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise damaged(source, error) from None
+    return _ready(pipe, device, offload)
+
+
+def _from_files(source: str, dtype: torch.dtype, components: dict):
+    """The pipeline of a folder or repository. Many hold float32 weights and, as the variant "fp16", halves:
+    of the two, what is nearer to `dtype` is read (and downloaded), or what is there."""
+    plain: Exception | None = None
+    for variant in ("fp16", None) if dtype.itemsize == 2 else (None, "fp16"):
+        options = {"dtype": dtype, "use_safetensors": True, "variant": variant}
+        try:
+            return DiffusionPipeline.from_pretrained(source, **options, **components)
+        except (LocalEntryNotFoundError, HfHubHTTPError):
+            raise
+        except (OSError, ValueError) as error:
+            plain = error if variant is None else plain
+    raise plain
+
+
+def _ready(pipe, device: str, offload: bool):
+    denoiser_of(pipe)
+    parts = [part.eval() for part in pipe.components.values() if isinstance(part, nn.Module)]
+    weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+    if offload and device != "cpu" and weights > free_bytes(torch.device(device)):
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
+    words = f"The weights alone take {megabytes(weights)}. Take a smaller model, or a larger device."
+    with memory_advice(words):
+        return pipe.to(device)
+
+
+def is_single_file(source: str) -> bool:
+    """True for a checkpoint in one file."""
+    return source.endswith(".safetensors") and os.path.isfile(source)
+
+
+@cache
+def base_of(source: str) -> str:
+    """The Hub repository (or catalogue model) whose architecture a single file has, by its tensors.
+
+    Raises:
+        CheckpointError: not a safetensors file.
+    """
+    try:
+        with safe_open(source, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        return fetch_diffusers_config(empty)["pretrained_model_name_or_path"]
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{source} is not a checkpoint that diffusers knows: {error}") from None
+
+
+def _from_single_file(path: Path, dtype: torch.dtype):
+    """The pipeline of a single file; what is not in it comes from the model that it is a variant of."""
+    base = base_of(str(path))
+    pipeline, name = classes(base)
+    with safe_open(path, framework="pt") as file:
+        whole = any(key.startswith(_OTHER_PARTS) for key in file.keys())  # noqa: SIM118
+    if whole:
+        return pipeline.from_single_file(str(path), config=base, torch_dtype=dtype)
+    denoiser = getattr(diffusers, model_index(base)[name][1])
+    own = denoiser.from_single_file(str(path), config=base, subfolder=name, torch_dtype=dtype)
+    return pipeline.from_pretrained(base, dtype=dtype, use_safetensors=True, **{name: own})
+
+
+def model_index(source: str) -> dict:
+    """`model_index.json` of a folder or Hub repository. Downloads no weights.
+
+    Raises:
+        ModelNotFoundError, CheckpointError
+    """
+    if os.path.isdir(source):
+        if not os.path.isfile(os.path.join(source, "model_index.json")):
+            raise CheckpointError(
+                f"{source} has no model_index.json, so it is not a diffusers pipeline folder."
+            )
+    elif os.path.isabs(source) or source.startswith((".", "~")) or source.count("/") != 1:
+        names = ", ".join(catalog.MODELS)
+        raise ModelNotFoundError(
+            f"There is no model {source!r}. Give one of {names}; a diffusers folder; or a Hub id "
+            "such as stabilityai/stable-diffusion-xl-base-1.0."
+        )
+    try:
+        return DiffusionPipeline.load_config(source)
+    except HFValidationError as error:
+        raise ModelNotFoundError(f"{source!r} is not a Hub id: {error}") from None
+    except NETWORK_ERRORS:
+        raise unreachable(source) from None
+    except (OSError, ValueError) as error:
+        if os.path.isdir(source):
+            raise damaged(source, error) from None
+        raise unreachable(source) from None
+
+
+def empty_denoiser(source: str) -> nn.Module:
+    """The denoiser of a model on the meta device: its shapes, without its weights.
+
+    Raises:
+        ModelNotFoundError, CheckpointError, UnsupportedModelError
+    """
+    # Not accelerate's init_empty_weights: that changes nn.Module for all threads, and for forks of theirs.
+    known = catalog.find(source)
+    if known.denoiser:
+        with torch.device("meta"):
+            return getattr(diffusers, known.denoiser["_class_name"]).from_config(known.denoiser)
+    source = known.source
+    if is_single_file(source):
+        return empty_denoiser(base_of(source))
+    index = model_index(source)
+    name = next((n for n in ("unet", "transformer") if index.get(n, [None])[0]), None)
+    if name is None:
+        raise UnsupportedModelError(f"{source} has no `unet` and no `transformer` to prune.")
+    library, cls_name = index[name]
+    module = ecodiff_sliced_v1 if library == ecodiff_sliced_v1.NAME else diffusers
+    cls = getattr(module, str(cls_name), None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise UnsupportedModelError(f"The {name} of {source} is a {cls_name}, not diffusers' own.")
+    try:
+        with torch.device("meta"):
+            return cls.from_config(cls.load_config(source, subfolder=name))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, *NETWORK_ERRORS) as error:
+        if os.path.isdir(source):
+            raise damaged(source, error) from None
+        raise unreachable(source) from None
+
+
+def classes(source: str) -> tuple[type, str]:
+    """The class of a model's pipeline, and the name of the denoiser in it; loads no weights."""
+    source = catalog.find(source).source
+    index = model_index(base_of(source) if is_single_file(source) else source)
+    pipeline = getattr(diffusers, str(index.get("_class_name")), None)
+    if not (isinstance(pipeline, type) and issubclass(pipeline, DiffusionPipeline)):
+        raise UnsupportedModelError(f"{source} is a {index.get('_class_name')}, not diffusers' own.")
+    return pipeline, "unet" if index.get("unet", [None])[0] else "transformer"
+
+
+def disk_dtype(source: str) -> torch.dtype:
+    """In which type a model's files hold the denoiser's weights, or `working_dtype` if they are not here."""
+    source = catalog.find(source).source
+    for name in ("unet", "transformer"):
+        files = (Path(source) / name).glob("*.safetensors")
+        for file in sorted(files, key=lambda file: ".fp16" not in file.name):
+            with safe_open(file, framework="pt") as weights:
+                return weights.get_tensor(next(iter(weights.keys()))).dtype
+    return _sixteen_bits(source)
+
+
+def working_dtype(source: str) -> torch.dtype:
+    """In which type a model works on a GPU: that of its files, if it has 16 bits."""
+    known = catalog.find(source)
+    found = _WORDS[known.dtype] if known.name in catalog.MODELS else disk_dtype(source)
+    return found if found.itemsize == 2 else _sixteen_bits(source)
+
+
+def _sixteen_bits(source: str) -> torch.dtype:
+    """The catalogue's type; else UNets are at home in float16, and transformers need bfloat16's range."""
+    known = catalog.find(source)
+    if known.name in catalog.MODELS:
+        return _WORDS[known.dtype]
+    return torch.float16 if classes(source)[1] == "unet" else torch.bfloat16
+
+
+def unreachable(source: str) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"Could not get {source} from the Hugging Face Hub: no network, no such repository, or no "
+        "access (a gated model needs its licence accepted and a token). Check the id and the "
+        "connection, or give a folder on this machine."
+    )
+
+
+def damaged(source: str, error: Exception) -> CheckpointError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return CheckpointError(f"{source} could not be opened as a diffusers pipeline: {reason}")

@@ -1,0 +1,205 @@
+"""LoRAs of the dense model, cut to fit a pruned one.
+
+A LoRA adds B A to a weight. Slicing takes rows and columns of the weight away, so the same rows of B and
+columns of A go: the translated LoRA on the pruned model is the LoRA on the dense one, fused and pruned.
+"""
+
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffusers.utils import convert_unet_state_dict_to_peft
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..architectures import find_groups
+from ..errors import CheckpointError, PlanError
+from ..pipelines import denoiser_name, denoiser_of
+from ..pruning.plan import PrunePlan
+from ..pruning.slicing import kept_features, plan_of
+from ..units import ALL_KINDS
+from .loading import empty_denoiser
+
+MAX_FILE_BYTES = 4 << 30
+
+DIGEST = "ecodiff.plan"  # in a file's header: the plan of the model that the LoRA fits
+
+
+@dataclass
+class LoraReport:
+    """What became of a LoRA. Names are of the denoiser's modules."""
+
+    cut: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)  # name: why
+    others: int = 0  # tensors of text encoders, taken over as they are
+
+    def words(self) -> str:
+        """One line for people."""
+        parts = [f"{len(self.cut)} layers cut to fit", f"{len(self.unchanged)} as they were"]
+        if self.dropped:
+            reasons = sorted(set(self.dropped.values()))
+            parts.append(f"{len(self.dropped)} dropped ({'; '.join(reasons)})")
+        if self.others:
+            parts.append(f"{self.others} tensors of text encoders taken over")
+        return ", ".join(parts)
+
+
+def translate_lora(
+    lora: str | Path, pipe, plan: PrunePlan | None = None, dense=None
+) -> tuple[dict[str, Tensor], LoraReport]:
+    """A LoRA for the dense model as one for the pruned model.
+
+    Args:
+        lora: a safetensors file in diffusers', PEFT's or kohya's naming.
+        pipe: the pruned pipeline, or the dense one if `plan` is given.
+        plan: what is kept; None: as `pipe` was cut.
+        dense: the dense denoiser (on the meta device will do); None: that of the model that the plan
+            names, or of `pipe` if it is dense.
+
+    Returns:
+        tensors in PEFT's naming, for `pipe.load_lora_weights`, scales folded in; and what was done.
+
+    Raises:
+        CheckpointError: not a LoRA in safetensors.
+        PlanError: the LoRA is for another model.
+
+    Example:
+        >>> tensors, report = ecodiff.translate_lora("pixel-art.safetensors", small)
+        >>> small.load_lora_weights(tensors)
+    """
+    cut_by = plan_of(denoiser_of(pipe))
+    plan = plan or cut_by
+    if plan is None:
+        raise PlanError("This pipeline is not pruned: it takes the LoRA as it is.")
+    if dense is None:
+        dense = empty_denoiser(plan.metadata.get("model", "")) if cut_by else denoiser_of(pipe)
+    return translate(lora, type(pipe), denoiser_name(pipe), plan, dense)
+
+
+def translate(
+    lora: str | Path, pipeline: type, name: str, plan: PrunePlan, dense: nn.Module
+) -> tuple[dict[str, Tensor], LoraReport]:
+    """`translate_lora` without a pipeline: of its class, whose component `name` is like `dense`."""
+    tensors = _read(Path(lora), pipeline, name, plan, dense)
+    kept, modules = kept_features(dense, plan), dict(dense.named_modules())
+    groups = [g for g in find_groups(dense, ALL_KINDS) if g.name in plan and not plan[g.name].all()]
+    scattered = {slot.module for group in groups for slot in group.slots if slot.scattered}
+    found, report = {}, LoraReport()
+    for path in dict.fromkeys(key.rpartition(".lora_")[0] for key in tensors if key.startswith(name + ".")):
+        down, up = (tensors.get(f"{path}.lora_{side}.weight") for side in "AB")
+        layer = path.removeprefix(name + ".")
+        if down is None or up is None or layer not in modules:
+            raise PlanError(
+                f"The LoRA changes {layer!r}, which this model does not have, or only half of it."
+            )
+        weight = modules[layer].weight
+        if down.shape[1] != weight.shape[1] or up.shape[0] != weight.shape[0]:
+            raise PlanError(
+                f"The LoRA is for another model: {layer} is {tuple(weight.shape)} here, and the LoRA's "
+                f"{up.shape[0]} x {down.shape[1]}."
+            )
+        inputs, outputs = kept.get((layer, "in")), kept.get((layer, "out"))
+        if layer in scattered:
+            report.dropped[layer] = "modulation rows were cut"
+            continue
+        if any(rows is not None and not rows.any() for rows in (inputs, outputs)):
+            report.dropped[layer] = "nothing of the layer is left"
+            continue
+        shrunk = any(rows is not None and not rows.all() for rows in (inputs, outputs))
+        (report.cut if shrunk else report.unchanged).append(layer)
+        down = down if inputs is None else down[:, inputs]
+        up = up if outputs is None else up[outputs]
+        found[f"{path}.lora_A.weight"], found[f"{path}.lora_B.weight"] = down.contiguous(), up.contiguous()
+    others = {key: value for key, value in tensors.items() if not key.startswith(name + ".")}
+    report.others = len(others)
+    if not found:
+        raise CheckpointError("There is nothing in this LoRA for the part of the model that was pruned.")
+    return found | others, report
+
+
+def _read(path: Path, pipeline: type, name: str, plan: PrunePlan, dense: nn.Module) -> dict[str, Tensor]:
+    """A LoRA's tensors under the names that diffusers gives them, scales folded into B."""
+    if path.suffix != ".safetensors" or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
+        raise CheckpointError(f"{path.name} is not a LoRA in a .safetensors file of at most 4 GiB.")
+    loader = getattr(pipeline, "lora_state_dict", None)
+    if loader is None:
+        raise PlanError(f"{pipeline.__name__} does not load LoRAs.")
+    known = inspect.signature(loader).parameters
+    options = {"return_alphas": True} if "return_alphas" in known else {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            made_for = (file.metadata() or {}).get(DIGEST)
+        config = dense.config
+        read = loader(
+            str(path), unet_config=config, return_lora_metadata=True, use_safetensors=True, **options
+        )
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{path.name} is not a LoRA that diffusers can read: {error}") from None
+    if made_for is not None:
+        fits = "It fits this model as it is." if made_for == plan.digest else "It fits no other size."
+        raise PlanError(f"{path.name} was made on a pruned model already. {fits}")
+    read = read if isinstance(read, tuple) else (read,)
+    tensors, metadata = read[0], read[-1] if len(read) > 1 else None
+    alphas = {k.removeprefix(name + "."): v for k, v in ((read[1] if len(read) > 2 else None) or {}).items()}
+    alphas = {k.partition(".lora_")[0].removesuffix(".alpha"): v for k, v in _peft_names(alphas).items()}
+    own = {key.removeprefix(name + "."): v for key, v in tensors.items() if key.startswith(name + ".")}
+    own = _peft_names(own)
+    if any(not isinstance(v, Tensor) or v.ndim < 2 for v in own.values()):
+        raise CheckpointError(f"{path.name} holds something else than pairs of matrices.")
+    for key in [key for key in own if key.endswith(".lora_B.weight")]:
+        own[key] = own[key] * _scale(
+            key.removesuffix(".lora_B.weight"), own[key].shape[1], name, alphas, metadata
+        )
+    others = {key: value for key, value in tensors.items() if not key.startswith(name + ".")}
+    return {f"{name}.{key}": value for key, value in own.items()} | others
+
+
+def _peft_names(tensors: dict) -> dict:
+    old = any("lora_A" not in key and "lora_B" not in key for key in tensors)
+    return convert_unet_state_dict_to_peft(tensors) if old else tensors
+
+
+def _scale(layer: str, rank: int, name: str, alphas: dict, metadata: dict | None) -> float:
+    """alpha / rank, from wherever the file says it; 1 if it does not."""
+    if layer in alphas:
+        return float(alphas[layer]) / rank
+    settings = {key.removeprefix(f"{name}."): value for key, value in (metadata or {}).items()}
+    if "lora_alpha" not in settings:
+        return 1.0
+    alpha = (settings.get("alpha_pattern") or {}).get(layer, settings["lora_alpha"])
+    return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
+
+
+def save_lora(tensors: dict[str, Tensor], path: str | Path, plan: PrunePlan) -> Path:
+    """Write a LoRA that fits the model that `plan` cut: safetensors, with the plan's digest in its header.
+
+    Args:
+        tensors: of `translate_lora`, or of a LoRA that was trained on the pruned model.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, metadata={"format": "pt", DIGEST: plan.digest})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"Could not write {path}: {error}. Is the disk full?") from None
+    return path
+
+
+def trained_lora(pipe, adapter: str = "default") -> dict[str, Tensor]:
+    """The tensors of an adapter that was trained on a pruned pipeline's denoiser, for `save_lora`."""
+    from peft import get_peft_model_state_dict
+
+    denoiser, prefix = denoiser_of(pipe), denoiser_name(pipe)
+    settings = vars(denoiser.peft_config[adapter])
+    found = {}
+    for key, value in get_peft_model_state_dict(denoiser, adapter_name=adapter).items():
+        if key.endswith(".lora_B.weight"):
+            layer = key.removesuffix(".lora_B.weight")
+            value = value * _scale(layer, value.shape[1], prefix, {}, settings)
+        found[f"{prefix}.{key}"] = value.detach().float().cpu().contiguous()
+    return found

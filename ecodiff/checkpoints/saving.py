@@ -1,0 +1,94 @@
+"""Writing pruned pipelines: diffusers folders of safetensors and JSON only."""
+
+import copy
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from ..errors import CheckpointError, UnsupportedModelError
+from ..pipelines import denoiser_name, denoiser_of
+from ..pruning.plan import PLAN_FILE
+from ..pruning.slicing import plan_of
+from .card import model_card
+
+
+def folder_bytes(folder: str | Path) -> int:
+    """Size of all files in a folder, in bytes."""
+    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+
+
+def save(pipe, folder: str | Path, dtype: torch.dtype | None = None, card: str = "") -> Path:
+    """Write a pruned pipeline as a diffusers folder that opens without ecodiff.
+
+    Written beside its place and moved there when complete: a full disk leaves nothing half done,
+    and an existing folder is only replaced if ecodiff wrote it.
+
+    Args:
+        dtype: of the weights in the files; None: as they are in memory.
+        card: text of the folder's README.md; empty: what `model_card` writes.
+
+    Raises:
+        UnsupportedModelError: the pipeline's denoiser has not been pruned.
+        CheckpointError: the folder holds something else, or could not be written.
+    """
+    folder = Path(folder)
+    plan = plan_of(denoiser_of(pipe))
+    if plan is None:
+        raise UnsupportedModelError(
+            f"This {type(pipe).__name__} has not been pruned; save it with its own "
+            "save_pretrained, or prune it first (ecodiff.variant)."
+        )
+    taken = folder.exists() and (folder.is_file() or any(folder.iterdir()))
+    if taken and not (folder / PLAN_FILE).is_file():
+        raise CheckpointError(f"{folder} exists and holds something else. Name a new or an empty folder.")
+    # A denoiser that was sliced in place changed its class after the pipeline had noted it down.
+    pipe.register_modules(**{denoiser_name(pipe): denoiser_of(pipe)})
+    if dtype is not None and dtype != denoiser_of(pipe).dtype:
+        pipe = _cast(pipe, dtype)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise CheckpointError(f"Could not write {folder}: {error}.") from None
+    try:
+        pipe.save_pretrained(partial)
+        open_in_one_dtype(partial)
+        plan.save(partial / PLAN_FILE)
+        (partial / "README.md").write_text(card or model_card(pipe), encoding="utf-8")
+        partial.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Could not write {folder}: {error}. Is the disk full? Nothing was left there."
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def open_in_one_dtype(folder: Path) -> None:
+    """Where no dtype is asked for, diffusers opens its models in float32, and transformers its own in the
+    type that their config names: text encoders in half precision would meet a denoiser that is not."""
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if "dtype" in config:
+            file.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+
+
+def _cast(pipe, dtype: torch.dtype):
+    """A copy of `pipe` with weights in `dtype`; the modules it may share are not touched."""
+    cast = {
+        name: copy.deepcopy(component).to(dtype)
+        for name, component in pipe.components.items()
+        if isinstance(component, nn.Module)
+    }
+    small = copy.copy(pipe)
+    small.register_modules(**cast)
+    return small

@@ -1,0 +1,1 @@
+"""Learning which units matter, and repairing the weights that stay."""

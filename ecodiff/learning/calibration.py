@@ -1,0 +1,242 @@
+"""Calibration: recorded calls of the dense denoiser, and the statistics of its layers."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from math import log
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
+
+from ..architectures import find_groups
+from ..config import CompensateConfig
+from ..errors import BudgetError, CheckpointError
+from ..pipelines import EnoughError, call_options, denoiser_calls, denoiser_of, moved, prompt_rows
+from ..storage import write_small
+from ..units import PRESET_KINDS
+
+
+@dataclass
+class Call:
+    """One recorded call of the dense denoiser."""
+
+    args: tuple
+    kwargs: dict
+    heldout: bool
+    weight: float
+
+
+def record(
+    pipe,
+    prompts: Sequence[str],
+    config: CompensateConfig,
+    folder: Path | None = None,
+    on_step=None,
+    batches: Sequence[range] | None = None,
+) -> Iterator[list[Call]]:
+    """Yields the calls of each batch, on the CPU.
+
+    Args:
+        folder: where batches are kept; those that are there are not drawn again.
+        on_step: called before every denoiser call.
+        batches: some of `config.batches`; None: all.
+    """
+    options = call_options(pipe, config.inference_steps, config.guidance_scale, config.size, config.extra)
+    for rows in config.batches if batches is None else batches:
+        file = folder and folder / f"{rows.start}.safetensors"
+        calls = load(file) if file else None
+        if calls is None:
+            made = denoiser_calls(pipe, prompt_rows(prompts, rows, config.seed, options), on_step=on_step)
+            calls = _spread(made, config, rows.start < config.heldout)
+            if file:
+                save(file, calls)
+        yield calls
+
+
+def missing(config: CompensateConfig, folder: Path) -> list[range]:
+    """Batches that are not kept yet."""
+    return [rows for rows in config.batches if not (folder / f"{rows.start}.safetensors").exists()]
+
+
+def _spread(made: list[tuple[tuple, dict]], config: CompensateConfig, heldout: bool) -> list[Call]:
+    """`config.calls` of a trajectory's calls, evenly spread over its time steps."""
+    chosen = torch.linspace(0, len(made) - 1, min(config.calls, len(made))).round().long().unique()
+    calls = []
+    for index in chosen.tolist():
+        fallen = (1 - config.last_weight) * log(1 + index) / log(max(2, len(made)))
+        calls.append(Call(*made[index], heldout, 1 - fallen))
+    return calls
+
+
+def save(file: Path, calls: list[Call]) -> None:
+    """Keep calls; or do not, if they hold what JSON cannot or the disk is full: they are only a cache."""
+    leaves, spec = tree_flatten([(call.args, call.kwargs) for call in calls])
+    tensors = {str(i): leaf.clone().contiguous() for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    rest = {str(i): leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
+    about = [(call.heldout, call.weight) for call in calls]
+    with suppress(TypeError, NotImplementedError, CheckpointError):  # NotImplemented: a nest of another kind
+        header = {"spec": treespec_dumps(spec), "rest": json.dumps(rest), "calls": json.dumps(about)}
+        write_small(file, tensors, header)
+
+
+def load(file: Path) -> list[Call] | None:
+    """What `save` kept; None if there is nothing, or it is damaged."""
+    try:
+        with safe_open(file, "pt") as stored:
+            header = stored.metadata()
+            leaves = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        leaves |= json.loads(header["rest"])
+        spec = treespec_loads(header["spec"])
+        given = tree_unflatten([leaves[str(i)] for i in range(len(leaves))], spec)
+        about = json.loads(header["calls"])
+        return [Call(*made, *facts) for made, facts in zip(given, about, strict=True)]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
+@dataclass
+class Statistics:
+    """Sums over calibration rows of one consumer: y is (rows, out), x is (rows, kept)."""
+
+    rows: float = 0.0
+    xx: Tensor | float = 0.0
+    yx: Tensor | float = 0.0
+    x: Tensor | float = 0.0
+    y: Tensor | float = 0.0
+
+    def add(self, y: Tensor, x: Tensor, weight: float = 1.0) -> None:
+        if x.shape[1] == 0:
+            x = x.new_zeros(len(y), 0)  # a layer that was emptied runs on one row
+        self.rows += weight * len(x)
+        self.xx = self.xx + weight * (x.T @ x)
+        self.yx = self.yx + weight * (y.T @ x)
+        self.x = self.x + weight * x.sum(0)
+        self.y = self.y + weight * y.sum(0)
+
+    def of(self, features: Tensor) -> "Statistics":
+        """Those of some of the features of x, (features,) bool."""
+        if not self.rows:
+            return self
+        xx = self.xx[features][:, features]
+        return Statistics(self.rows, xx, self.yx[:, features], self.x[features], self.y)
+
+    def covariances(self, centred: bool) -> tuple[Tensor, Tensor]:
+        xx, yx = self.xx / self.rows, self.yx / self.rows
+        if centred:
+            x, y = self.x / self.rows, self.y / self.rows
+            xx, yx = xx - torch.outer(x, x), yx - torch.outer(y, x)
+        return xx, yx
+
+    def error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """Mean of ||W x + b - y||^2, less what does not depend on W and b."""
+        xx, yx = self.covariances(centred=False)
+        total = (weight @ xx * weight).sum() - 2 * (weight * yx).sum()
+        if bias is not None:
+            x, y = self.x / self.rows, self.y / self.rows
+            total += 2 * bias @ (weight @ x - y) + bias @ bias
+        return float(total)
+
+
+def _rows(module: nn.Module, tensor: Tensor, outputs: bool) -> Tensor:
+    """What goes into or out of a Linear or a convolution, as float32 (rows, features)."""
+    if isinstance(module, nn.Conv2d):
+        if outputs:
+            tensor = tensor.flatten(2)
+        else:
+            shape = (module.kernel_size, module.dilation, module.padding, module.stride)
+            tensor = nn.functional.unfold(tensor.float(), *shape)
+        tensor = tensor.transpose(1, 2)
+    return tensor.float().flatten(0, -2)
+
+
+def seen(denoiser: nn.Module, call: Call, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inputs and outputs of some layers during one call, as rows; stops once all have run."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def see(name, module, inputs, output):
+        found[name] = (_rows(module, inputs[0], False), _rows(module, output, True))
+        if len(found) == len(names):
+            raise EnoughError
+
+    handles = [denoiser.get_submodule(n).register_forward_hook(partial(see, n)) for n in names]
+    args, kwargs = moved((call.args, call.kwargs), denoiser.device)
+    try:
+        denoiser(*args, **kwargs)
+    except EnoughError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+class Calibration:
+    """Denoiser calls of dense trajectories, and the statistics of the dense model's consumers.
+
+    Statistics are of all features: those of any plan are rows and columns of them. So what was
+    gathered once serves every size, and is kept as long as it fits in `config.memory`. Calls are kept
+    in `folder`, if there is one.
+    """
+
+    def __init__(self, pipe, prompts: Sequence[str], config: CompensateConfig, folder: Path | None = None):
+        if not prompts or not 0 < config.heldout < config.trajectories:
+            raise BudgetError("Compensation needs prompts, and more trajectories than it holds out.")
+        self.config, self.dense = config, denoiser_of(pipe)
+        self.calls = [call for batch in record(pipe, prompts, config, folder) for call in batch]
+        self._kept: dict[str, tuple[Statistics, Statistics]] = {}
+
+    def prepare(self) -> None:
+        """Gather those of all layers that a preset can cut, if they can all be kept: then no size waits."""
+        modules = dict(self.dense.named_modules())
+        slots = [slot for group in find_groups(self.dense, PRESET_KINDS) for slot in group.consumers]
+        names = [slot.module for slot in slots if isinstance(modules[slot.module], (nn.Linear, nn.Conv2d))]
+        if self._bytes(names := list(dict.fromkeys(names))) <= self.config.memory:
+            for _ in self.statistics(names):
+                pass
+
+    def statistics(self, names: list[str]) -> Iterator[tuple[str, Statistics, Statistics]]:
+        """(name, to learn from, to check by) of consumers of the dense model."""
+        for turn in self._turns([name for name in names if name not in self._kept]):
+            gathered = self.gather(turn)
+            if self._bytes([*self._kept, *turn]) <= self.config.memory:
+                self._kept |= gathered
+            else:
+                yield from ((name, *gathered.pop(name)) for name in turn)
+        yield from ((name, *self._kept[name]) for name in names if name in self._kept)
+
+    @torch.no_grad()
+    def gather(self, names: list[str], pruned: nn.Module | None = None):
+        """One pass over the calls: {name: (to learn from, to check by)}.
+
+        Args:
+            pruned: where inputs are read; None: in the dense model, like the outputs.
+        """
+        gathered = {name: (Statistics(), Statistics()) for name in names}
+        for call in self.calls:
+            dense = seen(self.dense, call, names)
+            inputs = dense if pruned is None else seen(pruned, call, names)
+            for name in dense.keys() & inputs.keys():  # an expert may get no token, a branch not be asked
+                gathered[name][call.heldout].add(dense[name][1], inputs[name][0], call.weight)
+        return gathered
+
+    def _turns(self, names: list[str]) -> list[list[str]]:
+        """Consumers in network order, cut into turns whose statistics fit in memory."""
+        turns: list[list[str]] = []
+        for name in names:
+            if not turns or self._bytes([*turns[-1], name]) > self.config.memory:
+                turns.append([])
+            turns[-1].append(name)
+        return turns
+
+    def _bytes(self, names: list[str]) -> int:
+        total = 0
+        for name in names:
+            weight = self.dense.get_submodule(name).weight
+            features = weight[0].numel()
+            total += 2 * 4 * features * (features + len(weight))
+        return total

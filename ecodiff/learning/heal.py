@@ -1,0 +1,192 @@
+"""Healing: a short distillation of a pruned denoiser towards its dense one, through low-rank updates.
+
+For sizes beyond what pruning and compensation alone keep close: the paper's light retraining, without
+images. The data are prompts and noise, the loss is that of learning masks, the relative error of the
+final latents over whole trajectories, checkpointed step by step like those. Trained are low-rank updates
+(LoRA, arXiv 2106.09685) of the layers that lost units; at the end they are merged into the weights.
+Everything that a step draws comes from its number, so it goes on anywhere, like a run.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from math import cos, isfinite, pi
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..config import HealConfig
+from ..errors import BudgetError, CheckpointError, LearningError, PlanError
+from ..pipelines import call_options, denoiser_name, denoiser_of, prompt_rows
+from ..pruning.slicing import check, kept_features, plan_of
+from .checkpointing import gradients
+from .trajectory import trajectory
+
+STATE_FORMAT = "ecodiff.heal.1"
+
+ADAPTER = "heal"
+
+
+def heal(
+    small,
+    pipe,
+    prompts: Sequence[str],
+    config: HealConfig | None = None,
+    folder: Path | None = None,
+    on_step: Callable[[], None] | None = None,
+) -> Iterator[tuple[int, float]]:
+    """Heal a pruned pipeline; yields (steps done, loss). Its weights change when the last step is done.
+
+    Args:
+        small: a pruned pipeline; it gets a denoiser of its own, so a variant's dense model is not touched.
+        pipe: its dense pipeline.
+        prompts: for the trajectories; no images are needed.
+        folder: where the state is kept; what is there is gone on from.
+        on_step: called before every denoiser call; raise in it to stop. The step is then lost.
+
+    Raises:
+        BudgetError: there are no prompts.
+        PlanError: `small` is not pruned, or is of another model.
+        CheckpointError: the state in `folder` is of another cut or configuration.
+        LearningError: the loss is not a number.
+
+    Example:
+        >>> for step, loss in heal(small, pipe, prompts, HealConfig(steps=200)):
+        ...     print(step, loss)
+        >>> ecodiff.save(small, "healed")
+    """
+    config = config or HealConfig()
+    teacher, plan = denoiser_of(pipe), plan_of(denoiser_of(small))
+    if not prompts:
+        raise BudgetError("Healing needs at least one prompt.")
+    if plan is None:
+        raise PlanError("This model is not pruned, so there is nothing to heal.")
+    check(plan, teacher)
+    student = copy.deepcopy(denoiser_of(small)).requires_grad_(False).eval()
+    small.register_modules(**{denoiser_name(small): student})
+    lora, parameters = _add_lora(student, teacher, plan, config)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.rate, weight_decay=0.0)
+    file, step = folder and folder / "state.safetensors", 0
+    key, targets = json.dumps([plan.digest, repr(config)]), {}
+    try:
+        if file and file.exists():
+            step = _load(file, key, parameters, optimizer)
+        while step < config.steps:
+            batch = step % (config.trajectories // config.batch)
+            call = partial(_call, pipe, prompts, batch, config)
+            if batch not in targets:
+                with trajectory(pipe, False, on_step) as run, torch.no_grad():
+                    targets[batch] = run(**call()).float()
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate * 0.5 * (1 + cos(pi * step / config.steps))
+            loss = _step(small, call(), targets[batch], list(parameters.values()), optimizer, on_step)
+            step += 1
+            if file and (step == config.steps or step % max(1, config.steps // 20) == 0):
+                _save(file, key, step, parameters, optimizer)
+            yield step, loss
+        lora.merge_adapter()
+    finally:
+        if file and 0 < step < config.steps:
+            _save(file, key, step, parameters, optimizer)
+        lora.unload()
+        student.__dict__.pop("peft_config", None)  # older versions of peft leave it
+        student.requires_grad_(False)
+
+
+def facts(config: HealConfig, before: Mapping[str, float], after: Mapping[str, float], count: int) -> dict:
+    """What a healed model's card says: {what: in words}, from the means of `fidelity.compare`."""
+    errors = f"{before['latent_error']:.4f} → {after['latent_error']:.4f}"
+    return {
+        "healed": f"{config.steps} steps, LoRA of rank {config.rank}, merged",
+        f"latent error, mean of {count} prompts, before → after": errors,
+        "PSNR, before → after": f"{before['psnr']:.1f} → {after['psnr']:.1f} dB",
+    }
+
+
+def _add_lora(student: nn.Module, teacher: nn.Module, plan: Mapping[str, Tensor], config: HealConfig):
+    """LoRA on every layer that lost units and has some left; returns it, and what is trained, by name."""
+    from peft import LoraConfig, LoraModel
+
+    cut = {name for (name, _), rows in kept_features(teacher, plan).items() if not rows.all()}
+    modules = {name: module for name, module in student.named_modules() if name in cut}
+    plain = {  # convolutions of groups: peft cannot merge them
+        name
+        for name, m in modules.items()
+        if type(m) in (nn.Linear, nn.Conv2d) and min(m.weight.shape) and getattr(m, "groups", 1) == 1
+    }
+    if not plain:
+        raise PlanError("No layer that lost units has some left, so there is nothing to train.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        layers = LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=sorted(plain))
+        lora = LoraModel(student, layers, ADAPTER)
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    for parameter in trained.values():  # Adam's steps are lost in 16 bits, and its epsilon is 0 in float16
+        parameter.data = parameter.data.float()
+    return lora, trained
+
+
+def _call(pipe, prompts: Sequence[str], batch: int, config: HealConfig) -> dict:
+    """The pipeline's arguments for one batch of trajectories; generators in it are used up by one run."""
+    rows = range(batch * config.batch, (batch + 1) * config.batch)
+    options = call_options(pipe, config.inference_steps, config.guidance_scale, config.size, config.extra)
+    return prompt_rows(prompts, rows, config.seed, options)
+
+
+def _step(small, call: dict, target: Tensor, parameters, optimizer, on_step) -> float:
+    """One step of AdamW on a batch of trajectories; returns its loss."""
+    with trajectory(small, True, on_step, trained=parameters) as run:
+        z0 = run(**call)
+        loss = (z0.float() - target).square().mean() / target.var()
+        found = gradients(loss, z0, parameters)
+    if not isfinite(float(loss.detach())):
+        raise LearningError("Healing gave a loss that is not a number. Try a lower rate.")
+    for parameter, gradient in zip(parameters, found, strict=True):
+        parameter.grad = gradient
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    return float(loss.detach())
+
+
+def _save(file: Path, key: str, step: int, parameters: dict[str, nn.Parameter], optimizer) -> None:
+    """LoRA weights and Adam's moments, replaced atomically."""
+    tensors = {f"weight|{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        moments = optimizer.state.get(parameter, {})
+        tensors |= {f"{what}|{name}": value for what, value in moments.items()}
+    partial = file.with_suffix(".partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stored = {name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}
+        save_file(stored, partial, metadata={"format": STATE_FORMAT, "key": key, "step": str(step)})
+        partial.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"Could not write {file}: {error}. Is the disk full?") from None
+
+
+def _load(file: Path, key: str, parameters: dict[str, nn.Parameter], optimizer) -> int:
+    """Put the state back; returns the steps that are done."""
+    try:
+        with safe_open(file, "pt") as stored:
+            header = stored.metadata() or {}
+            if (header.get("format"), header.get("key")) != (STATE_FORMAT, key):
+                raise CheckpointError(
+                    f"{file} is of another model or other settings. Give another folder, or the same "
+                    "settings."
+                )
+            moments = set(stored.keys())
+            for name, parameter in parameters.items():
+                parameter.data.copy_(stored.get_tensor(f"weight|{name}"))
+                if f"step|{name}" not in moments:  # it never had a gradient
+                    continue
+                optimizer.state[parameter] = {"step": stored.get_tensor(f"step|{name}")} | {
+                    what: stored.get_tensor(f"{what}|{name}").to(parameter.device)
+                    for what in ("exp_avg", "exp_avg_sq")
+                }
+            return int(header["step"])
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"The healing state in {file} cannot be read: {error}") from None

@@ -1,0 +1,233 @@
+"""What a backward pass keeps and what it computes again: the fastest way that fits into memory.
+
+A trajectory of T denoiser calls, each with activations of A bytes, costs 1 forward and 1 backward pass
+if all T A bytes are kept, and nearly 2 forward passes and 1 backward pass if only the last call's are, and
+the latents of the others: then A bytes are enough. Between the two, some calls are kept and the others
+recomputed. Below, all are recomputed, block by block.
+"""
+
+import copy
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from math import inf
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from .. import catalog
+from ..architectures import blocks, find_groups
+from ..machine import free_bytes
+from ..pipelines import denoiser_calls, denoiser_of, moved
+from ..pruning.masking import masked
+from ..units import PruneGroup
+from .checkpointing import NOTHING, Keep
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a trajectory is differentiated.
+
+    Attributes:
+        calls: denoiser calls of a trajectory; 0: not counted yet.
+        activations: bytes that one call with gradients keeps.
+        by_block: the same if blocks are recomputed.
+        free: bytes that may be used.
+        keep: what is kept of it.
+        encoders: bytes that are free as well while text encoders are away.
+    """
+
+    calls: int
+    activations: int
+    by_block: int
+    free: int
+    keep: Keep = NOTHING
+    encoders: int = 0
+
+    @property
+    def usable(self) -> int:
+        """Bytes that may be used, text encoders away or not."""
+        return self.free + self.encoders * self.keep.alone
+
+    @property
+    def kept(self) -> int:
+        """Calls whose activations are kept; 0 while it is not known how many there are."""
+        return int(max(0, self.calls - self.keep.recomputed))
+
+    @property
+    def needed(self) -> int:
+        """Bytes that are kept at most, besides the weights: the calls that are, or one at a time."""
+        return self.by_block if self.keep.blocks else self.activations * max(1, self.kept)
+
+    def words(self) -> str:
+        """For people."""
+        gigabytes = f"{self.needed / 1e9:.2g} GB of {self.usable / 1e9:.2g} GB that may be used"
+        gigabytes += ", text encoders away" * self.keep.alone
+        if self.keep.blocks:
+            return f"every block is computed twice, {gigabytes}"
+        if not self.kept:
+            return f"every time step is computed twice, {gigabytes}"
+        return f"activations of {self.kept} of {self.calls} calls kept, {gigabytes}"
+
+    def smaller(self) -> "MemoryPlan | None":
+        """The next plan that needs less; None if there is none."""
+        if self.kept > 1:
+            return self.keeping(self.kept // 2)
+        if self.encoders and not self.keep.alone:
+            return self.keeping(1, alone=True)
+        return None if self.keep.blocks else replace(self, keep=Keep(blocks=True, alone=self.keep.alone))
+
+    def keeping(self, kept: int, alone: bool = False) -> "MemoryPlan":
+        """The same with the activations of the last `kept` calls, if it is known which those are."""
+        recomputed = self.calls - kept if self.calls else inf
+        return replace(self, keep=Keep(recomputed, alone=alone))
+
+
+def estimate(
+    denoiser: nn.Module, model: catalog.Model, dtype: torch.dtype | None = None, batch: int = 4
+) -> dict[str, int]:
+    """Bytes for drawing one image and for learning, before anything was measured: rules of thumb.
+
+    Drawing: all weights, and a tenth more. Learning, with blocks recomputed: besides, for each row of a
+    batch (twice as many with guidance) one hidden state a block and 34 more inside one block (Korthikanti
+    et al. 2022, arXiv 2205.05198, eq. 2, without attention scores), of a token for 16 x 16 pixels.
+
+    Args:
+        denoiser: on any device, "meta" too.
+        dtype: that it works in; None: that of its files.
+    """
+    on_disk = getattr(torch, model.dtype).itemsize
+    itemsize = dtype.itemsize if dtype else on_disk
+    groups = find_groups(denoiser)
+    width = max(g.consumers[0].weight(denoiser).shape[0] for g in groups)
+    rows = batch * (
+        2 if (model.guidance_scale or 0) > 1 and not denoiser.config.get("guidance_embeds") else 1
+    )
+    hidden = rows * ((model.size or 1024) // 16) ** 2 * width * itemsize
+    weights = sum(p.numel() for p in denoiser.parameters()) * itemsize
+    weights += model.others_gb * 1e9 * itemsize / on_disk
+    return {
+        "draw": round(1.1 * weights),
+        "learn": round(1.1 * weights + hidden * (len(blocks(groups)) + 34)),
+    }
+
+
+class _Kept:
+    """Counts the distinct storages that autograd keeps, those in `own` left out."""
+
+    def __init__(self, own: set[int]):
+        self.own, self.sizes = own, {}
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.own:
+            self.sizes[storage._cdata] = (storage.nbytes(), storage)  # held: addresses are used again
+        return tensor
+
+    @property
+    def total(self) -> int:
+        return sum(size for size, _ in self.sizes.values())
+
+    def watching(self):
+        return torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
+
+
+class _Attention(torch.autograd.Function):
+    """What a fused attention keeps: queries, keys, values and what it gave."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output)
+        return output  # there is no backward: only what is kept is looked at
+
+
+class _Fused(TorchFunctionMode):
+    """Attention as GPUs have it; on the meta device torch would write its matrix out, as CPUs do."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            return _Attention.apply(given["query"], given["key"], given["value"])
+        return function(*args, **kwargs or {})
+
+
+def activation_bytes(
+    denoiser: nn.Module, args: tuple, kwargs: dict, groups: Iterable[PruneGroup] = ()
+) -> tuple[int, int]:
+    """Bytes that one call keeps for its backward pass, weights not counted: all of it, and if blocks are
+    recomputed (what goes into each of them, what is between them, and the inside of the largest).
+
+    It is found out on the meta device, where nothing is computed and nothing needs memory.
+
+    Args:
+        groups: those with gates that are learned. A gate's gradient needs what the gate multiplies.
+    """
+    device = next(denoiser.parameters()).device
+    # A copy without weights: some models keep tables that they make in their first call.
+    weights = {id(t): torch.empty_like(t, device="meta") for t in denoiser.buffers()}
+    weights |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in denoiser.parameters()}
+    own = {tensor.untyped_storage()._cdata for tensor in weights.values()}
+    denoiser = copy.deepcopy(denoiser, weights)
+    args, kwargs = moved((args, kwargs), "meta")
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.ndim > 2:
+            leaf.requires_grad_()  # as the latents of every step but the first
+    masks = {g.name: torch.ones(g.size, device="meta", requires_grad=True) for g in groups}
+    kept, outside, inside = _Kept(own), _Kept(own), []
+
+    def block(function, *inputs, **options):
+        for leaf in tree_leaves((inputs, options)):
+            if isinstance(leaf, torch.Tensor):
+                outside.add(leaf)
+        inner = _Kept(own)
+        with inner.watching():
+            result = function(*inputs, **options)
+        inside.append(inner.total)
+        return result
+
+    def call(watched: _Kept) -> None:
+        attention = _Fused() if device.type != "cpu" else nullcontext()
+        with torch.enable_grad(), masked(denoiser, masks), attention, watched.watching():
+            denoiser(*args, **kwargs)
+
+    call(kept)
+    if not getattr(denoiser, "_supports_gradient_checkpointing", False):
+        return kept.total, kept.total
+    denoiser.enable_gradient_checkpointing(block)
+    call(outside)
+    return kept.total, outside.total + max(inside, default=0)
+
+
+def plan(
+    pipe, call: dict, groups: Iterable[PruneGroup] = (), calls: int = 0, encoders: int = 0
+) -> MemoryPlan:
+    """The fastest plan that fits.
+
+    Args:
+        call: the pipeline's arguments; they fix batch, size and guidance.
+        groups: those with gates that are learned.
+        calls: denoiser calls of a trajectory; 0: not known, so none is kept.
+        encoders: bytes of the text encoders.
+    """
+    denoiser = denoiser_of(pipe)
+    args, kwargs = denoiser_calls(pipe, call, limit=1)[0]
+    free = free_bytes(denoiser.device)
+    try:
+        whole, by_block = activation_bytes(denoiser, args, kwargs, groups)
+    except (RuntimeError, ValueError):  # it looks at values, which meta has not
+        whole, by_block = free, free  # so nothing is kept, and less if that is too much
+    encoders = 0 if denoiser.device.type == "cpu" else encoders  # where they are away, they are on the CPU
+    return fitted(MemoryPlan(calls, max(1, whole), by_block, free, encoders=encoders))
+
+
+def fitted(found: MemoryPlan) -> MemoryPlan:
+    """The same measurements with as many calls kept as fit."""
+    room = found.free // found.activations
+    if room:
+        return found.keeping(min(room, found.calls))
+    if found.free + found.encoders >= found.activations:
+        return found.keeping(1, alone=True)
+    return replace(found, keep=Keep(blocks=True, alone=found.encoders > 0))

@@ -1,0 +1,208 @@
+"""Scores that need no learning: baselines, and the Gauss-Newton warm start.
+
+Every function returns {group name: float32 (group.size,)}, higher is more important, comparable
+across groups; `Scores.of(denoiser, values)` makes a ranking of it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures import find_groups, unit_parameters
+from ..pipelines import denoiser_calls, denoiser_of, moved
+from ..pruning.masking import masked
+from ..units import PruneGroup
+from .checkpointing import Keep
+from .trajectory import trajectory
+
+
+def random(denoiser: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    """Uniform noise: the floor that every method has to beat."""
+    generator = torch.Generator().manual_seed(seed)
+    return {g.name: torch.rand(g.size, generator=generator) for g in find_groups(denoiser)}
+
+
+def magnitude(denoiser: nn.Module, norm: int = 2) -> dict[str, Tensor]:
+    """L1 or L2 norm of all weights of a unit, relative to the mean of its layer (Han et al. 2015)."""
+    values = {}
+    for group in find_groups(denoiser):
+        powers = torch.zeros(group.size)
+        for slot in group.slots:
+            weight = slot.weight(denoiser).detach().float().cpu().movedim(slot.dim, 0)
+            powers += weight.reshape(len(weight), -1).abs().pow(norm).sum(1)[slot.index].sum(1)
+        values[group.name] = _relative(powers.pow(1 / norm))
+    return values
+
+
+def wanda(pipe, calls: Iterable[dict]) -> dict[str, Tensor]:
+    """Weight times activation, after Wanda (Sun et al. 2023, arXiv 2306.11695), per unit.
+
+    |W_ij| ||x_j|| summed over a unit's consumer columns, x gathered over whole trajectories,
+    relative to the mean of its layer.
+
+    Args:
+        calls: arguments of the pipeline, one dict a trajectory.
+    """
+    denoiser = denoiser_of(pipe)
+    groups = find_groups(denoiser)
+    squares: dict[str, Tensor] = {}
+
+    def record(name: str) -> Callable:
+        def hook(module, inputs):
+            x = inputs[0].detach().float().flatten(0, -2).square().sum(0).cpu()
+            squares[name] = squares.get(name, 0) + x
+
+        return hook
+
+    names = {slot.module for group in groups for slot in group.consumers if not slot.bare}
+    handles = [denoiser.get_submodule(n).register_forward_pre_hook(record(n)) for n in names]
+    try:
+        with trajectory(pipe, checkpoint=False) as run, torch.no_grad():
+            for call in calls:
+                run(**call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    values = {}
+    for group in groups:
+        unit = torch.zeros(group.size)
+        for slot in group.consumers:
+            weight = slot.weight(denoiser).detach().float().cpu().movedim(slot.dim, 0)
+            # What packed experts read inside is not seen: of them it is the weights alone.
+            size = 1.0 if slot.bare else squares[slot.module].sqrt()
+            unit += (weight.flatten(1).abs().sum(1) * size)[slot.index].sum(1)
+        values[group.name] = _relative(unit)
+    return values
+
+
+def taylor(pipe, calls: Iterable[dict], threshold: float = 0.05, seed: int = 0) -> dict[str, Tensor]:
+    """Diff-Pruning (Fang et al. 2023, arXiv 2305.10924): |sum over time steps of w dL_t/dw|, a unit.
+
+    L_t is the training loss at a time step; steps are taken from the last (the least noise) on, as
+    long as L_t is at least `threshold` of the largest so far: those near pure noise say little.
+    There are no images: the dense model's own z_0 are noised. Relative to the mean of the layer.
+
+    Args:
+        calls: arguments of the pipeline, one dict a batch of trajectories.
+    """
+    denoiser = denoiser_of(pipe)
+    groups = find_groups(denoiser)
+    gates = {g.name: torch.ones(g.size, device=denoiser.device, requires_grad=True) for g in groups}
+    totals = {g.name: torch.zeros(g.size) for g in groups}
+    for index, call in enumerate(calls):
+        with trajectory(pipe, checkpoint=False) as run, torch.no_grad():
+            z0 = run(**call)
+        noise = torch.randn(z0.shape, generator=torch.Generator().manual_seed(seed + index)).to(z0)
+        steps = denoiser_calls(pipe, call)
+        times, largest = pipe.scheduler.timesteps, 0.0
+        for (args, kwargs), time in reversed(list(zip(steps, times, strict=True))):
+            noisy, target = _noised(pipe.scheduler, z0, noise, time)
+            args, kwargs = _with_sample(*moved((args, kwargs), denoiser.device), noisy)
+            with masked(denoiser, gates), trajectory(pipe, checkpoint=False):
+                output = denoiser(*args, **kwargs)
+                output = output[0] if isinstance(output, tuple) else output.sample
+                loss = (output.float() - _repeated(target, len(output))).square().mean()
+                size = float(loss.detach())
+                largest = max(largest, size)
+                if size < threshold * largest:
+                    break
+                found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
+            for name, gradient in zip(gates, found, strict=True):
+                if gradient is not None:
+                    totals[name] += gradient.float().cpu()
+    return {name: _relative(total.abs()) for name, total in totals.items()}
+
+
+def _noised(scheduler, z0: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+    """The denoiser's input at a time step, made of z_0 and noise, and what it should answer."""
+    if hasattr(scheduler, "sigmas"):
+        sigma = scheduler.sigmas[scheduler.index_for_timestep(time)].to(z0)
+        if not hasattr(scheduler, "scale_model_input"):  # flow matching: a straight line, its velocity
+            return (1 - sigma) * z0 + sigma * noise, noise - z0
+        signal = 1 / (1 + sigma**2).sqrt()
+        spread = sigma * signal
+    else:
+        kept = scheduler.alphas_cumprod[int(time)].to(z0)
+        signal, spread = kept.sqrt(), (1 - kept).sqrt()
+    noisy = signal * z0 + spread * noise
+    if scheduler.config.prediction_type == "epsilon":
+        return noisy, noise
+    return noisy, signal * noise - spread * z0
+
+
+def _with_sample(args: tuple, kwargs: dict, noisy: Tensor) -> tuple[tuple, dict]:
+    """A recorded call on other latents, repeated for guidance as the recorded ones were."""
+    if args:
+        return (_repeated(noisy, len(args[0])), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": _repeated(noisy, len(kwargs["hidden_states"]))}
+
+
+def _repeated(batch: Tensor, rows: int) -> Tensor:
+    """The batch over and over until it has `rows` rows: guidance stacks it once more."""
+    return batch.repeat(rows // len(batch), *[1] * (batch.ndim - 1))
+
+
+def gauss_newton(pipe, calls: Iterable[dict], seed: int = 0) -> dict[str, Tensor]:
+    """Diagonal of the Gauss-Newton matrix of the objective, per parameter that a unit holds.
+
+    For the loss L(m) = ||z_0(m) - z_0(1)||^2 the Hessian at m = 1 is 2 J^T J. With r normal,
+    E[(d(r . z_0) / dm_i)^2] = ||J_i||^2: a backward pass through a whole trajectory estimates what
+    removing unit i costs. Divided by the unit's parameters, because parameters are what is bought.
+
+    Args:
+        calls: arguments of the pipeline, one dict a batch of trajectories (lists of prompts and
+            of generators).
+    """
+    denoiser = denoiser_of(pipe)
+    groups = find_groups(denoiser)
+    totals = {group.name: torch.zeros(group.size) for group in groups}
+    for index, call in enumerate(calls):
+        squares = gauss_newton_sample(pipe, groups, call, seed + index)
+        for name, square in squares.items():
+            totals[name] += square
+    return {g.name: totals[g.name] / unit_parameters(denoiser, g) for g in groups}
+
+
+def gauss_newton_sample(
+    pipe,
+    groups: list[PruneGroup],
+    call: dict,
+    seed: int,
+    checkpoint: bool | Keep = True,
+    on_step=None,
+    blocks: Mapping[str, list[str]] | None = None,
+    rows: slice | None = None,
+) -> dict[str, Tensor]:
+    """One random projection: the squared gradient of r . z_0 with respect to every gate.
+
+    Every latent of a batch has a gate and an r of its own: its squares are a sample each, and their
+    mean is returned, in units of the relative error, ||dz_0||^2 / (n var z_0). Experts share gates, as
+    a router mixes the rows' tokens: the r are independent, so the square of a sum over rows is a sample
+    of the sum of squares. A gate on a whole block (`blocks`: {block: its groups}) has the sum of its
+    units' gradients. `rows` says which of a larger batch these are, so that each gets the r that it
+    would have in it.
+    """
+    denoiser, count = denoiser_of(pipe), len(call["prompt"])
+    shapes = {g.name: (1 if g.routed else count, g.size) for g in groups}
+    gates = {n: torch.ones(shape, device=denoiser.device, requires_grad=True) for n, shape in shapes.items()}
+    with masked(denoiser, gates), trajectory(pipe, checkpoint, on_step) as run:
+        z0 = run(**call).float().flatten(1)
+        rows = rows or slice(len(z0))
+        r = torch.randn(rows.stop, z0.shape[1], generator=torch.Generator().manual_seed(seed))
+        r = r[rows].to(z0.device)
+        spread = z0.detach().var(1, keepdim=True) * z0.shape[1]
+        found = torch.autograd.grad((r * z0 / spread.sqrt()).sum(), list(gates.values()), allow_unused=True)
+    pairs = zip(gates.items(), found, strict=True)
+    gradients = {n: torch.zeros_like(g) if grad is None else grad.float() for (n, g), grad in pairs}
+    squares = {name: gradient.square().sum(0).cpu() / count for name, gradient in gradients.items()}
+    for block, members in (blocks or {}).items():
+        parts = [gradients[name].sum(1) for name in members]
+        if any(len(part) < count for part in parts):
+            parts = [part.sum(0, keepdim=True) for part in parts]
+        squares[block] = sum(parts).square().sum(0, keepdim=True).cpu() / count
+    return squares
+
+
+def _relative(values: Tensor) -> Tensor:
+    return values / values.mean().clamp_min(torch.finfo(values.dtype).tiny)

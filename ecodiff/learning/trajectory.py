@@ -1,0 +1,85 @@
+"""A whole denoising run, z_T to z_0, that gradients flow through.
+
+The pipeline's own `__call__` is the model: nothing of it is copied. Each call of the denoiser is
+one time step, so checkpointing those calls is EcoDiff's time step gradient checkpointing: the
+backward pass recomputes one step at a time and what is kept does not grow with their number,
+beyond the latents themselves.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..pipelines import (
+    attention_with_fast_backward,
+    denoiser_of,
+    frozen,
+    latent_call,
+    quiet,
+    replaced_forward,
+)
+from ..pruning.masking import factors_of
+from .checkpointing import ALL, NOTHING, Keep, block_by_block, recomputed
+
+
+@contextmanager
+def trajectory(
+    pipe,
+    checkpoint: bool | Keep = True,
+    on_step: Callable[[], None] | None = None,
+    trained: Sequence[torch.nn.Parameter] = (),
+) -> Iterator[Callable[..., Tensor]]:
+    """Open a pipeline for differentiable runs.
+
+    Yields a function that takes the pipeline's own arguments and returns the final latents z_0.
+    Run the backward pass while this context (and the one that applies masks) is open: the
+    recomputation needs them.
+
+    Args:
+        pipe: a pipeline with `output_type="latent"`. Its weights get no gradient in here, but `trained`.
+        checkpoint: keep only the latents and recompute each step in the backward pass. Without,
+            memory grows with the number of steps. A `Keep` is between the two, or beyond.
+        on_step: called before every denoiser call, recomputations included; what it raises ends
+            the run. This is where a stop flag or a deadline is looked at.
+        trained: weights of the denoiser that gradients flow to.
+
+    Example:
+        >>> with masked(pipe.unet, gates), trajectory(pipe) as run:
+        ...     z0 = run("a red apple", num_inference_steps=8, generator=generator)
+        ...     z0.square().mean().backward()
+    """
+    denoiser, call = denoiser_of(pipe), latent_call(pipe)
+    forward = denoiser.forward
+
+    def step(*args, **kwargs):
+        if on_step is not None:
+            on_step()
+        return forward(*args, **kwargs)
+
+    keep = checkpoint if isinstance(checkpoint, Keep) else NOTHING if checkpoint else ALL
+    calls = 0
+
+    def kept_or_recomputed(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        kept = calls > keep.recomputed or not torch.is_grad_enabled()
+        if kept:
+            return step(*args, **kwargs)
+        return recomputed(step, [*factors_of(denoiser), *trained], args, kwargs)
+
+    def run(*args, **kwargs) -> Tensor:
+        nonlocal calls
+        calls = 0
+        return call(pipe, *args, output_type="latent", return_dict=False, **kwargs)[0]
+
+    with (
+        quiet(pipe),
+        frozen(pipe, trained),
+        block_by_block(denoiser, keep.blocks),
+        replaced_forward(denoiser, kept_or_recomputed),
+        attention_with_fast_backward(denoiser),
+        torch.enable_grad(),
+    ):
+        yield run

@@ -1,0 +1,173 @@
+"""How a diffusers pipeline is called: its denoiser, its options, rows of prompts, recorded denoiser calls."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+
+from .errors import UnsupportedModelError
+
+
+def denoiser_name(pipe) -> str:
+    """The name of the pipeline's denoiser component: "unet" or "transformer".
+
+    Raises:
+        UnsupportedModelError: the pipeline has neither.
+    """
+    for name in ("unet", "transformer"):
+        if isinstance(getattr(pipe, name, None), nn.Module):
+            return name
+    raise UnsupportedModelError(
+        f"{type(pipe).__name__} has no `unet` and no `transformer`; ecodiff prunes those."
+    )
+
+
+def denoiser_of(pipe) -> nn.Module:
+    """`pipe.unet` or `pipe.transformer`."""
+    return getattr(pipe, denoiser_name(pipe))
+
+
+def call_options(
+    pipe, steps: int | None, guidance_scale: float | None, size: int | None, extra: dict | None = None
+) -> dict:
+    """Keyword arguments for a pipeline's `__call__`: what is given and what it knows, and `extra`."""
+    wanted = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": size,
+        "width": size,
+    }
+    known = inspect.signature(type(pipe).__call__).parameters
+    given = {name: value for name, value in wanted.items() if value is not None and name in known}
+    return given | (extra or {})
+
+
+def prompt_rows(prompts: Sequence[str], rows: Iterable[int], seed: int, options: dict) -> dict:
+    """Arguments of a pipeline's `__call__` for some (prompt, seed) pairs: row i of prompt i mod n.
+
+    Args:
+        options: what else the call takes; a negative prompt goes with every row.
+    """
+    rows = list(rows)
+    if isinstance(options.get("negative_prompt"), str):
+        options = options | {"negative_prompt": [options["negative_prompt"]] * len(rows)}
+    return options | {
+        "prompt": [prompts[row % len(prompts)] for row in rows],
+        "generator": [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in rows],
+    }
+
+
+def latent_call(pipe) -> Callable:
+    """The pipeline's `__call__`, without diffusers' `torch.no_grad` around it."""
+    call = inspect.unwrap(type(pipe).__call__)
+    if "output_type" not in inspect.signature(call).parameters:
+        raise UnsupportedModelError(
+            f"{type(pipe).__name__} cannot return latents (it has no output_type argument)."
+        )
+    return call
+
+
+@contextmanager
+def quiet(pipe) -> Iterator[None]:
+    """No progress bars."""
+    before = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
+
+
+@contextmanager
+def frozen(pipe, trained: Sequence[torch.nn.Parameter] = ()) -> Iterator[None]:
+    """No weight but `trained` gets a gradient, nothing is random; afterwards everything is as it was."""
+    # Text encoders too: a graph through them would be kept for nothing.
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    kept = {id(parameter) for parameter in trained}
+    others = [p for part in parts for p in part.parameters() if p.requires_grad and id(p) not in kept]
+    modes = {module: module.training for module in denoiser_of(pipe).modules()}
+    # HiDream: experts have gradients in training mode only, and only if that is not overruled.
+    overruled = [module for module in modes if getattr(module, "_force_inference_output", False)]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    for module in modes:
+        module.training = hasattr(module, "moe_infer")
+    for module in overruled:
+        module._force_inference_output = False
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for module in overruled:
+            module._force_inference_output = True
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def replaced_forward(denoiser: torch.nn.Module, replacement: Callable) -> Iterator[None]:
+    """Let calls of the denoiser go to `replacement`."""
+    own = denoiser.__dict__.get("forward")
+    denoiser.forward = replacement
+    try:
+        yield
+    finally:
+        if own is None:
+            del denoiser.forward
+        else:
+            denoiser.forward = own
+
+
+class EnoughError(Exception):
+    """Ends a run, or a forward pass, once enough of it has been seen."""
+
+
+def denoiser_calls(pipe, call: dict, limit: int | None = None, on_step=None) -> list[tuple[tuple, dict]]:
+    """Arguments of every call of the denoiser in one run, on the CPU: [(args, kwargs)].
+
+    Args:
+        call: the pipeline's arguments.
+        limit: stop the run after so many calls.
+        on_step: called before every denoiser call; raise in it to stop.
+
+    Raises:
+        UnsupportedModelError: the pipeline cannot return latents.
+    """
+    denoiser, made = denoiser_of(pipe), []
+
+    def keep(module, args, kwargs):
+        if limit is not None and len(made) == limit:
+            raise EnoughError
+        made.append(moved((args, kwargs), "cpu"))
+        if on_step is not None:
+            on_step()
+
+    run = latent_call(pipe)
+    hook = denoiser.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with quiet(pipe), frozen(pipe), attention_with_fast_backward(denoiser), torch.no_grad():
+            run(pipe, **call, output_type="latent", return_dict=False)
+    except EnoughError:
+        pass
+    finally:
+        hook.remove()
+    return made
+
+
+def moved(tree, device):
+    """The same nest of arguments with its tensors on `device`, without gradients."""
+    return tree_map(lambda leaf: leaf.detach().to(device) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def attention_with_fast_backward(denoiser):
+    """On a CPU the fused attention's backward pass takes longer than the rest of the network.
+
+    Elsewhere torch chooses; the choice is the whole process's, and other devices may be at work.
+    """
+    cpu = next(denoiser.parameters()).device.type == "cpu"
+    return sdpa_kernel(SDPBackend.MATH) if cpu else nullcontext()

@@ -1,0 +1,1 @@
+"""Gates, masks, plans and scores, and the physical slicing of a denoiser."""

@@ -1,0 +1,116 @@
+"""Opening pipelines and writing pruned ones: diffusers folders, safetensors and JSON only."""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import BoolTensor, Tensor
+
+from ..errors import CheckpointError, PlanError
+from ..storage import read_small, write_small
+
+PLAN_FILE = "ecodiff_plan.safetensors"
+
+PLAN_FORMAT = "ecodiff.plan.1"
+
+MAX_UNITS = 1 << 20  # in one group
+
+_GROUP_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+
+
+class PrunePlan(Mapping[str, BoolTensor]):
+    """Which units stay: {group name: bool (group.size,)}. A group that is not named is kept whole.
+
+    Args:
+        keep: one bool tensor a group, True where the unit stays.
+        metadata: JSON-able facts that travel in the file: model, ratio, method.
+
+    Example:
+        >>> plan = PrunePlan({group.name: torch.rand(group.size) > 0.2 for group in groups})
+        >>> plan.save("mine.safetensors")
+    """
+
+    def __init__(self, keep: Mapping[str, Tensor], metadata: Mapping | None = None):
+        self._keep: dict[str, BoolTensor] = {}
+        for name, mask in keep.items():
+            mask = torch.as_tensor(mask)
+            if mask.dtype != torch.bool or mask.ndim != 1:
+                raise PlanError(
+                    f"The plan of {name} must be a bool tensor of shape (units,), "
+                    f"not {str(mask.dtype).removeprefix('torch.')} of shape {tuple(mask.shape)}."
+                )
+            self._keep[name] = mask.cpu()
+        self.metadata = dict(metadata or {})
+
+    def __getitem__(self, name: str) -> BoolTensor:
+        return self._keep[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keep)
+
+    def __len__(self) -> int:
+        return len(self._keep)
+
+    def __repr__(self) -> str:
+        kept, total = sum(int(k.sum()) for k in self.values()), sum(len(k) for k in self.values())
+        return f"PrunePlan({kept} of {total} units in {len(self)} groups, {self.digest[:12]})"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is kept (not of the metadata): the same cut has the same digest."""
+        packed = json.dumps(self.packed(), sort_keys=True)
+        return hashlib.sha256(packed.encode()).hexdigest()
+
+    def packed(self) -> dict[str, list]:
+        """JSON form: {group name: [size, base64 of the bits]}."""
+        bits = {name: np.packbits(keep.numpy()).tobytes() for name, keep in self.items()}
+        return {n: [len(self[n]), base64.b64encode(b).decode()] for n, b in bits.items()}
+
+    @classmethod
+    def unpacked(cls, packed: Mapping[str, list], metadata: Mapping | None = None) -> "PrunePlan":
+        """The inverse of `packed`. Raises PlanError if it is not well formed."""
+        keep = {}
+        for name, (size, text) in packed.items():
+            keep[name] = _unpack_bits(name, size, np.frombuffer(base64.b64decode(text), np.uint8))
+        return cls(keep, metadata)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan: safetensors, one bit-packed uint8 tensor a group. Returns the path."""
+        tensors = {n: torch.from_numpy(np.packbits(keep.numpy())) for n, keep in self.items()}
+        sizes = {name: len(keep) for name, keep in self.items()}
+        header = {
+            "format": PLAN_FORMAT,
+            "sizes": json.dumps(sizes),
+            "metadata": json.dumps(self.metadata),
+        }
+        return write_small(path, tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PrunePlan":
+        """Read a plan file.
+
+        Raises:
+            CheckpointError: not a plan, truncated, too large, or of a newer format.
+        """
+        header, tensors = read_small(path, PLAN_FORMAT, torch.uint8)
+        try:
+            sizes, metadata = json.loads(header["sizes"]), json.loads(header["metadata"])
+            if set(sizes) != set(tensors) or not isinstance(metadata, dict):
+                raise PlanError("its list of groups does not match its contents")
+            keep = {n: _unpack_bits(n, sizes[n], tensors[n].numpy()) for n in sorted(sizes)}
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is not a valid plan file: {error}") from None
+        return cls(keep, metadata)
+
+
+def _unpack_bits(name: str, size: int, packed: np.ndarray) -> BoolTensor:
+    if not _GROUP_NAME.fullmatch(name) or type(size) is not int or not 0 < size <= MAX_UNITS:
+        raise PlanError(f"{name!r} with {size!r} units is not a group of a model.")
+    if packed.shape != (-(-size // 8),):
+        raise PlanError(f"{name} has {packed.size} bytes for {size} units.")
+    return torch.from_numpy(np.unpackbits(packed, count=size).astype(bool))

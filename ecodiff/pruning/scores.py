@@ -1,0 +1,269 @@
+"""Scores rank all units of a denoiser, and are cut into a plan of any size in milliseconds."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures import find_groups, unit_parameters
+from ..errors import BudgetError, CheckpointError
+from ..storage import read_small, write_small
+from ..units import ALL_KINDS, FLOORS, PRESET_KINDS, WORDS, Kind
+from .plan import PrunePlan
+
+SCORES_FORMAT = "ecodiff.scores.2"
+
+_ABOUT = ("kinds", "costs", "total", "metadata", "macs", "total_macs", "blocks", "itemsize")
+
+
+@dataclass
+class Scores:
+    """A ranking of all units: the higher, the longer a unit stays.
+
+    Attributes:
+        values: float32 (group.size,) a group: what a unit is worth per parameter that it holds,
+            comparable across groups.
+        kinds: one of `units.ALL_KINDS`, by group.
+        costs: parameters that go with one unit, by group.
+        total: parameters of the dense denoiser.
+        metadata: JSON-able facts: model, method, what was spent.
+        macs: multiply-accumulates of one unit in one denoiser call, by group (`measure.unit_macs`);
+            empty: not measured.
+        total_macs: of the dense denoiser's call.
+        blocks: worth per parameter of whole transformer blocks; empty: they are not offered.
+        itemsize: bytes of a parameter, in memory.
+        floors: the least number of units that must stay, of groups that cannot do without.
+    """
+
+    values: dict[str, Tensor]
+    kinds: dict[str, str]
+    costs: dict[str, int]
+    total: int
+    metadata: dict = field(default_factory=dict)
+    macs: dict[str, int] = field(default_factory=dict)
+    total_macs: int = 0
+    blocks: dict[str, float] = field(default_factory=dict)
+    itemsize: int = 4
+    floors: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        denoiser: nn.Module,
+        values: Mapping[str, Tensor],
+        macs: tuple[dict[str, int], int] | None = None,
+        blocks: Mapping[str, float] | None = None,
+        **metadata,
+    ) -> "Scores":
+        """Scores of `denoiser`'s groups, with what their units cost."""
+        groups = [group for group in find_groups(denoiser, ALL_KINDS) if group.name in values]
+        by_unit, total_macs = macs or ({}, 0)
+        return cls(
+            values={g.name: values[g.name].detach().float().cpu() for g in groups},
+            kinds={g.name: g.kind for g in groups},
+            costs={g.name: unit_parameters(denoiser, g) for g in groups},
+            total=sum(p.numel() for p in denoiser.parameters()),
+            metadata=dict(metadata),
+            macs={g.name: by_unit[g.name] for g in groups if g.name in by_unit},
+            total_macs=total_macs,
+            blocks=dict(blocks or {}),
+            itemsize=next(denoiser.parameters()).element_size(),
+            floors={g.name: g.floor for g in groups if g.floor},
+        )
+
+    @classmethod
+    def unranked(cls, denoiser: nn.Module, kinds: Iterable[Kind] = PRESET_KINDS) -> "Scores":
+        """All units alike: what they cost, and how much can be removed at most."""
+        return cls.of(
+            denoiser, {group.name: torch.zeros(group.size) for group in find_groups(denoiser, kinds)}
+        )
+
+    @property
+    def ceiling(self) -> float:
+        """The largest ratio that can be asked for: the share of parameters that units hold."""
+        return self.removable / self.total
+
+    @property
+    def removable(self) -> int:
+        """Parameters that go if every unit goes that may."""
+        return self._removable(self.costs)
+
+    def _removable(self, costs: Mapping[str, int]) -> int:
+        return sum(costs[n] * (len(v) - self._floor(n)) for n, v in self.values.items())
+
+    def _floor(self, name: str) -> int:
+        return max(FLOORS[self.kinds[name]], self.floors.get(name, 0))
+
+    def removed(self, plan: Mapping[str, Tensor], costs: Mapping[str, int] | None = None) -> int:
+        """Parameters that `plan` removes (or what else `costs` counts)."""
+        costs = self.costs if costs is None else costs
+        return sum(costs[name] * int((~keep).sum()) for name, keep in plan.items())
+
+    def plan(
+        self,
+        ratio: float | None = None,
+        *,
+        params: int | None = None,
+        macs: int | None = None,
+        bytes: int | None = None,
+        latency_ms: float | None = None,
+        measured: Callable[[PrunePlan], float] | None = None,
+        align: bool = True,
+    ) -> PrunePlan:
+        """Cut the ranking at a size, given in one of these ways.
+
+        Args:
+            ratio: fraction of the denoiser's parameters to remove.
+            params: parameters that the pruned denoiser may have.
+            macs: multiply-accumulates that one call of it may take.
+            bytes: bytes that its weights may take in memory.
+            latency_ms: milliseconds that one call may take, as `measured(plan)` tells: the largest
+                plan within it, by bisection over the ratio.
+            align: remove FFN neurons in blocks, so that the widths that remain are multiples of 64
+                where a layer has at least 1024 neurons, else of 8: what matrix units like.
+
+        Raises:
+            BudgetError: out of range; the message names the model's ceiling.
+        """
+        given = {"ratio": ratio, "params": params, "macs": macs, "bytes": bytes, "latency_ms": latency_ms}
+        if sum(size is not None for size in given.values()) != 1:
+            raise BudgetError(f"Give one size, one of: {', '.join(given)}.")
+        if latency_ms is not None:
+            return self._fastest(latency_ms, measured, align)
+        if macs is not None:
+            return self._cut(1 - macs / max(1, self.total_macs), self.macs, self.total_macs, "MACs", align)
+        if params is not None:
+            ratio = 1 - params / self.total
+        elif bytes is not None:
+            ratio = 1 - bytes / (self.total * self.itemsize)
+        return self._cut(ratio, self.costs, self.total, "parameters", align)
+
+    def _fastest(self, latency_ms: float, measured, align: bool) -> PrunePlan:
+        if measured is None:
+            raise BudgetError("A budget in milliseconds needs measured=, a function that times a plan.")
+        low, high = 0.0, self.ceiling
+        best = self.plan(ratio=high, align=align)
+        if measured(best) > latency_ms:
+            raise BudgetError(f"Even the smallest plan takes longer than {latency_ms} ms on this machine.")
+        for _ in range(8):
+            middle = self.plan(ratio=(low + high) / 2, align=align)
+            if measured(middle) > latency_ms:
+                low = (low + high) / 2
+            else:
+                best, high = middle, (low + high) / 2
+        return best
+
+    def _cut(self, ratio: float, costs: Mapping[str, int], total: int, unit: str, align: bool) -> PrunePlan:
+        """Remove units, cheapest worth per `costs` first, until `ratio` of `total` is gone."""
+        if not total or set(costs) != set(self.values):
+            raise BudgetError(f"These scores do not know the {unit} of a unit (see measure.unit_macs).")
+        ceiling = self._removable(costs) / total
+        if not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
+            raise BudgetError(
+                f"The ratio is the fraction of {unit} to remove, from 0 to {ceiling:.3f} for this "
+                f"model; {ratio!r} is not."
+            )
+        if ratio > ceiling:
+            raise BudgetError(
+                f"At most {ceiling:.1%} of this model's {unit} can be removed: the rest is not in "
+                f"{self.kinds_in_words}. {ratio:.1%} is too much."
+            )
+        moves = [move for name in self.values for move in self._moves(name, costs, align)]
+        moves += self._whole_blocks(costs)
+        moves.sort(key=lambda move: move[0])
+        keep = {name: torch.ones(len(v), dtype=torch.bool) for name, v in self.values.items()}
+        target, removed = ratio * total, 0
+        for _, members in moves:
+            gone = {name: units[keep[name][units]] for name, units in members.items()}
+            cost = sum(costs[name] * len(units) for name, units in gone.items())
+            if removed + cost / 2 > target:  # stop where the size is nearest to what was asked
+                if len(members) > 1:
+                    continue  # a whole block is too much by now; single units may fit
+                break
+            for name, units in gone.items():
+                keep[name][units] = False
+            removed += cost
+        plan = PrunePlan(keep, self.metadata)
+        pruned = self.total - self.removed(plan)
+        plan.metadata |= {"ratio": round(1 - pruned / self.total, 6)}
+        plan.metadata |= {"params_dense": self.total, "params_pruned": pruned}
+        if self.macs:
+            plan.metadata |= {"macs_dense": self.total_macs}
+            plan.metadata |= {"macs_pruned": self.total_macs - self.removed(plan, self.macs)}
+        return plan
+
+    @property
+    def kinds_in_words(self) -> str:
+        """For example "heads or FFN neurons"."""
+        return " or ".join(WORDS[kind] for kind in WORDS if kind in self.kinds.values())
+
+    def _moves(self, name: str, costs: Mapping[str, int], align: bool) -> Iterator[tuple[float, dict]]:
+        """Units of a group in the order in which they go: (worth per cost, {name: members}).
+
+        Blocks are runs of the group's own ranking, so their mean worth rises too; the first one
+        takes what does not fill a block.
+        """
+        values = self.values[name] * (self.costs[name] / max(1, costs[name]))
+        ranked, order = values.sort(stable=True)
+        left = len(values) - self._floor(name)
+        ranked, order = ranked[:left], order[:left]
+        width = 1
+        if align and self.kinds[name] in ("ffn", "conv_ffn"):
+            width = 64 if len(values) >= 1024 else min(8, len(values))
+        first = len(ranked) % width
+        sizes = [first] * (first > 0) + [width] * (len(ranked) // width)
+        for worth, members in zip(ranked.split(sizes), order.split(sizes), strict=True):
+            yield float(worth.mean()), {name: members}
+
+    def _whole_blocks(self, costs: Mapping[str, int]) -> Iterator[tuple[float, dict]]:
+        for block, worth in self.blocks.items():
+            inside = {n: v for n, v in self.values.items() if n.startswith(block + ".")}
+            members = {n: v.argsort()[: len(v) - self._floor(n)] for n, v in inside.items()}
+            params, cost = (sum(by[n] * len(v) for n, v in members.items()) for by in (self.costs, costs))
+            yield worth * params / max(1, cost), members
+
+    def save(self, path: str | Path) -> Path:
+        """Write the scores: safetensors, float32, costs and metadata in the header."""
+        header = {
+            "format": SCORES_FORMAT,
+            "about": json.dumps({name: getattr(self, name) for name in (*_ABOUT, "floors")}),
+        }
+        return write_small(path, {n: v.contiguous() for n, v in self.values.items()}, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Scores":
+        """Read scores. Raises CheckpointError if the file is not what `save` writes."""
+        header, values = read_small(path, SCORES_FORMAT, torch.float32)
+        try:
+            about = json.loads(header["about"])
+            _check(about, values)
+            ordered = {name: values[name] for name in about["kinds"]}
+            return cls(ordered, **{name: about[name] for name in (*_ABOUT, "floors") if name in about})
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is not a valid scores file: {error}") from None
+
+
+def _check(about: dict, values: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless a file's header fits its tensors: it may be a stranger's."""
+
+    def whole(number) -> bool:
+        return type(number) is int and 0 <= number < 1 << 50
+
+    for name in ("kinds", "costs"):
+        if set(about[name]) != set(values):
+            raise ValueError(f"its list of {name} does not match its contents")
+    if not set(about["kinds"].values()) <= set(ALL_KINDS) or not isinstance(about["metadata"], dict):
+        raise ValueError("it has kinds of units that do not exist")
+    if set(about["macs"]) not in (set(), set(values)):
+        raise ValueError("its list of MACs does not match its contents")
+    floors = about.get("floors", {})  # files from before there were any have none
+    if not all(whole(n) and n <= len(values.get(name, ())) for name, n in floors.items()):
+        raise ValueError("its floors are not of its groups")
+    numbers = [*about["costs"].values(), *about["macs"].values(), about["total_macs"], about["itemsize"]]
+    if not all(map(whole, numbers)) or not whole(about["total"]) or about["total"] == 0:
+        raise ValueError("its costs are not whole numbers")
+    if not all(isinstance(worth, float) for worth in about["blocks"].values()):
+        raise ValueError("its blocks are not worth a number")

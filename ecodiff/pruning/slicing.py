@@ -1,0 +1,186 @@
+"""Physical pruning: index selection on the Linears that a plan's units run through."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+
+from ..architectures import find_groups
+from ..errors import PlanError
+from ..pipelines import denoiser_name
+from ..units import ALL_KINDS, PruneGroup
+from .ecodiff_sliced_v1 import (
+    FORMAT,
+    ScatteredLinear,
+    fit_processor,
+    gather_rope,
+    scatter,
+    set_features,
+    sliced_class,
+)
+from .plan import PrunePlan
+
+
+def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Module:
+    """Remove from `denoiser`, in place, every unit that `plan` does not keep. Returns it.
+
+    Exactly the model with those units masked to zero, down to none left in a layer (its output is
+    then its bias). New, smaller parameters are made; old ones are left as they are, so a model
+    that shares them is not touched. Works on any device, "meta" included.
+
+    A diffusers model also becomes its `Sliced...` class, whose config describes the cut: from then
+    on its own `save_pretrained` and `from_pretrained` work.
+
+    Raises:
+        PlanError: the plan names a group that the denoiser does not have, or of another size.
+
+    Example:
+        >>> ecodiff.slice_(pipe.unet, scores.plan(ratio=0.2))
+    """
+    plan = plan if isinstance(plan, PrunePlan) else PrunePlan(plan)
+    check(plan, denoiser)
+    groups = [group for group in find_groups(denoiser, ALL_KINDS) if group.name in plan]
+    kept = kept_features(denoiser, plan)
+    bare = {(slot.module, slot.axis): slot.bare for group in groups for slot in group.slots if slot.bare}
+    for (module, axis), rows in kept.items():
+        if not rows.all():
+            _cut(denoiser.get_submodule(module), axis, rows, bare.get((module, axis)))
+    for name in {slot.module for group in groups for slot in group.slots if slot.scattered}:
+        _scatter(denoiser.get_submodule(name), kept[name, "out"])
+    for group in groups:
+        _set_attributes(denoiser, group, plan[group.name])
+    if isinstance(denoiser, ModelMixin):
+        _describe(denoiser, plan, groups, {module for (module, _), r in kept.items() if not r.all()})
+    return denoiser
+
+
+def check(plan: PrunePlan, denoiser: nn.Module) -> None:
+    """Raise PlanError unless every group of `plan` is one of `denoiser`'s, with the same units."""
+    groups = {group.name: group for group in find_groups(denoiser, ALL_KINDS)}
+    model = plan.metadata.get("model")
+    for name, keep in plan.items():
+        if name not in groups or groups[name].size != len(keep):
+            what = f"{groups[name].size} units" if name in groups else "no such group"
+            raise PlanError(
+                f"This plan does not fit the model: it has {len(keep)} units in {name}, "
+                f"and the {type(denoiser).__name__} has {what} there. Use the model that it "
+                f"was made for{f' ({model})' if model else ''}."
+            )
+        if int(keep.sum()) < groups[name].floor:
+            raise PlanError(f"{name} must keep at least {groups[name].floor} of its units.")
+
+
+def kept_features(denoiser: nn.Module, plan: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+    """Which input or output features stay, bool (features,), of every module that a plan's units run
+    through: {(module, "in" or "out"): ...}, in network order. All groups of a module together."""
+    kept: dict[tuple[str, str], Tensor] = {}
+    for group in find_groups(denoiser, ALL_KINDS):
+        for slot in group.slots if group.name in plan else ():
+            whole = torch.ones(slot.features(denoiser), dtype=torch.bool)
+            rows = kept.setdefault((slot.module, slot.axis), whole)
+            rows[slot.index[~plan[group.name]].flatten()] = False
+    return kept
+
+
+def _cut(module: nn.Module, axis: str, rows: Tensor, bare: tuple[str, int] | None) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if (name == "bias" and axis == "in") or (bare and name != bare[0]):
+            continue
+        index = rows.nonzero().flatten().to(parameter.device)
+        cut = parameter.detach().index_select(bare[1] if bare else int(axis == "in"), index)
+        setattr(module, name, nn.Parameter(cut, requires_grad=parameter.requires_grad))
+    set_features(module)
+
+
+def _scatter(linear: nn.Linear, rows: Tensor) -> None:
+    """Let a Linear that lost rows give zeros in their place; `rows` are those it had before."""
+    before = getattr(linear, "rows", torch.arange(len(rows)))
+    if not rows.all():
+        device = linear.weight.device
+        kept = before.cpu()[rows].to("cpu" if device.type == "meta" else device)  # not data but shape
+        scatter(linear, kept, getattr(linear, "width", len(rows)))
+
+
+def _set_attributes(denoiser: nn.Module, group: PruneGroup, keep: Tensor) -> None:
+    for attribute in group.attributes:
+        module = denoiser.get_submodule(attribute.module)
+        setattr(module, attribute.name, int(keep.sum()) * attribute.per_unit)
+    if group.kind != "heads" or keep.all():
+        return
+    attention = denoiser.get_submodule(group.name)
+    fit_processor(attention)
+    if group.rope_by_head:
+        before = getattr(attention, "rope_heads", torch.arange(len(keep)))
+        heads = before.cpu()[keep].to(attention.to_q.weight.device)
+        gather_rope(attention, heads, getattr(attention, "rope_count", len(keep)))
+
+
+def _describe(denoiser: ModelMixin, plan: PrunePlan, groups: list[PruneGroup], cut: set[str]) -> None:
+    """Register in the config how this model now differs from a fresh one of its class."""
+    before = denoiser.config.get("ecodiff")
+    description = copy.deepcopy(before) if before else {"format": FORMAT, "plan": {"units": {}}}
+    shapes = description.setdefault("shapes", {})
+    for path in sorted(cut):
+        parameters = denoiser.get_submodule(path).named_parameters(recurse=False)
+        shapes[path] = {name: list(p.shape) for name, p in parameters}
+    attributes = description.setdefault("attributes", {})
+    for group in groups:
+        for attribute in group.attributes:
+            module = denoiser.get_submodule(attribute.module)
+            attributes.setdefault(attribute.module, {})[attribute.name] = getattr(module, attribute.name)
+    modules = dict(denoiser.named_modules())
+    scattered = {n: (m.rows, m.width) for n, m in modules.items() if isinstance(m, ScatteredLinear)}
+    ropes = {n: (m.rope_heads, m.rope_count) for n, m in modules.items() if hasattr(m, "rope_heads")}
+    for name, found in (("scattered", scattered), ("ropes", ropes)):
+        description[name] = {path: _packed_rows(*kept) for path, kept in found.items()}
+    whole = _composed(PrunePlan.unpacked(description["plan"]["units"]), plan)
+    description["plan"] = {"units": whole.packed(), "metadata": plan.metadata}
+    if before is None:
+        denoiser.__class__ = sliced_class(type(denoiser))
+    denoiser.register_to_config(ecodiff=description)
+
+
+def _packed_rows(rows: Tensor, width: int) -> list:
+    bits = torch.zeros(width, dtype=torch.bool)
+    bits[rows.cpu()] = True
+    return PrunePlan({"rows": bits}).packed()["rows"]
+
+
+def _composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
+    """The one plan, in units of the dense model, that equals `first` and then `second`."""
+    keep = dict(first)
+    for name, chosen in second.items():
+        keep[name] = keep[name].clone() if name in keep else torch.ones(len(chosen), dtype=torch.bool)
+        keep[name][keep[name].clone()] = chosen
+    return PrunePlan(keep)
+
+
+def plan_of(denoiser: nn.Module) -> PrunePlan | None:
+    """The plan that a sliced denoiser was cut by, in units of the dense model; None if dense."""
+    description = getattr(denoiser, "config", {}).get("ecodiff")
+    if not description:
+        return None
+    return PrunePlan.unpacked(description["plan"]["units"], description["plan"]["metadata"])
+
+
+def variant(pipe, plan: PrunePlan | Mapping[str, Tensor]):
+    """A pruned pipeline beside the dense one. Everything that is not cut is shared with `pipe`.
+
+    The scheduler, which has state, is a new one. Takes milliseconds and the memory of the cut
+    layers. To quantize or train the one and not the other, `copy.deepcopy` its denoiser first.
+
+    Raises:
+        PlanError: the plan does not fit the pipeline's denoiser.
+    """
+    name = denoiser_name(pipe)
+    dense = getattr(pipe, name)
+    shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
+    pruned = slice_(copy.deepcopy(dense, shared), plan)
+    new = {name: pruned}
+    if getattr(pipe, "scheduler", None) is not None:  # from_config would lose what a pipeline mended in it
+        new["scheduler"] = copy.deepcopy(pipe.scheduler)
+    small = copy.copy(pipe)
+    small.register_modules(**new)
+    return small

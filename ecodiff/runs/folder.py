@@ -1,0 +1,177 @@
+"""A run is a folder: what was asked, the state of learning, the scores. It survives a kill.
+
+run.json              model, configuration, prompts; written once
+state.safetensors     where learning is, replaced atomically
+scores.safetensors    the ranking so far; final once all steps are done
+plan.safetensors      a plan that was brought, instead of a ranking
+plans/, models/       what was cut from it
+variants/             weights that compensation gave, by plan
+STOP, ERROR, MEMORY   a request to stop; why it last failed; what is kept in memory
+"""
+
+import contextlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..config import LearnConfig
+from ..errors import CheckpointError, RunError
+from ..learning.state import LearnState
+from ..pruning.plan import PrunePlan
+from ..pruning.scores import Scores
+
+RUN_FORMAT = "ecodiff.run.1"
+
+
+@dataclass
+class Run:
+    """One mask learning job on disk."""
+
+    folder: Path
+    model: str
+    config: LearnConfig
+    prompts: list[str]
+    preset: str = ""
+    created: float = 0.0
+    name: str = ""
+    imported: bool = False  # nothing is learned: what others learned was brought
+    visitor: str = ""  # who started it, on a server that is shared: a hash
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
+
+    @classmethod
+    def create(cls, folder: Path, model: str, config: LearnConfig, prompts, preset="") -> "Run":
+        """Start a new run in `folder`.
+
+        Raises:
+            RunError: there is a run already, or the folder holds something else.
+            CheckpointError: it cannot be written.
+        """
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"{folder} exists and is not empty. Name a new folder for the run.")
+        run = cls(folder, model, config, list(prompts), preset, time.time())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            run.save()
+        except OSError as error:
+            raise CheckpointError(f"Could not create the run in {folder}: {error}.") from None
+        return run
+
+    @classmethod
+    def open(cls, folder: Path) -> "Run":
+        """Open what `create` made. Raises RunError if it is not a run."""
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            if about.pop("format") != RUN_FORMAT:
+                raise ValueError("another format")
+            config = LearnConfig(**about.pop("config"))
+            run = cls(folder=folder, config=config, **about)
+            _check(run)
+            return run
+        except FileNotFoundError:
+            raise RunError(f"{folder} is not a run: it has no run.json.") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RunError(f"The run in {folder} cannot be read: {error}.") from None
+
+    @property
+    def touched(self) -> float:
+        """When something was last written to it, in seconds since 1970."""
+        return max(file.stat().st_mtime for file in self.folder.glob("*"))
+
+    def save(self) -> None:
+        """Write run.json atomically."""
+        about = asdict(self) | {"format": RUN_FORMAT}
+        del about["folder"]
+        partial = self.folder / "run.json.partial"
+        partial.write_text(json.dumps(about, indent=1), encoding="utf-8")
+        partial.replace(self.folder / "run.json")
+
+    def state(self) -> LearnState | None:
+        path = self.folder / "state.safetensors"
+        return LearnState.load(path) if path.exists() else None
+
+    def scores(self) -> Scores:
+        """The ranking as far as it is learned. Raises CheckpointError if there is none yet."""
+        return Scores.load(self.folder / "scores.safetensors")
+
+    def plan(self, ratio: float) -> PrunePlan:
+        """What stays at a size. Milliseconds: nothing is learned again. A plan that was brought has one size.
+
+        Raises:
+            RunError: nothing is learned yet.
+            BudgetError: the ratio is out of range.
+        """
+        if (brought := self.folder / "plan.safetensors").exists():
+            return PrunePlan.load(brought)
+        if not (self.folder / "scores.safetensors").exists():
+            raise RunError("This run has no scores yet. Let it learn for a few steps first.")
+        plan = self.scores().plan(ratio=ratio)
+        plan.metadata |= {"model": self.model}
+        return plan
+
+    @property
+    def finished(self) -> bool:
+        if self.imported:
+            return True
+        state = self.state()
+        return state is not None and state.step >= self.config.total_steps
+
+    def request_stop(self) -> None:
+        (self.folder / "STOP").touch()
+
+    def permit(self) -> None:
+        """Take a request to stop back."""
+        (self.folder / "STOP").unlink(missing_ok=True)
+
+    @property
+    def busy(self) -> bool:
+        """True while a process works on it."""
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    @property
+    def stop_requested(self) -> bool:
+        return (self.folder / "STOP").exists()
+
+    @property
+    def error(self) -> str:
+        path = self.folder / "ERROR"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def forget_error(self) -> None:
+        (self.folder / "ERROR").unlink(missing_ok=True)
+
+    def note_memory(self, words: str) -> None:
+        with contextlib.suppress(OSError):
+            (self.folder / "MEMORY").write_text(words, encoding="utf-8")
+
+    @property
+    def memory(self) -> str:
+        """What learning keeps in memory, in words; "" before it started."""
+        path = self.folder / "MEMORY"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def record(self, message: str) -> None:
+        """Keep why the run failed, to be shown with it."""
+        with contextlib.suppress(OSError):  # the disk may be what failed; the error is raised too
+            (self.folder / "ERROR").write_text(message, encoding="utf-8")
+
+
+def _check(run: Run) -> None:
+    """Raise TypeError unless what a run.json said is of the right kinds."""
+    words = (run.model, run.preset, run.name, run.visitor, *run.prompts)
+    numbers = (run.created, run.config.total_steps)
+    if not isinstance(run.prompts, list) or not all(isinstance(word, str) for word in words):
+        raise TypeError("its words are no words")
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        raise TypeError("its numbers are no numbers")

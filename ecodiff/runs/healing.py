@@ -1,0 +1,92 @@
+"""Healing what was cut from a run: its state and its result are kept in the run's folder."""
+
+import copy
+import json
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .. import catalog
+from ..errors import RunError
+from ..learning.heal import facts, heal
+from ..metrics.fidelity import compare
+from ..pipelines import denoiser_of
+from ..pruning.plan import PrunePlan
+from ..pruning.slicing import variant
+from ..storage import write_small
+from .folder import Run
+
+HEALED_PROMPTS = 8  # held out, to judge healing by
+
+
+def heal_run(
+    run: Run,
+    plan: PrunePlan,
+    steps: int,
+    dense,
+    before,
+    device_lock: AbstractContextManager,
+    budget: float | None = None,
+) -> Iterator[dict]:
+    """Heal a run's variant; if it got closer, its weights take the place of the compensated ones.
+
+    Args:
+        dense, before: the dense pipeline, and the compensated one that `plan` cut.
+        device_lock: held during each step.
+        budget: seconds; at least one step is made.
+
+    Yields:
+        {"step", "loss", "seconds"} after every step, and last what `healed` reads. The state is on disk.
+
+    Raises:
+        RunError: another process is working on the run.
+    """
+    begun, slowest = time.monotonic(), 0.0
+    known = catalog.find(run.model)
+    config, state = known.heal_config(steps=steps), run.folder / "healing" / plan.digest
+    try:
+        with FileLock(run.folder / ".lock", timeout=0):
+            small = copy.copy(before)  # it gets a denoiser of its own
+            healing = heal(small, dense, known.prompts("calibration"), config, state)
+            while True:
+                started = time.monotonic()
+                with device_lock:  # others draw between steps
+                    done = next(healing, None)
+                if done is None:
+                    break
+                slowest = max(slowest, time.monotonic() - started)
+                yield {"step": done[0], "loss": done[1], "seconds": time.monotonic() - started}
+                over = time.monotonic() - begun + 1.5 * slowest > (budget or float("inf"))
+                if run.stop_requested or (over and done[0] < steps):
+                    healing.close()
+                    return
+            with device_lock:
+                yield _judged(run, plan, config, dense, before, small)
+    except Timeout:
+        raise RunError("The run is being worked on already.") from None
+
+
+def _judged(run: Run, plan: PrunePlan, config, dense, before, small) -> dict:
+    """Compare before and after on held-out prompts; keep the healed weights if they are closer."""
+    known, kept = catalog.find(run.model), run.folder / "variants"
+    prompts = known.prompts("heldout")[:HEALED_PROMPTS]
+    was, now = (compare(dense, pipe, prompts, **known.drawing())["mean"] for pipe in (before, small))
+    result = {"before": was["latent_error"], "after": now["latent_error"], "steps": config.steps}
+    if result["after"] < result["before"]:
+        plain = denoiser_of(variant(dense, plan)).state_dict()
+        weights = {n: w for n, w in denoiser_of(small).state_dict().items() if not w.equal(plain[n])}
+        file = kept / f"{plan.digest}.safetensors"
+        write_small(file, {name: weight.contiguous().cpu() for name, weight in weights.items()}, {})
+        about = result | {"facts": facts(config, was, now, len(prompts))}
+        (kept / f"{plan.digest}.json").write_text(json.dumps(about), encoding="utf-8")
+    return result
+
+
+def healed(folder: Path, plan: PrunePlan) -> dict | None:
+    """{"before", "after": latent error, "steps", "facts"} of a run's variant that was healed; else None."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / "variants" / f"{plan.digest}.json").read_text(encoding="utf-8"))
+    return None

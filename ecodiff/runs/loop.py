@@ -1,0 +1,112 @@
+"""Learning a run: from where it is on disk, saving as it goes, to the end or until somebody stops it."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+from filelock import FileLock, Timeout
+
+from ..errors import EcodiffError, RunError, memory_advice
+from ..learning import distributed
+from ..learning.learn import learn
+from ..learning.state import LearnState
+from ..pruning.scores import Scores
+from .folder import Run
+
+SAVE_SECONDS = 2.0  # a state is saved after the first step that ends this long after the last save
+
+ADVICE = "The run is kept: free memory, or start a new one with a smaller batch or image size, and resume."
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
+    """Raised inside a step when a stop was requested."""
+
+
+def advance(
+    run: Run,
+    pipe,
+    on_progress: Callable[[LearnState, float], None] | None = None,
+    device_lock: AbstractContextManager | None = None,
+) -> bool:
+    """Learn to the end, also if it was stopped before. True unless it is stopped again.
+
+    Args:
+        on_progress: called with what `learn_run` yields.
+    """
+    run.permit()
+    for state, seconds in learn_run(run, pipe, device_lock):
+        if on_progress is not None:
+            on_progress(state, seconds)
+    return run.finished
+
+
+def learn_run(
+    run: Run, pipe, device_lock: AbstractContextManager | None = None, budget: float | None = None
+) -> Iterator[tuple[LearnState, float]]:
+    """Learn from where the run is, saving as it goes; yields states and seconds that each took.
+
+    Ends when all steps are done, when a stop was requested, or when another step would not fit in the
+    budget. However it ends, it goes on from there.
+
+    Args:
+        device_lock: held during each step.
+        budget: seconds; at least one step is made.
+
+    Raises:
+        RunError: another process is working on it.
+        LearningError, OutOfMemoryError, CheckpointError: it failed; the last saved state is kept.
+    """
+    if distributed.rank():  # the first process keeps the files
+        yield from _steps(run, pipe, device_lock, budget)
+        return
+    run.forget_error()
+    try:
+        with FileLock(run.folder / ".lock", timeout=0), memory_advice(ADVICE):
+            yield from _steps(run, pipe, device_lock, budget)
+    except Timeout:
+        raise RunError(f"Another process is working on the run in {run.folder}.") from None
+    except EcodiffError as error:
+        run.record(str(error))
+        raise
+
+
+def _steps(run: Run, pipe, device_lock, budget) -> Iterator[tuple[LearnState, float]]:
+    begun = saved = started = time.monotonic()
+    state, scores, slowest = None, None, 0.0
+    alone, first = distributed.count() == 1, distributed.rank() == 0
+
+    def raise_if_stopped() -> None:
+        if distributed.agreed(run.stop_requested):
+            raise Stopped
+
+    try:
+        steps = learn(
+            pipe,
+            run.prompts,
+            run.config,
+            run.state(),
+            on_step=raise_if_stopped if alone else None,
+            on_plan=run.note_memory if first else None,
+            device_lock=device_lock,
+        )
+        for state, scores in steps:
+            now = time.monotonic()
+            if first and now - saved >= SAVE_SECONDS:
+                _save(run, state, scores)
+                saved = now
+            slowest = max(slowest, now - started)
+            yield state, now - started
+            raise_if_stopped()
+            started = time.monotonic()
+            if budget is not None and started - begun + 1.5 * slowest > budget:
+                return
+    except Stopped:
+        return
+    finally:
+        if scores is not None and state is not None and first:
+            _save(run, state, scores)
+
+
+def _save(run: Run, state: LearnState, scores: Scores) -> None:
+    scores.save(run.folder / "scores.safetensors")
+    state.save(run.folder / "state.safetensors")

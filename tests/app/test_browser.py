@@ -1,0 +1,362 @@
+"""The page as a person uses it: headless Chromium on the real app.py."""
+
+import contextlib
+import os
+import re
+import shutil
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from gradio_client import Client, handle_file
+
+import ecodiff
+from ecodiff.pruning.plan import PLAN_FILE
+from ecodiff.runs.folder import Run
+from tests import hub
+from tests.app.test_zerogpu import ONE_STEP, space
+from tests.checkpoints.test_folders import some_plan
+from tests.server import serve
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
+Axe = axe.Axe
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+if CHROMIUM is None and not os.environ.get("CI"):
+    pytest.skip("needs chromium (apt-get install chromium)", allow_module_level=True)
+
+LEARNED = 240_000  # ms; the fast preset takes a minute on two idle cores
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        arguments = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking"]
+        yield driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("store")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def page(browser, url):
+    page = browser.new_page(viewport={"width": 1200, "height": 900}, accept_downloads=True)
+    page.foreign = []
+    own = url.removeprefix("http://")
+    page.on("request", lambda r: page.foreign.append(r.url) if own not in r.url else None)
+    page.goto(url)
+    return page
+
+
+def shot(page, name):
+    folder = os.environ.get("ECODIFF_SHOTS")
+    if folder:
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+
+# Gradio's own: a link's icon says what its text says; its empty image has a label and no role.
+KNOWN = {"image-redundant-alt", "aria-prohibited-attr"}
+
+
+def accessible(page, where):
+    """axe finds nothing (WCAG, contrast included) that is ours."""
+    found = {v["id"]: v["nodes"][0]["html"][:200] for v in Axe().run(page).response["violations"]}
+    assert set(found) <= KNOWN, f"{where}: {found}"
+
+
+def button(page, name):
+    return page.get_by_role("button", name=name, exact=True)
+
+
+def number(page, name, value):
+    """Type a number. Gradio forgets what is typed in the instant in which a component appears."""
+    field = page.get_by_role("spinbutton", name=name)
+    for _ in range(20):
+        field.fill(value)
+        field.press("Tab")
+        page.wait_for_timeout(200)
+        if field.input_value() == value:
+            return
+    raise AssertionError(f"{name} is {field.input_value()}, not {value}")
+
+
+def again(page, name, text):
+    """Press a button until `text`, of its last event, goes. Gradio ignores it until that event has ended."""
+    for _ in range(10):
+        button(page, name).click()
+        with contextlib.suppress(playwright.TimeoutError):
+            return page.get_by_text(text).wait_for(state="hidden", timeout=3000)
+    raise AssertionError(f"{name} does nothing")
+
+
+def test_the_main_job(page, url, tmp_path):
+    page.get_by_text("Can be removed at most").wait_for()
+    shot(page, "1-first")
+    button(page, "Prune").click()
+    page.get_by_text("finding a start").wait_for(timeout=LEARNED)
+    page.get_by_text(" left").first.wait_for(timeout=LEARNED)
+    shot(page, "2-learning")
+    button(page, "Stop").click()
+    page.get_by_text("Nothing is lost").wait_for(timeout=30_000)
+    shot(page, "3-stopped")
+
+    page.reload()  # the page finds its run again
+    page.get_by_text("Nothing is lost").wait_for(timeout=30_000)
+    button(page, "Resume").click()
+    page.get_by_text("Finished").first.wait_for(timeout=LEARNED)
+    page.get_by_text("What is left").wait_for()
+    page.get_by_text("6.66 M").nth(1).wait_for()
+    shot(page, "4-finished")
+    accessible(page, "a finished run")
+
+    size = page.get_by_role("spinbutton", name="Remove").nth(1)
+    size.fill("40")
+    size.press("Tab")
+    page.get_by_text(re.compile(r"(4\.99|5\.0[01]) M")).first.wait_for()
+
+    button(page, "Make the download").click()
+    page.get_by_text("SHA-256").first.wait_for(timeout=60_000)
+    shot(page, "5-download")
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="Download emoji-sdxl-eco40").click()
+    with zipfile.ZipFile(waiting.value.path()) as archive:
+        archive.extractall(tmp_path)
+    (folder,) = tmp_path.iterdir()
+    small = ecodiff.load(folder)
+    assert abs(sum(p.numel() for p in small.unet.parameters()) / 8_327_876 - 0.6) < 2e-3
+    assert small("red apple", num_inference_steps=2).images[0].size == (64, 64)
+
+    button(page, "Compare images").click()  # this run, at this size
+    playwright.expect(page.get_by_role("combobox", name="Pruned model")).not_to_have_value("")
+    playwright.expect(page.get_by_role("spinbutton", name="Remove")).to_have_value("40")
+    page.get_by_role("textbox", name="Prompt").fill("cat face")
+    button(page, "Draw both").click()
+    page.get_by_text("Latent error").wait_for(timeout=60_000)
+    page.get_by_text("ms (").wait_for()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    button(page, "Copy the link").click()
+    page.wait_for_function("navigator.clipboard.readText().then(text => text.includes('prompt=cat+face'))")
+    page.wait_for_timeout(1500)
+    shot(page, "6-compare")
+    accessible(page, "a comparison")
+    link = page.get_by_role("link", name="Link to this comparison").get_attribute("href")
+    page.get_by_role("tab", name="Sizes").click()
+    playwright.expect(page.get_by_role("combobox", name="Pruned model")).not_to_have_value("")
+    number(page, "Prompts", "2")
+    button(page, "Draw them").click()
+    page.get_by_text("Averages over 2 prompts").wait_for(timeout=120_000)
+    page.wait_for_timeout(1500)
+    shot(page, "6-sizes")
+    accessible(page, "sizes")
+    page.get_by_role("tab", name="Library").click()
+    page.locator("text=16/16 >> visible=true").first.wait_for()
+    page.wait_for_timeout(500)
+    shot(page, "7-library")
+    assert not page.foreign, "requests to another host"
+
+    # Somebody who was sent the link, on another machine.
+    other = page.context.browser.new_page(viewport={"width": 1200, "height": 900})
+    other.goto(
+        url
+        + "/"
+        + link.replace("seed=0", "seed=nonsense").replace("steps=20", "steps=7").replace("size=40", "size=35")
+    )
+    other.get_by_role("textbox", name="Prompt").wait_for()
+    expect = playwright.expect
+    expect(other.get_by_role("textbox", name="Prompt")).to_have_value("cat face")
+    expect(other.get_by_role("spinbutton", name="Remove")).to_have_value("35")
+    button(other, "Draw both").click()
+    other.get_by_text("Latent error").wait_for(timeout=60_000)
+    assert "steps=7" in other.get_by_role("link", name="Link to this comparison").get_attribute("href")
+    shot(other, "6-link")
+    other.close()
+
+
+def test_a_wrong_model_is_told(page):
+    page.get_by_role("tab", name="Prune").click()
+    model = page.get_by_role("listbox", name="Model").or_(page.get_by_label("Model")).first
+    model.fill("no-such-model")
+    model.press("Enter")
+    told = page.get_by_text("There is no model 'no-such-model'").first
+    told.wait_for(timeout=30_000)
+    assert told.is_visible() and "Traceback" not in page.content()
+    shot(page, "8-wrong-model")
+
+
+def test_a_number_is_no_error_while_it_is_typed(page):
+    page.get_by_role("tab", name="Prune").click()
+    field = page.get_by_role("spinbutton", name="Remove").first
+    for typed, becomes in (("", "1"), ("0", "1"), ("100", "90"), ("30", "30")):
+        field.click()
+        page.keyboard.press("Control+A")
+        page.keyboard.press("Delete")
+        page.keyboard.type(typed, delay=200)  # ms: each is sent on its own
+        page.wait_for_timeout(500)
+        field.press("Tab")
+        playwright.expect(field).to_have_value(becomes)
+        page.wait_for_timeout(500)
+        assert page.locator(".toast-body").all_inner_texts() == []
+
+
+@pytest.mark.parametrize("look", ["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 390])
+def test_every_tab_fits(browser, url, look, width):
+    """Somebody else's page: no sideways scrolling, and none of the runs above."""
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    page.goto(f"{url}/?__theme={look}")
+    page.get_by_text("Can be removed at most").wait_for()
+    for tab in ("Prune", "Compare", "Sizes", "Library", "About"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(700)
+        overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+        assert overflow <= 0, f"{tab} is {overflow} px too wide"
+        assert not page.get_by_text("16/16").count()
+        accessible(page, f"{tab}, {look}, {width}")
+        shot(page, f"{look}-{width}-{tab.lower()}")
+    page.close()
+
+
+def test_the_page_sees_a_run_through_on_zerogpu(browser, tiny_sdxl, tmp_path):
+    tiny_sdxl.save_pretrained(tmp_path / "tiny")
+    visitor = browser.new_context(viewport={"width": 1200, "height": 900})
+    with space(tmp_path, QUOTA="4", **ONE_STEP) as (client, asked):
+        page = visitor.new_page()
+        page.goto(client.src)
+        page.get_by_label("Model").first.fill(str(tmp_path / "tiny"))
+        page.keyboard.press("Enter")
+        button(page, "Prune").click()
+        # Calls follow each other without a click, until there is no more quota: that is said, the run kept.
+        page.get_by_text("reached its GPU limit").first.wait_for(timeout=LEARNED)
+        shot(page, "zerogpu-quota")
+        assert len(asked("/schedule")) == 5, "four calls and the one that was refused"
+        assert button(page, "Resume").is_enabled()
+    port = client.src.rstrip("/").rpartition(":")[2]
+    with space(tmp_path, port=port, **ONE_STEP) as (_, asked):  # the next day
+        page.goto(client.src)
+        button(page, "Resume").click()
+        page.locator(".eco-status").get_by_text("step 5 of 16").wait_for(timeout=LEARNED)
+        page.close()  # the visitor leaves while it learns
+        (folder,) = (tmp_path / "runs").glob("*/run.json")
+        run, begun = Run.open(folder.parent), time.monotonic()
+        while run.busy:
+            assert time.monotonic() - begun < 30, "whoever left has left a lock"
+            time.sleep(0.1)
+        assert not run.finished and run.state().step >= 5
+        calls = len(asked("/schedule"))
+        time.sleep(3)
+        assert len(asked("/schedule")) == calls, "it learns on for nobody, on somebody's quota"
+        page = visitor.new_page()
+        page.goto(client.src)
+        button(page, "Resume").click()
+        page.locator(".eco-status").get_by_text("Finished").wait_for(timeout=LEARNED)
+        assert len(asked("/schedule")) >= 1
+        page.get_by_role("tab", name="Compare").click()
+        button(page, "Draw both").click()
+        page.get_by_text("Latent error").wait_for(timeout=LEARNED)
+        shot(page, "zerogpu-compare")
+
+
+def test_a_run_is_healed_goes_to_the_hub_and_is_deleted(browser, tmp_path):
+    pipe = ecodiff.load("emoji-turbo")
+    plan = ecodiff.PrunePlan(some_plan(pipe), {"model": "emoji-turbo"}).save(tmp_path / "p.safetensors")
+    with hub.running() as stand_in:
+        signed = {"HF_TOKEN": "hf_ann", "OAUTH_CLIENT_ID": "outside of a Space Gradio makes one up"}
+        settings = hub.settings(stand_in.address, tmp_path) | signed
+        with serve(tmp_path, **settings) as url:
+            run = Client(url, verbose=False).predict("emoji-turbo", [handle_file(plan)], api_name="/bring")
+            page = browser.new_page(viewport={"width": 1200, "height": 900})
+            page.goto(url)
+            page.get_by_role("tab", name="Library").click()
+            page.get_by_text("Open a run by its id").click()
+            page.get_by_role("textbox", name="Id", exact=True).fill(run["run"])
+            button(page, "Open").click()
+
+            page.get_by_text("Heal it").click()
+            number(page, "Steps", "10")
+            button(page, "Heal").click()
+            page.get_by_text("of 10 · loss").wait_for(timeout=60_000)
+            shot(page, "healing")
+            button(page, "Stop healing").click()
+            page.get_by_text("Nothing is lost").wait_for()
+            again(page, "Heal", "Nothing is lost")
+            page.get_by_text(re.compile("Closer|did not get closer")).wait_for(timeout=120_000)
+            accessible(page, "a healed run")
+
+            page.get_by_text("Put it on the Hugging Face Hub").click()
+            page.get_by_role("textbox", name="Repository").fill("little")
+            page.get_by_role("radio", name="Plan alone").check()
+            button(page, "Upload").click()
+            page.get_by_text("Sign in with Hugging Face first").wait_for()
+            page.locator("button", has_text="Sign in with Hugging Face").click()
+            page.get_by_text("Can be removed at most").wait_for()
+            page.get_by_role("tab", name="Library").click()
+            page.get_by_text("Put it on the Hugging Face Hub").click()
+            page.get_by_text("Logout (ann)").wait_for()
+            page.get_by_role("textbox", name="Repository").fill("little")
+            page.get_by_role("radio", name="Plan alone").check()
+            accessible(page, "the Hub")
+            shot(page, "hub")
+            button(page, "Upload").click()
+            page.get_by_role("link", name=f"{stand_in.address}/ann/little").wait_for(timeout=60_000)
+
+            page.once("dialog", lambda dialog: dialog.dismiss())
+            button(page, "Delete").click()
+            assert (tmp_path / "runs" / run["run"]).is_dir(), "no was the answer"
+            page.once("dialog", lambda dialog: dialog.accept())
+            button(page, "Delete").click()
+            page.get_by_text("No runs yet").wait_for()
+            assert not (tmp_path / "runs" / run["run"]).exists()
+        assert PLAN_FILE in stand_in.repos["ann/little"]
+
+
+WHERE = """() => {
+    const at = document.activeElement, said = at.getAttribute('aria-label') || at.innerText
+        || (at.labels && at.labels[0] && at.labels[0].innerText) || '';
+    return [at.tagName, said.trim(), getComputedStyle(at).outlineStyle];
+}"""
+
+
+def test_the_page_by_keyboard(browser, url):
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.goto(url)
+    page.get_by_text("Can be removed at most").wait_for()
+
+    def go(*name):
+        """Tab until it is reached; wherever the focus is on the way, it can be seen."""
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            tag, said, outline = page.evaluate(WHERE)
+            assert tag == "BODY" or outline != "none", f"nobody sees that the focus is on {said or tag}"
+            if said.startswith(name):
+                return
+        raise AssertionError(f"the keyboard does not reach {name}")
+
+    go("number input for Remove")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("15")
+    go("Prune")
+    page.keyboard.press("Enter")
+    button(page, "Stop").wait_for(timeout=60_000)
+    go("Stop")
+    page.keyboard.press("Enter")
+    page.get_by_text("Nothing is lost").wait_for(timeout=60_000)
+    for tab, first in (("Compare", "Pruned model"), ("Sizes", "Pruned model"), ("Library", "Bring a plan")):
+        go(tab)
+        page.keyboard.press("Enter")
+        go(first)
+    page.keyboard.press("Enter")  # opens what is folded
+    go("Open it")
+    go("Open a run by its id")
+    page.keyboard.press("Enter")
+    go("Id")
+    page.keyboard.type("0" * 32)
+    go("Open")
+    page.keyboard.press("Enter")
+    page.get_by_text("There is no such run any more").wait_for()
+    go("About")
+    page.keyboard.press("Enter")
+    page.get_by_text("What it does not do").wait_for()

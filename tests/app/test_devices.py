@@ -1,0 +1,154 @@
+"""Several devices, and devices that are too small."""
+
+import threading
+
+import pytest
+import torch
+
+from ecodiff import catalog, machine
+from ecodiff.app import devices, server, service, tasks, worker
+from ecodiff.app.service.learning import unit_costs
+from ecodiff.checkpoints import loading
+from ecodiff.errors import OutOfMemoryError, RunError
+from ecodiff.learning import calibration
+from ecodiff.metrics import fidelity
+from ecodiff.metrics.fidelity import generate
+from ecodiff.runs.folder import Run
+from ecodiff.runs.loop import advance
+
+PROMPT = "red apple"
+
+
+def out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.fixture
+def store(tmp_path):
+    server.use(server.Server(tmp_path))
+    yield server.server().store
+    server.use(None)
+
+
+def drawing() -> devices.Device:
+    return server.server().devices.drawing
+
+
+def learned(run: Run) -> None:
+    server.server().worker._learn(worker.Job(run), drawing())
+
+
+@pytest.fixture
+def run(store) -> Run:
+    """Of the smallest model, short."""
+    known = catalog.find("emoji-turbo")
+    config = known.learn_config("fast", 0.2, warm_steps=1, steps=1, batch=2, trajectories=2)
+    return Run.create(store.new_folder(), known.name, config, known.prompts("calibration"))
+
+
+def test_all_gpus_are_used_unless_others_are_named(monkeypatch):
+    monkeypatch.delenv("ECODIFF_DEVICE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert machine.devices() == ["cuda:0", "cuda:1"]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert machine.devices() == ["cuda:1"]
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setenv("SPACES_ZERO_GPU", "true")
+    assert machine.devices() == ["cuda"]
+    monkeypatch.setenv("ECODIFF_DEVICE", "cuda:2, cuda:3")
+    assert machine.devices() == ["cuda:2", "cuda:3"] and machine.device() == "cuda:2"
+
+
+def test_images_do_not_wait_for_learning_on_another_device(run, monkeypatch):
+    server.use(server.Server(run.folder.parent, ["cpu", "cpu"]))
+    first, second = server.server().devices.all
+    learning, drawn = threading.Event(), threading.Event()
+    real = Run.stop_requested.fget
+
+    def wait(self):
+        """In the middle of a step, whose turn it is there."""
+        learning.set()
+        assert drawn.wait(60), "the image waited for the step"
+        return real(self)
+
+    monkeypatch.setattr(Run, "stop_requested", property(wait))
+    job = server.server().worker.submit(run)
+    assert learning.wait(60)
+    plan = unit_costs(run.model)[0].plan(ratio=0.2)
+    options = catalog.find(run.model).drawing()
+    asked = ([plan], [(PROMPT, 0)], options, False, str(run.folder / "variants"))
+    ((dense, _),) = tasks.results(tasks.DrawImages(run.model, *asked))
+    drawn.set()
+    while job.active:
+        threading.Event().wait(0.05)
+    assert job.stage == "finished" and run.finished
+    assert first.dense(run.model) is not second.dense(run.model)
+    again = generate(second.dense(run.model), PROMPT, 0, **options)
+    torch.testing.assert_close(again.latents, dense.latents, rtol=1e-3, atol=1e-3)
+    monkeypatch.setattr(calibration, "denoiser_calls", out_of_memory)
+    assert first.calibration(run.model).calls, "what was recorded there serves here"
+
+
+def test_a_model_that_does_not_fit(monkeypatch):
+    monkeypatch.setattr("diffusers.DiffusionPipeline.to", out_of_memory)
+    with pytest.raises(OutOfMemoryError, match=r"weights alone take 44\.5 MB\. Take a smaller model"):
+        loading.load("emoji-turbo")
+
+
+def test_learning_that_does_not_fit_is_kept(run, monkeypatch):
+    monkeypatch.setattr("ecodiff.learning.scoring.gauss_newton_sample", out_of_memory)
+    pipe = loading.load(run.model)
+    with pytest.raises(OutOfMemoryError, match="The run is kept"):
+        advance(run, pipe)
+    assert "ran out of memory" in run.error
+    monkeypatch.undo()
+    assert advance(run, pipe) and not run.error
+
+
+def test_images_that_do_not_fit_free_what_others_left(run, monkeypatch):
+    learned(run)
+    service.compare(run.id, 0.2, PROMPT, compensate=False)
+    assert drawing()._variants
+    real = fidelity.generate
+    monkeypatch.setattr(tasks, "generate", out_of_memory)
+    with pytest.raises(RunError, match="ran out of memory"):
+        service.compare(run.id, 0.2, PROMPT, compensate=False)
+    assert not drawing()._variants
+    monkeypatch.setattr(tasks, "generate", real)
+    assert len(service.compare(run.id, 0.2, PROMPT, compensate=False)) == 3
+
+
+def test_compensation_that_does_not_fit_leaves_a_finished_run(run, monkeypatch):
+    monkeypatch.setattr(devices, "Calibration", out_of_memory)
+    job = worker.Job(run)
+    server.server().worker._learn(job, drawing())
+    assert job.stage == "finished" and not run.error
+
+
+def test_the_first_images_wait_for_nothing(run, monkeypatch):
+    """Once a run is finished, what compensation needs is gathered, for any size, before anybody asks."""
+    learned(run)
+    monkeypatch.setattr(calibration.Calibration, "gather", out_of_memory)
+    small = drawing().pruned(run.model, run.plan(0.2))
+    assert drawing().pruned(run.model, run.plan(0.2), kept=run.folder / "variants") is small
+    other = drawing().pruned(run.model, run.plan(0.35))
+    plain = drawing().pruned(run.model, run.plan(0.35), compensate=False)
+    name = next(n for n, w in plain.unet.named_parameters() if not w.equal(other.unet.get_parameter(n)))
+    assert name.endswith(("weight", "bias"))
+
+
+def test_every_call_records_something_or_says_why_not(run, monkeypatch, tmp_path):
+    """On ZeroGPU the page calls until all is recorded: a call that adds nothing would be made for ever."""
+    folder, config = tmp_path / "recordings", catalog.find(run.model).compensation()
+    run.imported = True
+    run.save()
+    monkeypatch.setattr(devices.Devices, "recordings", lambda self, model: folder)
+    monkeypatch.setattr(machine, "CHUNK_SECONDS", 0.0)
+    for done in range(1, 3):
+        assert len(list(tasks.results(tasks.LearnRun(str(run.folder))))) == 1
+        assert len(calibration.missing(config, folder)) == len(config.batches) - done
+    monkeypatch.setattr(calibration, "save", lambda *_: None)
+    with pytest.raises(RunError, match="could not be kept"):
+        list(tasks.results(tasks.LearnRun(str(run.folder))))
+    assert service.status(run.id)["stage"] == "finished" and "disk" in service.status(run.id)["error"]

@@ -1,0 +1,38 @@
+"""Zeros in the dense shapes give what the sliced model gives, in an ordinary diffusers folder."""
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+import ecodiff
+from ecodiff.checkpoints import formats
+from ecodiff.errors import CheckpointError, PlanError
+from ecodiff.pipelines import denoiser_name, denoiser_of
+from tests.checkpoints.test_folders import some_plan
+from tests.conftest import latents
+
+
+def test_filled_gives_what_sliced_gives(pipe, tmp_path):
+    small = ecodiff.variant(pipe, some_plan(pipe))
+    few = ecodiff.CompensateConfig(trajectories=4, heldout=2, batch=2, inference_steps=2)
+    if denoiser_name(pipe) == "unet":
+        ecodiff.compensate_(small, pipe, ["red apple"], few)
+    out = formats.save_filled(small, tmp_path / "filled")
+    plain = DiffusionPipeline.from_pretrained(out)  # no remote code, no ecodiff
+    plain.set_progress_bar_config(disable=True)
+    assert type(denoiser_of(plain)) is type(denoiser_of(pipe))
+    expected = latents(small)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(latents(plain) / scale, expected / scale, atol=2e-5, rtol=0)
+    file = formats.save_filled(small, tmp_path / "one.safetensors", torch.float16)
+    assert load_file(file).keys() == denoiser_of(pipe).state_dict().keys()
+
+
+def test_what_cannot_be_filled(tiny_sdxl, tmp_path):
+    with pytest.raises(PlanError, match="is not pruned"):
+        formats.filled(tiny_sdxl.unet)
+    (tmp_path / "taken").mkdir()
+    small = ecodiff.variant(tiny_sdxl, some_plan(tiny_sdxl))
+    with pytest.raises(CheckpointError, match="exists"):
+        formats.save_filled(small, tmp_path / "taken")

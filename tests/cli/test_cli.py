@@ -1,0 +1,169 @@
+"""The commands, on the embedded model, with presets shortened: what is learned is tested elsewhere."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import ecodiff
+from ecodiff import catalog, config
+from ecodiff.cli import commands
+from ecodiff.config import CompensateConfig
+from ecodiff.pruning.slicing import plan_of
+from ecodiff.runs import loop
+from tests.checkpoints.test_folders import some_plan
+from tests.checkpoints.test_lora import peft_file
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch, tmp_path):
+    monkeypatch.setitem(config.PRESETS, "fast", {"warm_steps": 1, "steps": 1, "batch": 2})
+    monkeypatch.setattr(
+        catalog.Model, "compensation", lambda model: CompensateConfig(8, 4, 4, 2, inference_steps=4)
+    )
+    monkeypatch.setenv("ECODIFF_HOME", str(tmp_path / "home"))
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    code = commands.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def last_json(out: str) -> dict:
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def test_prune_recut_generate_compare(capsys, tmp_path):
+    out = tmp_path / "small"
+    command = ["prune", "emoji-sdxl", "--ratio", 0.2, "--preset", "fast", "--out", out, "--json"]
+    code, text, err = run(capsys, *command)
+    result = last_json(text)
+    assert code == 0, err
+    assert set(result) >= {"run", "out", "plan", "digest", "params_dense", "params_pruned", "seconds"}
+    assert result["run"] in err, "the run's folder is printed"
+    assert result["params_dense"] == 8_327_876
+    assert abs(result["params_pruned"] / result["params_dense"] - 0.8) < 1e-3
+    assert ecodiff.PrunePlan.load(result["plan"]).digest == result["digest"]
+    small = ecodiff.load(out)
+    assert sum(p.numel() for p in small.unet.parameters()) == result["params_pruned"]
+
+    # the same command on the same run learns nothing and gives the same plan
+    code, text, _ = run(capsys, *command, "--run", result["run"])
+    assert code == 0 and last_json(text)["digest"] == result["digest"]
+    # another command on it is refused
+    code, _, err = run(capsys, "prune", "emoji-sdxl", "--ratio", 0.3, "--out", out, "--run", result["run"])
+    assert code == 1 and "another --run" in err
+    # a run of the plan that is in the pruned folder, and that folder healed
+    brought = ["bring", "emoji-sdxl", result["plan"], "--run", tmp_path / "brought"]
+    assert run(capsys, *brought)[0] == 0
+    code, text, _ = run(capsys, "prune", tmp_path / "brought", "--out", tmp_path / "again", "--json")
+    assert code == 0 and last_json(text)["digest"] == result["digest"]
+    healing = ["heal", out, "--out", tmp_path / "healed", "--steps", 1, "--rank", 1, "--count", 1]
+    code, text, err = run(capsys, *healing, "--json")
+    assert code == 0, err
+    assert plan_of(ecodiff.load(tmp_path / "healed").unet).digest == result["digest"]
+    assert last_json(text)["before"] != last_json(text)["after"]
+    assert "| healed | 1 steps" in (tmp_path / "healed" / "README.md").read_text()
+    # another size from the run
+    again = ["prune", result["run"], "--ratio", 0.4, "--out", tmp_path / "s", "--no-compensate", "--layers"]
+    code, text, _ = run(capsys, *again, "--json")
+    assert "mid_block.resnets.0" in text and last_json(text)["compensated"] == 0 < result["compensated"]
+    assert code == 0 and last_json(text)["params_pruned"] / 8_327_876 == pytest.approx(0.6, abs=1e-3)
+
+    image = tmp_path / "apple.png"
+    code, _, err = run(capsys, "generate", out, "red apple", "--seed", 3, "--steps", 2, "--out", image)
+    assert code == 0 and Image.open(image).size == (64, 64), err
+    pair = tmp_path / "pair.png"
+    code, text, _ = run(capsys, "compare", out, "red apple", "--steps", 2, "--out", pair, "--json")
+    assert code == 0 and Image.open(pair).size == (128, 64)
+    assert 0 < last_json(text)["mean"]["latent_error"] < 1
+    code, text, _ = run(capsys, "compare", out, "--count", 2, "--steps", 2, "--json")
+    report = last_json(text)
+    assert code == 0 and len(report["rows"]) == 2 and report["ms_dense"] > 0
+    code, text, _ = run(capsys, "info", out, "--json")
+    assert code == 0 and last_json(text)["pruned"]
+
+
+def test_info_of_the_embedded_model(capsys):
+    code, out, _ = run(capsys, "info", "emoji-sdxl", "--json")
+    facts = last_json(out)
+    assert code == 0 and facts["params"] == 8_327_876
+    assert (
+        facts["share_heads"] + facts["share_ffn"] >= 0.65 and facts["ceiling"] > 0.9 and facts["left_alone"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "no-such-model", "--out", "x"], "There is no model 'no-such-model'"),
+        (["prune", "emoji-sdxl", "--ratio", "0.95", "--out", "x"], "At most 90.7%"),
+        (["prune", "emoji-sdxl", "--ratio", "-1", "--out", "x"], "from 0 to 0.907"),
+        (["prune", "emoji-sdxl", "--ratio", "nan", "--out", "x"], "from 0 to 0.907"),
+        (["info", "somebody/something"], "no network"),
+        (["generate", "/etc", "cat"], "model_index.json"),
+        (["compare", "emoji-sdxl"], "is not pruned"),
+    ],
+)
+def test_bad_input_is_one_sentence(capsys, arguments, message):
+    code, out, err = run(capsys, *arguments)
+    assert code == 1 and message in err and "Traceback" not in out + err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_wrong_usage(capsys):
+    for arguments in ([], ["prune"], ["prune", "emoji-sdxl", "--out", "x", "--ratio", "much"]):
+        with pytest.raises(SystemExit) as exit_:
+            commands.main(arguments)
+        assert exit_.value.code == 2
+    with pytest.raises(SystemExit) as exit_:
+        commands.main(["--help"])
+    assert exit_.value.code == 0 and "examples:" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_the_run(capsys, tmp_path, monkeypatch):
+
+    arguments = ["prune", "emoji-sdxl", "--preset", "fast", "--out", tmp_path / "o", "--run", tmp_path / "r"]
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
+    original = loop._save
+
+    def interrupt(run, state, scores):
+        original(run, state, scores)
+        if state.step == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_save", interrupt)
+    code, _, err = run(capsys, *arguments)
+    assert code == 130 and "resumes" in err
+    monkeypatch.setattr(loop, "_save", original)
+    code, _, err = run(capsys, *arguments)
+    assert code == 0 and "resumed at step 1" in err
+    assert plan_of(ecodiff.load(tmp_path / "o").unet) is not None
+    assert torch.isfinite(loop.Run.open(tmp_path / "r").state().vectors["log_alpha"]).all()
+
+
+def test_info_needs_no_weights(capsys, tmp_path, tiny_sdxl):
+    tiny_sdxl.save_pretrained(tmp_path / "model")
+    for file in (tmp_path / "model").rglob("*.safetensors"):
+        file.unlink()
+    code, out, _ = run(capsys, "info", tmp_path / "model", "--json")
+    assert code == 0 and last_json(out)["params"] == sum(p.numel() for p in tiny_sdxl.unet.parameters())
+
+
+def test_lora_and_fill(tiny_sdxl, tmp_path, capsys):
+    tiny_sdxl.save_pretrained(tmp_path / "dense")
+    plan = some_plan(tiny_sdxl)
+    plan.metadata["model"] = str(tmp_path / "dense")
+    small = ecodiff.save(ecodiff.variant(tiny_sdxl, plan), tmp_path / "small")
+    lora, out = peft_file(tiny_sdxl, tmp_path / "lora.safetensors"), tmp_path / "fitting.safetensors"
+    assert commands.main(["lora", str(small), str(lora), "--out", str(out)]) == 0
+    assert "layers cut to fit" in capsys.readouterr().out
+    assert commands.main(["lora", str(small), str(out), "--out", str(tmp_path / "again.safetensors")]) == 1
+    assert "fits this model as it is" in capsys.readouterr().err
+    assert commands.main(["fill", str(small), "--out", str(tmp_path / "filled")]) == 0
+    filled = ecodiff.load(tmp_path / "filled")
+    assert filled.unet.num_parameters() == tiny_sdxl.unet.num_parameters()
+    assert commands.main(["fill", str(small), "--out", str(tmp_path / "filled")]) == 1
+    assert "exists" in capsys.readouterr().err

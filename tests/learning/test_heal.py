@@ -1,0 +1,142 @@
+"""Healing: exact gradients through the trajectory, resumable, merged, the dense model untouched."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import ecodiff
+from ecodiff import catalog
+from ecodiff.app import server, service
+from ecodiff.config import HealConfig
+from ecodiff.errors import CheckpointError, PlanError, RunError
+from ecodiff.learning.heal import _add_lora, heal
+from ecodiff.learning.trajectory import trajectory
+from ecodiff.metrics.fidelity import generate
+from ecodiff.pipelines import denoiser_of, prompt_rows
+from ecodiff.pruning.slicing import plan_of
+from ecodiff.runs import healing
+from tests.checkpoints.test_folders import drawn_by_diffusers_alone, some_plan
+from tests.conftest import PROMPT, latents, short
+
+pytest.importorskip("peft")
+CONFIG = HealConfig(steps=4, batch=2, trajectories=4, rank=2, rate=1e-3, inference_steps=3)
+PROMPTS = [PROMPT, "cat"]
+
+
+def test_gradients_of_weights_do_not_depend_on_recomputation(pipe):
+    small = ecodiff.variant(pipe, some_plan(pipe))
+    small.to(torch.float64)
+    student = denoiser_of(small)
+    parameters = list(_add_lora(student, denoiser_of(pipe), plan_of(student), CONFIG)[1].values())
+    for parameter in parameters:
+        parameter.data = torch.randn_like(parameter, dtype=torch.float64) * 0.05
+    call = {"num_inference_steps": 3} | short(pipe)
+    found = []
+    for checkpoint in (True, False):
+        with trajectory(small, checkpoint, trained=parameters) as run:
+            loss = run(**prompt_rows(PROMPTS, range(2), 0, call)).square().mean()
+            found.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+    assert any(gradient is not None and gradient.abs().max() > 0 for gradient in found[0])
+    for a, b in zip(*found, strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
+
+
+def test_a_layer_that_nothing_reads_does_not_stop_it_from_going_on(tiny_sdxl, tmp_path, monkeypatch):
+    """Some layers never get a gradient, so Adam has no moments of theirs."""
+    real = torch.autograd.grad
+
+    def without_the_first(outputs, inputs, *args, **kwargs):
+        found = real(outputs, inputs, *args, **kwargs)
+        healing = isinstance(inputs, list) and all(isinstance(i, torch.nn.Parameter) for i in inputs)
+        return (None, *found[1:]) if healing else found
+
+    monkeypatch.setattr(torch.autograd, "grad", without_the_first)
+    plan = some_plan(tiny_sdxl)
+    for step, _ in heal(ecodiff.variant(tiny_sdxl, plan), tiny_sdxl, PROMPTS, CONFIG, tmp_path):
+        if step == 2:
+            break
+    rest = list(heal(ecodiff.variant(tiny_sdxl, plan), tiny_sdxl, PROMPTS, CONFIG, tmp_path))
+    assert [step for step, _ in rest] == [3, 4]
+
+
+def test_it_comes_closer_goes_on_anywhere_and_leaves_the_dense_model_alone(tiny_sdxl, tmp_path):
+    plan, before = some_plan(tiny_sdxl), latents(tiny_sdxl)
+    config = replace(CONFIG, steps=8)
+
+    def healed(folder=None, stop=None):
+        small = ecodiff.variant(tiny_sdxl, plan)
+        losses = []
+        for step, loss in heal(small, tiny_sdxl, PROMPTS, config, folder):
+            losses.append(loss)
+            if step == stop:
+                break
+        return small, losses
+
+    whole, losses = healed()
+    assert min(losses[-2:]) < losses[0], "it did not come closer"
+    assert torch.equal(latents(tiny_sdxl), before), "the dense model was changed"
+    stopped, _ = healed(tmp_path, stop=3)
+    assert torch.equal(latents(stopped), latents(ecodiff.variant(tiny_sdxl, plan))), "half healed"
+    resumed, rest = healed(tmp_path)
+    assert len(rest) == 5 and rest == losses[3:]
+    assert torch.equal(latents(resumed), latents(whole))
+    assert not any("lora" in name for name, _ in denoiser_of(whole).named_modules())
+    folder = ecodiff.save(whole, tmp_path / "healed")
+    torch.testing.assert_close(latents(ecodiff.load(folder)), latents(whole), rtol=1e-4, atol=1e-4)
+    with pytest.raises(CheckpointError, match="other settings"):
+        next(heal(ecodiff.variant(tiny_sdxl, plan), tiny_sdxl, PROMPTS, CONFIG, tmp_path))
+    (tmp_path / "state.safetensors").write_bytes(b"half a file")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        next(heal(ecodiff.variant(tiny_sdxl, plan), tiny_sdxl, PROMPTS, config, tmp_path))
+    with pytest.raises(PlanError, match="not pruned"):
+        next(heal(tiny_sdxl, tiny_sdxl, PROMPTS, config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_healed_in_float32(tiny_sdxl, dtype):
+    tiny_sdxl.to(dtype)
+    plan = some_plan(tiny_sdxl)
+    small = ecodiff.variant(tiny_sdxl, plan)
+    losses = [loss for _, loss in heal(small, tiny_sdxl, PROMPTS, replace(CONFIG, steps=8))]
+    assert min(losses[-2:]) < losses[0]
+    healed, cut = denoiser_of(small), denoiser_of(ecodiff.variant(tiny_sdxl, plan))
+    assert {p.dtype for p in healed.parameters()} == {dtype}
+    changed = [n for n, p in cut.named_parameters() if not p.equal(healed.get_parameter(n))]
+    assert len(changed) > 10
+
+
+def test_a_run_is_healed_stopped_and_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(healing, "HEALED_PROMPTS", 2)
+    server.use(server.Server(tmp_path))
+    generator = torch.Generator().manual_seed(0)
+    groups = ecodiff.find_groups(ecodiff.load("emoji-turbo").unet)
+    plan = ecodiff.PrunePlan({g.name: torch.rand(g.size, generator=generator) > 0.3 for g in groups})
+    run = service.bring("emoji-turbo", [plan.save(tmp_path / "plan.safetensors")])["run"]
+    compensated = service.compare(run, 0.2, "red apple")
+    before = service.export(run, 0.2)["name"]
+
+    going = service.heal(run, 0.2, 4)
+    assert [next(going)["step"], next(going)["step"]] == [1, 2]
+    with pytest.raises(RunError, match="being worked on"):
+        list(service.heal(run, 0.2, 4))
+    service.stop(run)
+    assert [found["stage"] for found in going] == ["stopped"]
+    found = list(service.heal(run, 0.2, 4))
+    assert [f["step"] for f in found] == [3, 4, 4], "it goes on where it was stopped"
+
+    assert found[-1]["stage"] == "healed" and found[-1]["after"] < found[-1]["before"]
+    drawn = service.compare(run, 0.2, "red apple")
+    assert not drawn[1].latents.equal(compensated[1].latents), "images are the healed model's now"
+    assert drawn[0].latents.equal(compensated[0].latents)
+    made = service.export(run, 0.2)
+    assert made["name"] != before and "healed4" in made["name"]
+    folder = Path(made["path"]).with_suffix("")
+    assert "4 steps, LoRA of rank 16, merged" in (folder / "README.md").read_text()
+    assert drawn_by_diffusers_alone(folder, ecodiff.load("emoji-turbo"))["latents"].isfinite().all()
+    again = ecodiff.load(folder)
+    latents_ = generate(again, "red apple", 0, **catalog.find("emoji-turbo").drawing()).latents
+    torch.testing.assert_close(latents_, drawn[1].latents, atol=0.05, rtol=0.05)  # saved as float16
