@@ -27,10 +27,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for recipes
 import ecodiff
 from ecodiff import catalog
-from ecodiff.config import PRESETS, CompensateConfig
-from ecodiff.learning import scoring
+from ecodiff.config import CompensateConfig
 from ecodiff.learning.calibration import Calibration
 from ecodiff.learning.compensate import compensate_
+from ecodiff.learning.scoring import METHODS
 from ecodiff.metrics.cost import parameters
 from ecodiff.metrics.fidelity import Sample, fidelity
 from ecodiff.pipelines import call_options, denoiser_of, prompt_rows
@@ -40,14 +40,10 @@ HERE = Path(__file__).parent
 CACHE = Path.home() / ".cache" / "ecodiff" / "data"
 BATCH, CALIBRATION = 8, 64  # trajectories of the one-shot scores
 MEASURES = ("latent_error", "psnr", "ssim", "top1", "top5")
-ONE_SHOT = ("random", "magnitude-l1", "magnitude-l2", "wanda", "taylor", "gauss-newton")
-METHODS = (*ONE_SHOT, "obs-diff", *PRESETS)
-SOURCES = {
-    "random": "",
-    "magnitude-l1": "Han et al. 2015",
-    "magnitude-l2": "Han et al. 2015",
-    "wanda": "Sun et al. 2023, per unit",
-    "taylor": "Diff-Pruning, Fang et al. 2023",
+PUBLISHED = ("ecodiff", "obs-diff")  # besides METHODS
+OURS = ("fast", "balanced", "paper", "gauss-newton")
+NAMES = (*METHODS, *PUBLISHED, *OURS[:3])
+SOURCES = {name: method.source for name, method in METHODS.items()} | {
     "obs-diff": "Zhu et al. 2026, structured",
     "ecodiff": "EcoDiff as published, exact gradients",
 }
@@ -89,7 +85,7 @@ class Recognition:
 def rank(method: str, pipe, model: catalog.Model, ratio: float, seed: int) -> tuple[ecodiff.Scores, int]:
     """Scores by a method's name, and what they cost in trajectories."""
     prompts, denoiser = model.prompts("calibration"), denoiser_of(pipe)
-    if method in PRESETS:
+    if method not in METHODS:
         config = model.learn_config(method, ratio, seed=seed)
         scores = ecodiff.learn_masks(pipe, prompts, config)
         dense = min(config.steps * config.batch, config.trajectories)
@@ -98,14 +94,10 @@ def rank(method: str, pipe, model: catalog.Model, ratio: float, seed: int) -> tu
     calls = [
         prompt_rows(prompts, range(first, first + 4), seed, options) for first in range(0, CALIBRATION, 4)
     ]
-    values, cost = {
-        "random": lambda: (scoring.random(denoiser, seed), 0),
-        "magnitude-l1": lambda: (scoring.magnitude(denoiser, 1), 0),
-        "magnitude-l2": lambda: (scoring.magnitude(denoiser, 2), 0),
-        "wanda": lambda: (scoring.wanda(pipe, calls), CALIBRATION),
-        "taylor": lambda: (scoring.taylor(pipe, calls, seed=seed), 5 * CALIBRATION),
-        "gauss-newton": lambda: (scoring.gauss_newton(pipe, calls, seed), 4 * CALIBRATION),
-    }[method]()
+    chosen = METHODS[method]
+    found = chosen.score(pipe, calls, seed)
+    values = {group.name: found[group.name] for group in ecodiff.find_groups(denoiser)}
+    cost = chosen.cost * CALIBRATION
     return ecodiff.Scores.of(denoiser, values, method=method), cost
 
 
@@ -155,7 +147,7 @@ def figure(found: dict, path: Path) -> None:
     axes.set_prop_cycle(color=[*pyplot.get_cmap("tab10").colors, "black", "olive"])
     for method in dict.fromkeys(row["method"] for row in found["rows"] if row["method"].endswith("+")):
         rows = [row for row in found["rows"] if row["method"] == method]
-        ours = method.split()[0] in PRESETS and not method.startswith("ecodiff")
+        ours = method.split()[0] in OURS
         x, y = [100 * r["removed"] for r in rows], np.array([r["latent_error"] for r in rows])
         line = axes.plot(x, y[:, 0], "o-", label=method, lw=2.5 if ours else 1.2, ms=4 if ours else 3)[0]
         axes.fill_between(x, y[:, 1], y[:, 2], color=line.get_color(), alpha=0.12, lw=0)
@@ -188,7 +180,7 @@ def results_file(name: str, options: argparse.Namespace) -> Path:
 
 def main() -> None:
     parser = arguments(__doc__, [0.1, 0.2, 0.3, 0.4, 0.5], 32)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=NAMES, choices=NAMES)
     options = parser.parse_args()
     out = results_file("fidelity", options)
     if options.figure:

@@ -18,12 +18,12 @@ from pathlib import Path
 import psutil
 import torch
 from gradio_client import Client
+from server import serve
 
 from ecodiff import catalog
 from ecodiff.checkpoints import loading
 from ecodiff.runs.folder import Run
 from ecodiff.runs.loop import advance
-from tests.server import serve
 
 OUT = Path(__file__).with_suffix(".json")
 MODEL = "emoji-sdxl"

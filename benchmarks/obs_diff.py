@@ -33,7 +33,7 @@ def prune(pipe, calibration: Calibration, ratio: float, packages: int = 4):
         statistics = {name: Statistics() for name in names}
         for call in calibration.calls:
             for name, (x, y) in seen(denoiser_of(small), call, names).items():
-                statistics[name].add(y, x, call.weight)
+                statistics[name].add(y, x)
         hessians = {n: _damped(found.xx / found.rows) for n, found in statistics.items()}
         dense = {n: denoiser_of(small).get_submodule(n).weight.float() for n in names}
         keep, columns = {}, {n: torch.ones(weight.shape[1], dtype=torch.bool) for n, weight in dense.items()}

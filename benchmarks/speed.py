@@ -55,7 +55,7 @@ def main() -> None:
     pipe = ecodiff.load(options.model)
     denoiser = denoiser_of(pipe)
     groups = ecodiff.find_groups(denoiser)
-    worth = scoring.magnitude(denoiser)
+    worth = scoring.magnitude(pipe)
     call = call_of(pipe, model, 1)
     scores = Scores.of(
         denoiser,

@@ -84,6 +84,16 @@ class Model:
             "extra": self.extra,
         }
 
+    def footprint(self, itemsize: int | None = None) -> dict:
+        """What `memory.estimate` needs. `itemsize`: bytes of a weight; None: as in its files."""
+        on_disk = 4 if self.dtype == "float32" else 2
+        return {
+            "itemsize": itemsize or on_disk,
+            "others": self.others_gb * 1e9 / on_disk,
+            "size": self.size or 1024,
+            "guided": (self.guidance_scale or 0) > 1,
+        }
+
     def prompts(self, which: str) -> list[str]:
         """Prompts to learn on ("calibration") or to judge by ("heldout"): never the same ones."""
         folder = Path(self.source) if self.embedded else EMBEDDED
@@ -103,6 +113,7 @@ def _table(file: str) -> list[dict]:
 MODELS: dict[str, Model] = {entry["name"]: _read(entry) for entry in _table("models.json")}
 
 SUPPORTED = _table("supported.json")  # written by tests/support.py
+MEASURED = _table("measured.json")  # of benchmarks/fidelity*.json, written by tests/support.py
 
 
 def supported(denoiser: str) -> list[dict]:

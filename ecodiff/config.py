@@ -5,41 +5,48 @@ from dataclasses import dataclass, field, replace
 from .errors import BudgetError
 from .units import ALL_KINDS, PRESET_KINDS
 
+HEAL_RATE = 1e-3
 
-@dataclass(frozen=True)
-class CompensateConfig:
-    """How the statistics are gathered.
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The trajectories that something is measured or learned on.
 
     Attributes:
-        trajectories: dense trajectories, each from a prompt and a seed of its own.
-        heldout: how many of them only check what the others gave.
         batch: trajectories at a time.
-        calls: denoiser calls kept of each batch, evenly spread over the time steps.
-        memory: bytes of statistics at a time; more passes over the calls are made if it does not
-            suffice for all layers, down to one layer a pass.
-        passes: in how many turns layers are updated in network order, each on the inputs that the
-            pruned model then has; None: all from the dense model's.
-        damping: e, as a fraction of the mean variance of a feature of x'.
-        last_weight: weight of the last time step; the first has 1, between them it falls with the
-            logarithm (OBS-Diff's timestep-aware weighting). 1 weighs all alike.
-        inference_steps, guidance_scale, size: of the trajectories; None: the pipeline's default.
+        inference_steps: time steps of a trajectory; None: the pipeline's default.
+        guidance_scale: None: the pipeline's default.
+        size: height and width of the image in pixels; None: the pipeline's default.
         extra: more arguments of the pipeline's call.
-        seed: of prompts and latents.
+        seed: of prompts and noise.
     """
 
-    trajectories: int = 40
-    heldout: int = 8
     batch: int = 4
-    calls: int = 6
-    memory: int = 2 << 30
-    passes: int | None = None
-    damping: float = 0.05
-    last_weight: float = 1.0
     inference_steps: int | None = None
     guidance_scale: float | None = None
     size: int | None = None
     extra: dict = field(default_factory=dict)
     seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompensateConfig(Sampling):
+    """How the statistics of a closed-form repair are gathered. Besides those of `Sampling`:
+
+    Attributes:
+        trajectories: dense trajectories, each from a prompt and a seed of its own.
+        heldout: how many of them only check what the others gave.
+        calls: denoiser calls kept of each batch, evenly spread over the time steps.
+        memory: bytes of statistics at a time; more passes over the calls are made if it does not
+            suffice for all layers, down to one layer a pass.
+        damping: e, as a fraction of the mean variance of a feature of x'.
+    """
+
+    trajectories: int = 40
+    heldout: int = 8
+    calls: int = 6
+    memory: int = 2 << 30
+    damping: float = 0.05
 
     @property
     def batches(self) -> list[range]:
@@ -48,49 +55,38 @@ class CompensateConfig:
         return [range(first, min(first + self.batch, self.trajectories)) for first in starts]
 
 
-@dataclass(frozen=True)
-class LearnConfig:
+@dataclass(frozen=True, kw_only=True)
+class LearnConfig(Sampling):
     """What a run does. Everything that its result depends on, besides model and prompts.
 
-    Attributes:
+    Attributes, besides those of `Sampling`:
         ratio: budget that learning steers to: fraction of the denoiser's parameters to remove. The
             scores can then be cut at any size; they are best near this one.
         warm_steps: batches of trajectories for the Gauss-Newton warm start.
         steps: mask learning steps after it.
-        batch: trajectories a step.
         trajectories: distinct (prompt, seed) pairs that steps draw from.
-        inference_steps: time steps of a trajectory; None: the pipeline's default.
-        guidance_scale: None: the pipeline's default.
-        size: height and width of the image in pixels; None: the pipeline's default.
-        extra: more arguments of the pipeline's call.
         rate: Adam's learning rate on log-alpha.
-        seed: of prompts, latents and gates.
-        kinds: which units may go: "heads", "ffn", "resnet", "modulation" (rows of AdaLN: memory, no
-            time), and "blocks" (whole transformer blocks, each with a gate on top of its units').
-        cost: what the budget counts, "params", "bytes" (the same share), "macs" or "ms" (measured on
-            this machine when the run starts or resumes: such a run is not repeatable to the bit);
-            `ratio` is a share of that.
+        kinds: the units to prune, names of `units.KINDS`.
+        cost: what the budget counts, "params", "macs" or "ms" (measured on this machine when the run
+            starts or resumes: such a run is not repeatable to the bit); `ratio` is a share of that.
         penalty: None steers the expected size to the budget. A number is the paper's own objective
             instead: gates start from a constant, none warm, and this weighs the mean |log-alpha|.
         checkpoint: recompute each time step in the backward pass (memory does not grow with steps);
             False: none; None: as many as memory asks for. Scores do not depend on it.
+        method: None: what the steps above say. Else a name of `learning.scoring.METHODS`, whose scores
+            are computed in one step on `warm_steps` batches.
     """
 
     ratio: float = 0.2
     warm_steps: int = 16
     steps: int = 8
-    batch: int = 4
     trajectories: int = 256
-    inference_steps: int | None = None
-    guidance_scale: float | None = None
-    size: int | None = None
-    extra: dict = field(default_factory=dict)
     rate: float = 0.05
-    seed: int = 0
     kinds: tuple[str, ...] = PRESET_KINDS
     cost: str = "params"
     penalty: float | None = None
     checkpoint: bool | None = None
+    method: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "kinds", tuple(self.kinds))  # JSON gives a list
@@ -98,22 +94,26 @@ class LearnConfig:
             raise BudgetError("batch and trajectories must be at least 1, steps at least 0.")
         if self.warm_steps < 1 and (self.penalty is None or self.steps < 1):
             raise BudgetError("Give at least one warm step (or a penalty, and steps to learn with it).")
-        if self.cost not in ("params", "bytes", "macs", "ms"):
-            raise BudgetError(f"cost is 'params', 'bytes', 'macs' or 'ms', not {self.cost!r}.")
-        unknown = set(self.kinds) - {*ALL_KINDS, "blocks"}
+        if self.cost not in ("params", "macs", "ms"):
+            raise BudgetError(f"cost is 'params', 'macs' or 'ms', not {self.cost!r}.")
+        unknown = set(self.kinds) - set(ALL_KINDS)
         if unknown or not set(self.kinds) & set(ALL_KINDS):
-            raise BudgetError(f"kinds are some of {', '.join(ALL_KINDS)} and blocks, not {self.kinds}.")
+            raise BudgetError(f"kinds are some of {', '.join(ALL_KINDS)}, not {self.kinds}.")
 
     @classmethod
     def preset(cls, name: str, **changes) -> "LearnConfig":
-        """One of "fast", "balanced", "paper", with some fields changed."""
+        """One of "fast", "balanced", "paper", "ecodiff", with some fields changed.
+
+        Raises:
+            BudgetError: there is no such preset.
+        """
         if name not in PRESETS:
             raise BudgetError(f"There is no preset {name!r}. Presets: {', '.join(PRESETS)}.")
         return replace(cls(**PRESETS[name]), **changes)
 
     @property
     def total_steps(self) -> int:
-        return self.warm_steps + self.steps
+        return 1 if self.method else self.warm_steps + self.steps
 
 
 # "paper" takes as many trajectories as the paper: 100 steps of 4. How they are divided, and what fewer
@@ -135,31 +135,21 @@ PRESETS: dict[str, dict] = {
 HEAL_RATE = 1e-3
 
 
-@dataclass(frozen=True)
-class HealConfig:
-    """How long and how.
+@dataclass(frozen=True, kw_only=True)
+class HealConfig(Sampling):
+    """How long a pruned model is healed, and how. Besides those of `Sampling`:
 
     Attributes:
         steps: of the optimizer.
-        batch: trajectories a step.
         trajectories: distinct (prompt, seed) pairs that steps draw from.
         rank: of the updates.
         rate: AdamW's peak learning rate; it falls to zero along a cosine.
-        inference_steps, guidance_scale, size: of the trajectories; None: the pipeline's default.
-        extra: more arguments of the pipeline's call.
-        seed: of prompts, latents and the updates' start.
     """
 
     steps: int = 100
-    batch: int = 4
     trajectories: int = 128
     rank: int = 16
     rate: float = HEAL_RATE
-    inference_steps: int | None = None
-    guidance_scale: float | None = None
-    size: int | None = None
-    extra: dict = field(default_factory=dict)
-    seed: int = 0
 
     def __post_init__(self):
         if min(self.steps, self.batch, self.rank) < 1 or not 0 < self.rate < 1:

@@ -9,6 +9,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from .errors import CheckpointError
+from .storage import write_json
+
 CHUNK_SECONDS = 60  # of learning in one ZeroGPU call; such a call may not last much longer
 
 START_SECONDS = 15  # until a ZeroGPU worker is up
@@ -58,10 +61,8 @@ class Timings:
         """Remember the last measurement of each."""
         known = self._read()
         known[model] = known.get(model, {}) | {name: round(value, 3) for name, value in seconds.items()}
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        with suppress(OSError):  # an estimate that is lost costs nothing else
-            partial.write_text(json.dumps(known), encoding="utf-8")
-            partial.replace(self.path)
+        with suppress(CheckpointError):  # an estimate that is lost costs nothing else
+            write_json(self.path, known)
 
     def seconds(self, model: str, *names: str) -> float:
         """What a call of these parts will take, with the start of a worker; a guess before the first."""

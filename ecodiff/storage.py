@@ -1,5 +1,8 @@
-"""ecodiff's small files: safetensors with a JSON header, written whole or not at all, checked when read."""
+"""The files that ecodiff writes for itself: safetensors and JSON, whole or not at all, checked when read."""
 
+import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,8 +15,8 @@ from .errors import CheckpointError
 MAX_FILE_BYTES = 64 << 20  # FLUX.1 has 2 M units: 4 MB of scores, 250 kB of plan
 
 
-def write_small(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> Path:
-    """Write one of ecodiff's small files, whole or not at all. Returns the path.
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Path:
+    """Write tensors, from any device, as a safetensors file, whole or not at all. Returns the path.
 
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written to.
@@ -22,14 +25,34 @@ def write_small(path: str | Path, tensors: dict[str, Tensor], header: dict[str, 
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata=header)
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(stored, partial, metadata=dict(header))
         partial.replace(path)
     except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
         raise CheckpointError(f"Could not write {path}: {error}. Is the disk full?") from None
     return path
 
 
-def read_small(
+def write_json(path: str | Path, data) -> Path:
+    """Write JSON, whole or not at all. Returns the path.
+
+    Raises:
+        CheckpointError: as `write_tensors`.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(data, indent=1), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"Could not write {path}: {error}. Is the disk full?") from None
+    return path
+
+
+def read_tensors(
     path: str | Path, expected: str, dtype: torch.dtype
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Header and tensors of one of ecodiff's small files; its size is checked before it is read.

@@ -1,5 +1,6 @@
 """What a unit is: kinds, and the description of a group of units. Pure description, no weights."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,22 +9,48 @@ from torch import LongTensor, Tensor, nn
 
 Kind = Literal["heads", "ffn", "conv_ffn", "resnet", "modulation"]
 
-ALL_KINDS: tuple[Kind, ...] = ("heads", "ffn", "conv_ffn", "resnet", "modulation")
 
-KINDS: tuple[Kind, ...] = ("heads", "ffn", "conv_ffn")  # the paper's
+@dataclass(frozen=True)
+class UnitKind:
+    """One kind of unit.
 
-PRESET_KINDS: tuple[Kind, ...] = (*KINDS, "resnet")  # modulation rows buy memory, but no time
+    Attributes:
+        name: as in files, options and the API.
+        word: in the plural, for people.
+        floor: the least number that must stay in a layer: norms and depthwise convolutions of no channels
+            cannot run.
+        aligned: widths that remain are rounded to what matrix units like.
+        published: the paper prunes it.
+        preset: the presets prune it; modulation rows buy memory, but no time.
+    """
 
-WORDS: dict[Kind, str] = {
-    "heads": "heads",
-    "ffn": "FFN neurons",
-    "conv_ffn": "FFN channels",
-    "resnet": "ResNet channels",
-    "modulation": "modulation rows",
+    name: Kind
+    word: str
+    floor: int = 0
+    aligned: bool = False
+    published: bool = False
+    preset: bool = True
+
+
+KINDS: dict[Kind, UnitKind] = {
+    kind.name: kind
+    for kind in (
+        UnitKind("heads", "heads", published=True),
+        UnitKind("ffn", "FFN neurons", aligned=True, published=True),
+        UnitKind("conv_ffn", "FFN channels", floor=1, aligned=True, published=True),
+        UnitKind("resnet", "ResNet channels", floor=1),
+        UnitKind("modulation", "modulation rows", preset=False),
+    )
 }
+ALL_KINDS: tuple[Kind, ...] = tuple(KINDS)
+PUBLISHED_KINDS: tuple[Kind, ...] = tuple(name for name, kind in KINDS.items() if kind.published)
+PRESET_KINDS: tuple[Kind, ...] = tuple(name for name, kind in KINDS.items() if kind.preset)
 
-# Norms and depthwise convolutions of no channels cannot run.
-FLOORS: dict[Kind, int] = {"heads": 0, "ffn": 0, "conv_ffn": 1, "resnet": 1, "modulation": 0}
+
+def in_words(kinds: Iterable[str]) -> str:
+    """For example "heads or FFN neurons"."""
+    wanted = set(kinds)
+    return " or ".join(kind.word for name, kind in KINDS.items() if name in wanted)
 
 
 @dataclass(frozen=True)
@@ -81,7 +108,7 @@ class PruneGroup:
     @property
     def floor(self) -> int:
         """The least number of units that must stay."""
-        return max(self.least, FLOORS[self.kind])
+        return max(self.least, KINDS[self.kind].floor)
 
     @property
     def routed(self) -> bool:

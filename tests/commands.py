@@ -11,7 +11,7 @@ import sys
 import time
 
 if __name__ == "__main__":
-    from ecodiff.cli import commands
+    from ecodiff import cli
 
     time.sleep = lambda _: None  # nobody waits for the Hub's client to try again
     answers = sys.stdout
@@ -19,5 +19,5 @@ if __name__ == "__main__":
         os.environ["HF_TOKEN"], *arguments = json.loads(line)
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            code = commands.main(arguments)
+            code = cli.main(arguments)
         print(json.dumps([code, said.getvalue()]), file=answers, flush=True)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from ecodiff.architectures import find_groups
 from ecodiff.pipelines import denoiser_of
-from ecodiff.units import ALL_KINDS, WORDS
+from ecodiff.units import ALL_KINDS, KINDS
 from tests import conftest, stacking
 from tests.denoisers import ROWS
 from tests.pipelines import BUILDERS
 
 HOME = Path(__file__).parent.parent
 FILE, README = HOME / "ecodiff" / "supported.json", HOME / "README.md"
+MEASURED = HOME / "ecodiff" / "measured.json"
 BEGIN, END = "<!-- supported: python -m tests.support -->\n", "<!-- end -->\n"
 STACKED = "<!-- stacked: python -m tests.support -->\n"
 LABELS = {
@@ -47,7 +48,7 @@ def table(found: list[dict]) -> str:
     """The README's table."""
     lines = ["| architecture | diffusers' class | units | tried |", "|---|---|---|---|"]
     for row in found:
-        kinds = ", ".join(WORDS[kind] for kind in row["kinds"])
+        kinds = ", ".join(KINDS[kind].word for kind in row["kinds"])
         tried = "whole pipeline" if row["pipeline"] else "denoiser, in a loop"
         lines.append(f"| {row['name']} | `{row['denoiser']}` | {kinds} | {tried} |")
     return "\n".join(lines) + "\n"
@@ -58,7 +59,14 @@ def section(readme: str, begin: str = BEGIN) -> str:
     return readme.partition(begin)[2].partition(END)[0]
 
 
+def measured() -> list[dict]:
+    """What benchmarks/fidelity.py measured of each embedded model, the rows that the page shows."""
+    files = sorted((HOME / "benchmarks").glob("fidelity*.json"))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
 if __name__ == "__main__":
+    MEASURED.write_text(json.dumps(measured()) + "\n", encoding="utf-8")
     made, readme = rows(), README.read_text(encoding="utf-8")
     FILE.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     for begin, text in ((BEGIN, table(made)), (STACKED, stacking.table())):

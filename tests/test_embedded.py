@@ -74,8 +74,8 @@ def test_learned_masks_beat_random_and_magnitude(emoji):
     )
     scores = {
         "learned": ecodiff.learn_masks(emoji, model.prompts("calibration"), config),
-        "magnitude": ecodiff.Scores.of(emoji.unet, scoring.magnitude(emoji.unet)),
-        "random": ecodiff.Scores.of(emoji.unet, scoring.random(emoji.unet)),
+        "magnitude": ecodiff.Scores.of(emoji.unet, scoring.magnitude(emoji)),
+        "random": ecodiff.Scores.of(emoji.unet, scoring.random(emoji)),
     }
     error = {}
     for name, ranking in scores.items():

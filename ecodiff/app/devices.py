@@ -21,7 +21,7 @@ from ..learning.compensate import compensate_
 from ..pipelines import denoiser_of
 from ..pruning.plan import PrunePlan
 from ..pruning.slicing import variant
-from ..storage import write_small
+from ..storage import write_tensors
 
 VARIANTS_KEPT = 4  # each costs the memory of its cut layers only
 
@@ -120,7 +120,7 @@ class Device:
         if file is not None:
             layers = tuple(f"{name}." for name, better in updated.items() if better)
             weights = denoiser.state_dict().items()
-            write_small(file, {n: w.contiguous().cpu() for n, w in weights if n.startswith(layers)}, {})
+            write_tensors(file, {n: w for n, w in weights if n.startswith(layers)}, {})
 
 
 def _stamp(file: Path | None) -> int:

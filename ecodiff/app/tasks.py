@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import spaces
 
 from .. import catalog, machine
-from ..checkpoints import loading, saving
+from ..checkpoints import loading
 from ..checkpoints.card import model_card
+from ..checkpoints.formats import find_format
 from ..errors import EcodiffError, OutOfMemoryError, RunError, memory_advice
 from ..learning import calibration
 from ..metrics.fidelity import Sample, generate
@@ -195,6 +196,7 @@ class SavePruned:
     compensate: bool
     kept: str
     folder: str
+    format: str = "diffusers"
 
     def run(self) -> Iterator[str]:
         device = server().devices.drawing
@@ -203,7 +205,8 @@ class SavePruned:
             small, started = device.pruned(self.model, self.plan, self.compensate, kept), time.monotonic()
             about = healed(kept.parent, self.plan) if self.compensate else None
             card = model_card(small, about["facts"]) if about else ""
-            written = saving.save(small, Path(self.folder), loading.disk_dtype(self.model), card)
+            dtype = loading.disk_dtype(self.model)
+            written = find_format(self.format).write(small, Path(self.folder), dtype, card)
         server().timings.note(self.model, pack=time.monotonic() - started)
         yield str(written)
 

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..units import KINDS, WORDS, Kind, PruneGroup, Slot
+from ..units import PUBLISHED_KINDS, Kind, PruneGroup, Slot, in_words
 
 Adapter = Callable[[str, nn.Module], Iterator[PruneGroup]]
 ADAPTERS: list[Adapter] = []
@@ -42,7 +42,7 @@ def _repeated(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             lists.append(path + ".")
 
 
-def find_groups(denoiser: nn.Module, kinds: Iterable[Kind] = KINDS) -> list[PruneGroup]:
+def find_groups(denoiser: nn.Module, kinds: Iterable[Kind] = PUBLISHED_KINDS) -> list[PruneGroup]:
     """Every group of units that can be pruned from `denoiser`, in network order.
 
     Args:
@@ -61,10 +61,9 @@ def find_groups(denoiser: nn.Module, kinds: Iterable[Kind] = KINDS) -> list[Prun
     wanted = set(kinds)
     groups = [group for group in _all_groups(denoiser) if group.kind in wanted]
     if not groups:
-        words = " or ".join(WORDS[kind] for kind in WORDS if kind in wanted)
         raise UnsupportedModelError(
-            f"{type(denoiser).__name__} has no {words} that ecodiff recognises. Supported: denoisers "
-            "built of the layers of Stable Diffusion 1.5 to 3.5, FLUX and their like."
+            f"{type(denoiser).__name__} has no {in_words(wanted)} that ecodiff recognises. Supported: "
+            "denoisers built of the layers of Stable Diffusion 1.5 to 3.5, FLUX and their like."
         )
     return groups
 
@@ -111,7 +110,7 @@ def blocks(groups: Iterable[PruneGroup]) -> dict[str, list[str]]:
     for group in groups:
         parts = group.name.split(".")
         last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
-        if group.kind in KINDS and last >= 0:
+        if group.kind in PUBLISHED_KINDS and last >= 0:
             found.setdefault(".".join(parts[: last + 1]), []).append(group.name)
     return {block: names for block, names in found.items() if len(names) > 1}
 

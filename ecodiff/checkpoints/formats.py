@@ -1,20 +1,63 @@
-"""A pruned model in the dense one's shapes, zeros where units were: for tools that know no other shapes."""
+"""Ways to export a pruned pipeline: `@format` registers one; the commands, the page and the API offer it."""
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from ..architectures import find_groups
 from ..errors import CheckpointError, PlanError
 from ..pipelines import denoiser_name, denoiser_of
 from ..pruning.slicing import kept_features, plan_of
+from ..storage import write_tensors
 from ..units import ALL_KINDS
-from .saving import open_in_one_dtype
+from .saving import open_in_one_dtype, save
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to write a pruned pipeline.
+
+    Attributes:
+        name: as in options and the API.
+        words: what the result is, for people.
+        write: (pipeline, path, dtype of the weights in the files or None, card) to where it lies.
+    """
+
+    name: str
+    words: str
+    write: Callable[..., Path]
+
+
+FORMATS: dict[str, Format] = {}
+
+
+def format(name: str, words: str) -> Callable:
+    """Register a function (pipe, out, dtype) -> Path as an export format."""
+
+    def register(write: Callable) -> Callable:
+        FORMATS[name] = Format(name, words, write)
+        return write
+
+    return register
+
+
+def find_format(name: str) -> Format:
+    """The format of that name. Raises CheckpointError if there is none."""
+    if name not in FORMATS:
+        raise CheckpointError(f"There is no format {name!r}. Formats: {', '.join(FORMATS)}.")
+    return FORMATS[name]
+
+
+@format("diffusers", "a diffusers folder that opens with or without ecodiff")
+def save_folder(pipe, out: str | Path, dtype: torch.dtype | None = None, card: str = "") -> Path:
+    """Write a pruned pipeline as `checkpoints.saving.save` does."""
+    return save(pipe, out, dtype, card)
 
 
 def filled(denoiser: ModelMixin) -> ModelMixin:
@@ -53,13 +96,15 @@ def filled(denoiser: ModelMixin) -> ModelMixin:
     return dense.requires_grad_(False).eval()
 
 
-def save_filled(pipe, out: str | Path, dtype: torch.dtype | None = None) -> Path:
+@format("dense", "as large and as slow as the dense model: zeros are computed too")
+def save_filled(pipe, out: str | Path, dtype: torch.dtype | None = None, card: str = "") -> Path:
     """Write a pruned pipeline in dense shapes.
 
     Args:
         out: a folder for the whole pipeline, or a .safetensors file for its denoiser alone, under
             diffusers' names.
         dtype: of the weights in the files; None: as they are in memory.
+        card: text of a folder's README.md, if any.
 
     Raises:
         CheckpointError: `out` exists, or cannot be written.
@@ -71,10 +116,8 @@ def save_filled(pipe, out: str | Path, dtype: torch.dtype | None = None) -> Path
     dense = filled(denoiser_of(pipe))
     try:
         if out.suffix == ".safetensors":
-            weights = {k: v.to(dtype or v.dtype).contiguous() for k, v in dense.state_dict().items()}
-            out.parent.mkdir(parents=True, exist_ok=True)
-            save_file(weights, out, metadata={"format": "pt"})
-            return out
+            weights = {name: weight.to(dtype or weight.dtype) for name, weight in dense.state_dict().items()}
+            return write_tensors(out, weights, {"format": "pt"})
         whole = copy.copy(pipe)
         whole.register_modules(**{name: dense})
         parts = {
@@ -85,6 +128,8 @@ def save_filled(pipe, out: str | Path, dtype: torch.dtype | None = None) -> Path
         whole.register_modules(**{n: p.to(dtype) if dtype else p for n, p in parts.items()})
         whole.save_pretrained(out)
         open_in_one_dtype(out)
+        if card:
+            (out / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"Could not write {out}: {error}. Is the disk full?") from None
     return out

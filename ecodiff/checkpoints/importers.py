@@ -20,7 +20,7 @@ from ..pruning.plan import PLAN_FILE, PrunePlan
 from ..pruning.scores import Scores
 from ..pruning.slicing import check
 from ..storage import MAX_FILE_BYTES
-from ..units import ALL_KINDS, KINDS, WORDS, PruneGroup
+from ..units import ALL_KINDS, KINDS, PUBLISHED_KINDS, PruneGroup
 
 MAX_MEMBERS = 10_000  # of a zip
 
@@ -93,14 +93,14 @@ def read_masks(paths: Sequence[str | Path], denoiser: nn.Module) -> Scores:
         CheckpointError: not a file of tensors.
         PlanError: the tensors are not those of this denoiser's layers.
     """
-    groups = _in_order(find_groups(denoiser, KINDS))
-    layers = {kind: [group for group in groups if group.kind == kind] for kind in KINDS}
+    groups = _in_order(find_groups(denoiser, PUBLISHED_KINDS))
+    layers = {kind: [group for group in groups if group.kind == kind] for kind in PUBLISHED_KINDS}
     values: dict[str, Tensor] = {}
     for path in paths:
         masks = _tensors(Path(path))
         kind = next((kind for kind, groups in layers.items() if groups and _fits(masks, groups)), None)
         if kind is None:
-            expected = ", or ".join(f"{len(g)} of {WORDS[k]}" for k, g in layers.items() if g)
+            expected = ", or ".join(f"{len(g)} of {KINDS[k].word}" for k, g in layers.items() if g)
             sizes = sorted({mask.numel() for mask in masks})[:4]
             raise PlanError(
                 f"{Path(path).name} has {len(masks)} layers of {sizes} units; this "

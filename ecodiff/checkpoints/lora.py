@@ -10,7 +10,6 @@ from pathlib import Path
 
 from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..architectures import find_groups
@@ -18,6 +17,7 @@ from ..errors import CheckpointError, PlanError
 from ..pipelines import denoiser_name, denoiser_of
 from ..pruning.plan import PrunePlan
 from ..pruning.slicing import kept_features, plan_of
+from ..storage import write_tensors
 from ..units import ALL_KINDS
 from .loading import empty_denoiser
 
@@ -181,13 +181,7 @@ def save_lora(tensors: dict[str, Tensor], path: str | Path, plan: PrunePlan) -> 
     Raises:
         CheckpointError: it cannot be written.
     """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, metadata={"format": "pt", DIGEST: plan.digest})
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"Could not write {path}: {error}. Is the disk full?") from None
-    return path
+    return write_tensors(path, tensors, {"format": "pt", DIGEST: plan.digest})
 
 
 def trained_lora(pipe, adapter: str = "default") -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from math import log
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from ..architectures import find_groups
 from ..config import CompensateConfig
 from ..errors import BudgetError, CheckpointError
 from ..pipelines import EnoughError, call_options, denoiser_calls, denoiser_of, moved, prompt_rows
-from ..storage import write_small
+from ..storage import write_tensors
 from ..units import PRESET_KINDS
 
 
@@ -28,7 +27,6 @@ class Call:
     args: tuple
     kwargs: dict
     heldout: bool
-    weight: float
 
 
 def record(
@@ -66,11 +64,7 @@ def missing(config: CompensateConfig, folder: Path) -> list[range]:
 def _spread(made: list[tuple[tuple, dict]], config: CompensateConfig, heldout: bool) -> list[Call]:
     """`config.calls` of a trajectory's calls, evenly spread over its time steps."""
     chosen = torch.linspace(0, len(made) - 1, min(config.calls, len(made))).round().long().unique()
-    calls = []
-    for index in chosen.tolist():
-        fallen = (1 - config.last_weight) * log(1 + index) / log(max(2, len(made)))
-        calls.append(Call(*made[index], heldout, 1 - fallen))
-    return calls
+    return [Call(*made[index], heldout) for index in chosen.tolist()]
 
 
 def save(file: Path, calls: list[Call]) -> None:
@@ -78,10 +72,10 @@ def save(file: Path, calls: list[Call]) -> None:
     leaves, spec = tree_flatten([(call.args, call.kwargs) for call in calls])
     tensors = {str(i): leaf.clone().contiguous() for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     rest = {str(i): leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
-    about = [(call.heldout, call.weight) for call in calls]
+    about = [[call.heldout] for call in calls]
     with suppress(TypeError, NotImplementedError, CheckpointError):  # NotImplemented: a nest of another kind
         header = {"spec": treespec_dumps(spec), "rest": json.dumps(rest), "calls": json.dumps(about)}
-        write_small(file, tensors, header)
+        write_tensors(file, tensors, header)
 
 
 def load(file: Path) -> list[Call] | None:
@@ -94,7 +88,7 @@ def load(file: Path) -> list[Call] | None:
         spec = treespec_loads(header["spec"])
         given = tree_unflatten([leaves[str(i)] for i in range(len(leaves))], spec)
         about = json.loads(header["calls"])
-        return [Call(*made, *facts) for made, facts in zip(given, about, strict=True)]
+        return [Call(*made, bool(facts[0])) for made, facts in zip(given, about, strict=True)]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 
@@ -109,14 +103,14 @@ class Statistics:
     x: Tensor | float = 0.0
     y: Tensor | float = 0.0
 
-    def add(self, y: Tensor, x: Tensor, weight: float = 1.0) -> None:
+    def add(self, y: Tensor, x: Tensor) -> None:
         if x.shape[1] == 0:
             x = x.new_zeros(len(y), 0)  # a layer that was emptied runs on one row
-        self.rows += weight * len(x)
-        self.xx = self.xx + weight * (x.T @ x)
-        self.yx = self.yx + weight * (y.T @ x)
-        self.x = self.x + weight * x.sum(0)
-        self.y = self.y + weight * y.sum(0)
+        self.rows += len(x)
+        self.xx = self.xx + x.T @ x
+        self.yx = self.yx + y.T @ x
+        self.x = self.x + x.sum(0)
+        self.y = self.y + y.sum(0)
 
     def of(self, features: Tensor) -> "Statistics":
         """Those of some of the features of x, (features,) bool."""
@@ -210,18 +204,12 @@ class Calibration:
         yield from ((name, *self._kept[name]) for name in names if name in self._kept)
 
     @torch.no_grad()
-    def gather(self, names: list[str], pruned: nn.Module | None = None):
-        """One pass over the calls: {name: (to learn from, to check by)}.
-
-        Args:
-            pruned: where inputs are read; None: in the dense model, like the outputs.
-        """
+    def gather(self, names: list[str]) -> dict[str, tuple[Statistics, Statistics]]:
+        """One pass over the calls: {name: (to learn from, to check by)}."""
         gathered = {name: (Statistics(), Statistics()) for name in names}
         for call in self.calls:
-            dense = seen(self.dense, call, names)
-            inputs = dense if pruned is None else seen(pruned, call, names)
-            for name in dense.keys() & inputs.keys():  # an expert may get no token, a branch not be asked
-                gathered[name][call.heldout].add(dense[name][1], inputs[name][0], call.weight)
+            for name, (x, y) in seen(self.dense, call, names).items():  # an expert may get no token
+                gathered[name][call.heldout].add(y, x)
         return gathered
 
     def _turns(self, names: list[str]) -> list[list[str]]:

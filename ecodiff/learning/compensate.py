@@ -10,9 +10,9 @@ towards the weights W_S that slicing left, are
 With x' = x_S, e = 0 and no bias this is W S[:, S] (S[S, S])^-1 of Optimal Brain Surgeon for whole
 columns, as in OBS-Diff (arXiv 2510.06751) and SlimGPT. No gradients, no images.
 
-x' are the features that stay, as the dense model has them; or, in network order, those of the
-pruned model itself, so that later layers see what became of earlier ones. The former is the
-default: on emoji-sdxl it is better (benchmarks), and one pass over the data serves every layer.
+x' are the features that stay, as the dense model has them: one pass over the data serves every layer
+and every size. Those of the pruned model itself, in network order, were tried and are no better
+(docs/method.md).
 """
 
 from collections.abc import Mapping, Sequence
@@ -68,16 +68,10 @@ def compensate_(
     calibration = calibration or Calibration(pipe, prompts, config or CompensateConfig())
     dense, pruned = denoiser_of(pipe), denoiser_of(small)
     kept = _kept_features(dense, plan_of(pruned) or {})
-    config, updated = calibration.config, {}
-    if config.passes is None:
-        for name, learned, check in calibration.statistics(list(kept)):
-            parts = (learned.of(kept[name]), check.of(kept[name]))
-            updated[name] = _update(pruned.get_submodule(name), *parts, config.damping)
-        return updated
-    names, size = list(kept), -(-len(kept) // config.passes)
-    for first in range(0, len(names), size):
-        for name, parts in calibration.gather(names[first : first + size], pruned).items():
-            updated[name] = _update(pruned.get_submodule(name), *parts, config.damping)
+    updated = {}
+    for name, learned, check in calibration.statistics(list(kept)):
+        parts = (learned.of(kept[name]), check.of(kept[name]))
+        updated[name] = _update(pruned.get_submodule(name), *parts, calibration.config.damping)
     return updated
 
 

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import HealConfig
 from ..errors import BudgetError, CheckpointError, LearningError, PlanError
 from ..pipelines import call_options, denoiser_name, denoiser_of, prompt_rows
+from ..pruning.plan import PrunePlan
 from ..pruning.slicing import check, kept_features, plan_of
+from ..storage import write_tensors
 from .checkpointing import gradients
 from .trajectory import trajectory
 
@@ -61,11 +62,7 @@ def heal(
     """
     config = config or HealConfig()
     teacher, plan = denoiser_of(pipe), plan_of(denoiser_of(small))
-    if not prompts:
-        raise BudgetError("Healing needs at least one prompt.")
-    if plan is None:
-        raise PlanError("This model is not pruned, so there is nothing to heal.")
-    check(plan, teacher)
+    _check(prompts, plan, teacher)
     student = copy.deepcopy(denoiser_of(small)).requires_grad_(False).eval()
     small.register_modules(**{denoiser_name(small): student})
     lora, parameters = _add_lora(student, teacher, plan, config)
@@ -81,8 +78,7 @@ def heal(
             if batch not in targets:
                 with trajectory(pipe, False, on_step) as run, torch.no_grad():
                     targets[batch] = run(**call()).float()
-            for group in optimizer.param_groups:
-                group["lr"] = config.rate * 0.5 * (1 + cos(pi * step / config.steps))
+            optimizer.param_groups[0]["lr"] = config.rate * 0.5 * (1 + cos(pi * step / config.steps))
             loss = _step(small, call(), targets[batch], list(parameters.values()), optimizer, on_step)
             step += 1
             if file and (step == config.steps or step % max(1, config.steps // 20) == 0):
@@ -95,6 +91,14 @@ def heal(
         lora.unload()
         student.__dict__.pop("peft_config", None)  # older versions of peft leave it
         student.requires_grad_(False)
+
+
+def _check(prompts: Sequence[str], plan: PrunePlan | None, teacher: nn.Module) -> None:
+    if not prompts:
+        raise BudgetError("Healing needs at least one prompt.")
+    if plan is None:
+        raise PlanError("This model is not pruned, so there is nothing to heal.")
+    check(plan, teacher)
 
 
 def facts(config: HealConfig, before: Mapping[str, float], after: Mapping[str, float], count: int) -> dict:
@@ -158,14 +162,7 @@ def _save(file: Path, key: str, step: int, parameters: dict[str, nn.Parameter], 
     for name, parameter in parameters.items():
         moments = optimizer.state.get(parameter, {})
         tensors |= {f"{what}|{name}": value for what, value in moments.items()}
-    partial = file.with_suffix(".partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        stored = {name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}
-        save_file(stored, partial, metadata={"format": STATE_FORMAT, "key": key, "step": str(step)})
-        partial.replace(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"Could not write {file}: {error}. Is the disk full?") from None
+    write_tensors(file, tensors, {"format": STATE_FORMAT, "key": key, "step": str(step)})
 
 
 def _load(file: Path, key: str, parameters: dict[str, nn.Parameter], optimizer) -> int:

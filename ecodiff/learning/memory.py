@@ -7,23 +7,28 @@ recomputed. Below, all are recomputed, block by block.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import inf
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .. import catalog
 from ..architectures import blocks, find_groups
-from ..machine import free_bytes
+from ..errors import exhausted
+from ..machine import free_bytes, release
 from ..pipelines import denoiser_calls, denoiser_of, moved
 from ..pruning.masking import masked
 from ..units import PruneGroup
-from .checkpointing import NOTHING, Keep
+from .checkpointing import ALL, NOTHING, Keep
+from .encodings import Encodings
+from .objective import Objective
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class MemoryPlan:
 
 
 def estimate(
-    denoiser: nn.Module, model: catalog.Model, dtype: torch.dtype | None = None, batch: int = 4
+    denoiser: nn.Module, itemsize: int, others: float, size: int = 1024, guided: bool = False, batch: int = 4
 ) -> dict[str, int]:
     """Bytes for drawing one image and for learning, before anything was measured: rules of thumb.
 
@@ -96,18 +101,16 @@ def estimate(
 
     Args:
         denoiser: on any device, "meta" too.
-        dtype: that it works in; None: that of its files.
+        itemsize: bytes of a weight.
+        others: parameters of text encoders and autoencoder.
+        size: pixels a side.
+        guided: guidance is used.
     """
-    on_disk = getattr(torch, model.dtype).itemsize
-    itemsize = dtype.itemsize if dtype else on_disk
     groups = find_groups(denoiser)
     width = max(g.consumers[0].weight(denoiser).shape[0] for g in groups)
-    rows = batch * (
-        2 if (model.guidance_scale or 0) > 1 and not denoiser.config.get("guidance_embeds") else 1
-    )
-    hidden = rows * ((model.size or 1024) // 16) ** 2 * width * itemsize
-    weights = sum(p.numel() for p in denoiser.parameters()) * itemsize
-    weights += model.others_gb * 1e9 * itemsize / on_disk
+    rows = batch * (2 if guided and not denoiser.config.get("guidance_embeds") else 1)
+    hidden = rows * (size // 16) ** 2 * width * itemsize
+    weights = (sum(p.numel() for p in denoiser.parameters()) + others) * itemsize
     return {
         "draw": round(1.1 * weights),
         "learn": round(1.1 * weights + hidden * (len(blocks(groups)) + 34)),
@@ -231,3 +234,51 @@ def fitted(found: MemoryPlan) -> MemoryPlan:
     if found.free + found.encoders >= found.activations:
         return found.keeping(1, alone=True)
     return replace(found, keep=Keep(blocks=True, alone=found.encoders > 0))
+
+
+class Retry:
+    """Makes steps with as much kept in memory as fits; where it runs out, a step is made again with less.
+
+    Args:
+        groups: those whose gates are learned.
+        objective: whose trajectories they are.
+        checkpoint: of `LearnConfig`; None: planned at the first step.
+        on_plan: told in words what is kept, whenever that changes.
+    """
+
+    def __init__(self, pipe, groups, objective: Objective, checkpoint: bool | None, on_plan=None):
+        self.pipe, self.groups, self.objective = pipe, groups, objective
+        self.checkpoint, self.on_plan = checkpoint, on_plan
+        self.plan: MemoryPlan | None = None
+        self.encodings = Encodings(pipe)
+
+    @property
+    def keep(self) -> Keep:
+        if self.plan is None:
+            return NOTHING if self.checkpoint else ALL
+        return self.plan.keep
+
+    def __call__(self, step: Callable[[Keep], Made]) -> Made:
+        """What `step` makes of what may be kept."""
+        if self.plan is None and self.checkpoint is None:
+            call = self.objective.call(0)
+            self._take(plan(self.pipe, call, self.groups, encoders=self.encodings.bytes))
+        while True:
+            try:
+                with self.encodings.used(self.keep.alone):
+                    made = step(self.keep)
+                break
+            except (MemoryError, RuntimeError) as error:
+                smaller = self.plan.smaller() if self.plan and exhausted(error) else None
+                if smaller is None:
+                    raise
+            self._take(smaller)
+            release()
+        if self.plan and not self.plan.calls and self.objective.calls:
+            self._take(fitted(replace(self.plan, calls=self.objective.calls)))
+        return made
+
+    def _take(self, found: MemoryPlan) -> None:
+        self.plan = found
+        if self.on_plan is not None:
+            self.on_plan(found.words())

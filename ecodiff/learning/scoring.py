@@ -1,41 +1,90 @@
-"""Scores that need no learning: baselines, and the Gauss-Newton warm start.
+"""Ways to rank units: `@method` registers one, and the command line, the page and the benchmark offer it.
 
-Every function returns {group name: float32 (group.size,)}, higher is more important, comparable
-across groups; `Scores.of(denoiser, values)` makes a ranking of it.
+Every method gives {group name: float32 (group.size,)}, higher is more important, comparable across
+groups; `Scores.of(denoiser, values)` makes a ranking of it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..architectures import find_groups, unit_parameters
+from ..config import PRESETS
 from ..pipelines import denoiser_calls, denoiser_of, moved
 from ..pruning.masking import masked
-from ..units import PruneGroup
+from ..units import ALL_KINDS, PruneGroup
 from .checkpointing import Keep
 from .trajectory import trajectory
 
+Values = dict[str, Tensor]
 
-def random(denoiser: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+
+@dataclass(frozen=True)
+class Method:
+    """One way to rank units.
+
+    Attributes:
+        name: as in options and the API.
+        source: where it was published.
+        cost: dense trajectories that it takes for each one that it is given.
+        score: (pipe, calls, seed) to {group name: (units,)}; calls are arguments of the pipeline, one
+            dict a batch of trajectories.
+    """
+
+    name: str
+    source: str
+    cost: float
+    score: Callable[..., Values]
+
+
+METHODS: dict[str, Method] = {}
+BATCHES = 4  # of calibration trajectories that a method is given
+
+
+def method(name: str, source: str, cost: float) -> Callable:
+    """Register a function (pipe, calls, seed) -> values as a scoring method."""
+
+    def register(score: Callable[..., Values]) -> Callable[..., Values]:
+        METHODS[name] = Method(name, source, cost, score)
+        PRESETS[name] = {"method": name, "warm_steps": BATCHES, "steps": 0}
+        return score
+
+    return register
+
+
+@method("random", "the floor that every method has to beat", cost=0)
+def random(pipe, calls: Sequence[dict] = (), seed: int = 0) -> Values:
     """Uniform noise: the floor that every method has to beat."""
     generator = torch.Generator().manual_seed(seed)
-    return {g.name: torch.rand(g.size, generator=generator) for g in find_groups(denoiser)}
+    return {g.name: torch.rand(g.size, generator=generator) for g in _groups(pipe)}
 
 
-def magnitude(denoiser: nn.Module, norm: int = 2) -> dict[str, Tensor]:
-    """L1 or L2 norm of all weights of a unit, relative to the mean of its layer (Han et al. 2015)."""
-    values = {}
-    for group in find_groups(denoiser):
+@method("magnitude-l2", "Han et al. 2015, arXiv 1506.02626, L2", cost=0)
+def magnitude(pipe, calls: Sequence[dict] = (), seed: int = 0, norm: int = 2) -> Values:
+    """L1 or L2 norm of all weights of a unit, relative to the mean of its layer."""
+    denoiser, values = denoiser_of(pipe), {}
+    for group in _groups(pipe):
         powers = torch.zeros(group.size)
         for slot in group.slots:
-            weight = slot.weight(denoiser).detach().float().cpu().movedim(slot.dim, 0)
+            weight = slot.weight(denoiser)
+            if weight is None:  # a norm that has none
+                continue
+            weight = weight.detach().float().cpu().movedim(slot.dim, 0)
             powers += weight.reshape(len(weight), -1).abs().pow(norm).sum(1)[slot.index].sum(1)
         values[group.name] = _relative(powers.pow(1 / norm))
     return values
 
 
-def wanda(pipe, calls: Iterable[dict]) -> dict[str, Tensor]:
+@method("magnitude-l1", "Li et al. 2017, arXiv 1608.08710", cost=0)
+def magnitude_l1(pipe, calls: Sequence[dict] = (), seed: int = 0) -> Values:
+    """L1 norm of all weights of a unit, relative to the mean of its layer."""
+    return magnitude(pipe, norm=1)
+
+
+@method("wanda", "Sun et al. 2023, arXiv 2306.11695", cost=1)
+def wanda(pipe, calls: Iterable[dict], seed: int = 0) -> Values:
     """Weight times activation, after Wanda (Sun et al. 2023, arXiv 2306.11695), per unit.
 
     |W_ij| ||x_j|| summed over a unit's consumer columns, x gathered over whole trajectories,
@@ -45,12 +94,13 @@ def wanda(pipe, calls: Iterable[dict]) -> dict[str, Tensor]:
         calls: arguments of the pipeline, one dict a trajectory.
     """
     denoiser = denoiser_of(pipe)
-    groups = find_groups(denoiser)
+    groups = _groups(pipe)
     squares: dict[str, Tensor] = {}
 
     def record(name: str) -> Callable:
         def hook(module, inputs):
-            x = inputs[0].detach().float().flatten(0, -2).square().sum(0).cpu()
+            features = 1 if isinstance(module, (nn.Conv2d, nn.Conv3d)) else -1
+            x = inputs[0].detach().float().movedim(features, -1).flatten(0, -2).square().sum(0).cpu()
             squares[name] = squares.get(name, 0) + x
 
         return hook
@@ -68,15 +118,20 @@ def wanda(pipe, calls: Iterable[dict]) -> dict[str, Tensor]:
     for group in groups:
         unit = torch.zeros(group.size)
         for slot in group.consumers:
-            weight = slot.weight(denoiser).detach().float().cpu().movedim(slot.dim, 0)
+            weight = slot.weight(denoiser).detach().float().cpu().abs()
             # What packed experts read inside is not seen: of them it is the weights alone.
-            size = 1.0 if slot.bare else squares[slot.module].sqrt()
-            unit += (weight.flatten(1).abs().sum(1) * size)[slot.index].sum(1)
+            size = torch.ones(1) if slot.bare else squares[slot.module].sqrt()
+            if slot.axis == "out" and not slot.bare:  # a row that is scattered: all that it reads
+                features = weight.flatten(1) @ size
+            else:
+                features = weight.movedim(slot.dim, 0).flatten(1).sum(1) * size
+            unit += features[slot.index].sum(1)
         values[group.name] = _relative(unit)
     return values
 
 
-def taylor(pipe, calls: Iterable[dict], threshold: float = 0.05, seed: int = 0) -> dict[str, Tensor]:
+@method("taylor", "Diff-Pruning, Fang et al. 2023, arXiv 2305.10924", cost=5)
+def taylor(pipe, calls: Iterable[dict], seed: int = 0, threshold: float = 0.05) -> Values:
     """Diff-Pruning (Fang et al. 2023, arXiv 2305.10924): |sum over time steps of w dL_t/dw|, a unit.
 
     L_t is the training loss at a time step; steps are taken from the last (the least noise) on, as
@@ -87,7 +142,7 @@ def taylor(pipe, calls: Iterable[dict], threshold: float = 0.05, seed: int = 0) 
         calls: arguments of the pipeline, one dict a batch of trajectories.
     """
     denoiser = denoiser_of(pipe)
-    groups = find_groups(denoiser)
+    groups = _groups(pipe)
     gates = {g.name: torch.ones(g.size, device=denoiser.device, requires_grad=True) for g in groups}
     totals = {g.name: torch.zeros(g.size) for g in groups}
     for index, call in enumerate(calls):
@@ -143,7 +198,8 @@ def _repeated(batch: Tensor, rows: int) -> Tensor:
     return batch.repeat(rows // len(batch), *[1] * (batch.ndim - 1))
 
 
-def gauss_newton(pipe, calls: Iterable[dict], seed: int = 0) -> dict[str, Tensor]:
+@method("gauss-newton", "ecodiff: Gauss-Newton diagonal of the objective", cost=4)
+def gauss_newton(pipe, calls: Iterable[dict], seed: int = 0) -> Values:
     """Diagonal of the Gauss-Newton matrix of the objective, per parameter that a unit holds.
 
     For the loss L(m) = ||z_0(m) - z_0(1)||^2 the Hessian at m = 1 is 2 J^T J. With r normal,
@@ -155,7 +211,7 @@ def gauss_newton(pipe, calls: Iterable[dict], seed: int = 0) -> dict[str, Tensor
             of generators).
     """
     denoiser = denoiser_of(pipe)
-    groups = find_groups(denoiser)
+    groups = _groups(pipe)
     totals = {group.name: torch.zeros(group.size) for group in groups}
     for index, call in enumerate(calls):
         squares = gauss_newton_sample(pipe, groups, call, seed + index)
@@ -171,7 +227,6 @@ def gauss_newton_sample(
     seed: int,
     checkpoint: bool | Keep = True,
     on_step=None,
-    blocks: Mapping[str, list[str]] | None = None,
     rows: slice | None = None,
 ) -> dict[str, Tensor]:
     """One random projection: the squared gradient of r . z_0 with respect to every gate.
@@ -179,8 +234,7 @@ def gauss_newton_sample(
     Every latent of a batch has a gate and an r of its own: its squares are a sample each, and their
     mean is returned, in units of the relative error, ||dz_0||^2 / (n var z_0). Experts share gates, as
     a router mixes the rows' tokens: the r are independent, so the square of a sum over rows is a sample
-    of the sum of squares. A gate on a whole block (`blocks`: {block: its groups}) has the sum of its
-    units' gradients. `rows` says which of a larger batch these are, so that each gets the r that it
+    of the sum of squares. `rows` says which of a larger batch these are, so that each gets the r that it
     would have in it.
     """
     denoiser, count = denoiser_of(pipe), len(call["prompt"])
@@ -195,13 +249,12 @@ def gauss_newton_sample(
         found = torch.autograd.grad((r * z0 / spread.sqrt()).sum(), list(gates.values()), allow_unused=True)
     pairs = zip(gates.items(), found, strict=True)
     gradients = {n: torch.zeros_like(g) if grad is None else grad.float() for (n, g), grad in pairs}
-    squares = {name: gradient.square().sum(0).cpu() / count for name, gradient in gradients.items()}
-    for block, members in (blocks or {}).items():
-        parts = [gradients[name].sum(1) for name in members]
-        if any(len(part) < count for part in parts):
-            parts = [part.sum(0, keepdim=True) for part in parts]
-        squares[block] = sum(parts).square().sum(0, keepdim=True).cpu() / count
-    return squares
+    return {name: gradient.square().sum(0).cpu() / count for name, gradient in gradients.items()}
+
+
+def _groups(pipe) -> list[PruneGroup]:
+    """The groups of every kind: whatever a run may cut has a score."""
+    return find_groups(denoiser_of(pipe), ALL_KINDS)
 
 
 def _relative(values: Tensor) -> Tensor:

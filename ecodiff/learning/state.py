@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..storage import read_tensors, write_tensors
 
 STATE_FORMAT = "ecodiff.state.1"
 
@@ -28,31 +27,22 @@ class LearnState:
         names = ("saliency", "log_alpha", "mean", "square")
         return cls(0, {name: torch.zeros(units) for name in names})
 
+    def copy(self) -> "LearnState":
+        """One that can be changed without changing this."""
+        vectors = {name: vector.clone() for name, vector in self.vectors.items()}
+        return LearnState(self.step, vectors, self.multiplier, list(self.history))
+
     def save(self, path: str | Path) -> None:
         """Write the state atomically: a reader finds the old file or the new one, whole."""
         about = {"step": self.step, "multiplier": self.multiplier, "history": self.history}
-        header = {"format": STATE_FORMAT, "about": json.dumps(about)}
-        path = Path(path)
-        partial = path.with_suffix(".partial")
-        try:
-            save_file(self.vectors, partial, metadata=header)
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"Could not save the run to {path}: {error}. Make room on the disk and resume; "
-                "the last saved step is kept."
-            ) from None
+        write_tensors(path, self.vectors, {"format": STATE_FORMAT, "about": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path) -> "LearnState":
         """Read a state. Raises CheckpointError if the file is not one."""
+        header, vectors = read_tensors(path, STATE_FORMAT, torch.float32)
         try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                if header.get("format") != STATE_FORMAT:
-                    raise ValueError(f"its format is {header.get('format')!r}")
-                about = json.loads(header["about"])
-                vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = json.loads(header["about"])
             return cls(about["step"], vectors, about["multiplier"], about["history"])
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is not a saved state of a run: {error}.") from None

@@ -12,7 +12,7 @@ import torch
 from torch import BoolTensor, Tensor
 
 from ..errors import CheckpointError, PlanError
-from ..storage import read_small, write_small
+from ..storage import read_tensors, write_tensors
 
 PLAN_FILE = "ecodiff_plan.safetensors"
 
@@ -88,7 +88,7 @@ class PrunePlan(Mapping[str, BoolTensor]):
             "sizes": json.dumps(sizes),
             "metadata": json.dumps(self.metadata),
         }
-        return write_small(path, tensors, header)
+        return write_tensors(path, tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> "PrunePlan":
@@ -97,7 +97,7 @@ class PrunePlan(Mapping[str, BoolTensor]):
         Raises:
             CheckpointError: not a plan, truncated, too large, or of a newer format.
         """
-        header, tensors = read_small(path, PLAN_FORMAT, torch.uint8)
+        header, tensors = read_tensors(path, PLAN_FORMAT, torch.uint8)
         try:
             sizes, metadata = json.loads(header["sizes"]), json.loads(header["metadata"])
             if set(sizes) != set(tensors) or not isinstance(metadata, dict):

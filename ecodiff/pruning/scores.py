@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ..architectures import find_groups, unit_parameters
 from ..errors import BudgetError, CheckpointError
-from ..storage import read_small, write_small
-from ..units import ALL_KINDS, FLOORS, PRESET_KINDS, WORDS, Kind
+from ..storage import read_tensors, write_tensors
+from ..units import ALL_KINDS, KINDS, PRESET_KINDS, Kind, in_words
 from .plan import PrunePlan
 
 SCORES_FORMAT = "ecodiff.scores.2"
 
-_ABOUT = ("kinds", "costs", "total", "metadata", "macs", "total_macs", "blocks", "itemsize")
+_ABOUT = ("kinds", "costs", "total", "metadata", "macs", "total_macs", "itemsize")
 
 
 @dataclass
@@ -33,7 +33,6 @@ class Scores:
         macs: multiply-accumulates of one unit in one denoiser call, by group (`measure.unit_macs`);
             empty: not measured.
         total_macs: of the dense denoiser's call.
-        blocks: worth per parameter of whole transformer blocks; empty: they are not offered.
         itemsize: bytes of a parameter, in memory.
         floors: the least number of units that must stay, of groups that cannot do without.
     """
@@ -45,7 +44,6 @@ class Scores:
     metadata: dict = field(default_factory=dict)
     macs: dict[str, int] = field(default_factory=dict)
     total_macs: int = 0
-    blocks: dict[str, float] = field(default_factory=dict)
     itemsize: int = 4
     floors: dict[str, int] = field(default_factory=dict)
 
@@ -55,7 +53,6 @@ class Scores:
         denoiser: nn.Module,
         values: Mapping[str, Tensor],
         macs: tuple[dict[str, int], int] | None = None,
-        blocks: Mapping[str, float] | None = None,
         **metadata,
     ) -> "Scores":
         """Scores of `denoiser`'s groups, with what their units cost."""
@@ -69,7 +66,6 @@ class Scores:
             metadata=dict(metadata),
             macs={g.name: by_unit[g.name] for g in groups if g.name in by_unit},
             total_macs=total_macs,
-            blocks=dict(blocks or {}),
             itemsize=next(denoiser.parameters()).element_size(),
             floors={g.name: g.floor for g in groups if g.floor},
         )
@@ -95,7 +91,7 @@ class Scores:
         return sum(costs[n] * (len(v) - self._floor(n)) for n, v in self.values.items())
 
     def _floor(self, name: str) -> int:
-        return max(FLOORS[self.kinds[name]], self.floors.get(name, 0))
+        return max(KINDS[self.kinds[name]].floor, self.floors.get(name, 0))
 
     def removed(self, plan: Mapping[str, Tensor], costs: Mapping[str, int] | None = None) -> int:
         """Parameters that `plan` removes (or what else `costs` counts)."""
@@ -132,7 +128,7 @@ class Scores:
         if sum(size is not None for size in given.values()) != 1:
             raise BudgetError(f"Give one size, one of: {', '.join(given)}.")
         if latency_ms is not None:
-            return self._fastest(latency_ms, measured, align)
+            return _fastest(self, latency_ms, measured, align)
         if macs is not None:
             return self._cut(1 - macs / max(1, self.total_macs), self.macs, self.total_macs, "MACs", align)
         if params is not None:
@@ -140,21 +136,6 @@ class Scores:
         elif bytes is not None:
             ratio = 1 - bytes / (self.total * self.itemsize)
         return self._cut(ratio, self.costs, self.total, "parameters", align)
-
-    def _fastest(self, latency_ms: float, measured, align: bool) -> PrunePlan:
-        if measured is None:
-            raise BudgetError("A budget in milliseconds needs measured=, a function that times a plan.")
-        low, high = 0.0, self.ceiling
-        best = self.plan(ratio=high, align=align)
-        if measured(best) > latency_ms:
-            raise BudgetError(f"Even the smallest plan takes longer than {latency_ms} ms on this machine.")
-        for _ in range(8):
-            middle = self.plan(ratio=(low + high) / 2, align=align)
-            if measured(middle) > latency_ms:
-                low = (low + high) / 2
-            else:
-                best, high = middle, (low + high) / 2
-        return best
 
     def _cut(self, ratio: float, costs: Mapping[str, int], total: int, unit: str, align: bool) -> PrunePlan:
         """Remove units, cheapest worth per `costs` first, until `ratio` of `total` is gone."""
@@ -172,19 +153,14 @@ class Scores:
                 f"{self.kinds_in_words}. {ratio:.1%} is too much."
             )
         moves = [move for name in self.values for move in self._moves(name, costs, align)]
-        moves += self._whole_blocks(costs)
         moves.sort(key=lambda move: move[0])
         keep = {name: torch.ones(len(v), dtype=torch.bool) for name, v in self.values.items()}
         target, removed = ratio * total, 0
-        for _, members in moves:
-            gone = {name: units[keep[name][units]] for name, units in members.items()}
-            cost = sum(costs[name] * len(units) for name, units in gone.items())
+        for _, name, units in moves:
+            cost = costs[name] * len(units)
             if removed + cost / 2 > target:  # stop where the size is nearest to what was asked
-                if len(members) > 1:
-                    continue  # a whole block is too much by now; single units may fit
                 break
-            for name, units in gone.items():
-                keep[name][units] = False
+            keep[name][units] = False
             removed += cost
         plan = PrunePlan(keep, self.metadata)
         pruned = self.total - self.removed(plan)
@@ -198,10 +174,10 @@ class Scores:
     @property
     def kinds_in_words(self) -> str:
         """For example "heads or FFN neurons"."""
-        return " or ".join(WORDS[kind] for kind in WORDS if kind in self.kinds.values())
+        return in_words(self.kinds.values())
 
-    def _moves(self, name: str, costs: Mapping[str, int], align: bool) -> Iterator[tuple[float, dict]]:
-        """Units of a group in the order in which they go: (worth per cost, {name: members}).
+    def _moves(self, name: str, costs: Mapping[str, int], align: bool) -> Iterator[tuple[float, str, Tensor]]:
+        """Units of a group in the order in which they go: (worth per cost, name, their numbers).
 
         Blocks are runs of the group's own ranking, so their mean worth rises too; the first one
         takes what does not fill a block.
@@ -211,19 +187,12 @@ class Scores:
         left = len(values) - self._floor(name)
         ranked, order = ranked[:left], order[:left]
         width = 1
-        if align and self.kinds[name] in ("ffn", "conv_ffn"):
+        if align and KINDS[self.kinds[name]].aligned:
             width = 64 if len(values) >= 1024 else min(8, len(values))
         first = len(ranked) % width
         sizes = [first] * (first > 0) + [width] * (len(ranked) // width)
         for worth, members in zip(ranked.split(sizes), order.split(sizes), strict=True):
-            yield float(worth.mean()), {name: members}
-
-    def _whole_blocks(self, costs: Mapping[str, int]) -> Iterator[tuple[float, dict]]:
-        for block, worth in self.blocks.items():
-            inside = {n: v for n, v in self.values.items() if n.startswith(block + ".")}
-            members = {n: v.argsort()[: len(v) - self._floor(n)] for n, v in inside.items()}
-            params, cost = (sum(by[n] * len(v) for n, v in members.items()) for by in (self.costs, costs))
-            yield worth * params / max(1, cost), members
+            yield float(worth.mean()), name, members
 
     def save(self, path: str | Path) -> Path:
         """Write the scores: safetensors, float32, costs and metadata in the header."""
@@ -231,12 +200,12 @@ class Scores:
             "format": SCORES_FORMAT,
             "about": json.dumps({name: getattr(self, name) for name in (*_ABOUT, "floors")}),
         }
-        return write_small(path, {n: v.contiguous() for n, v in self.values.items()}, header)
+        return write_tensors(path, {n: v.contiguous() for n, v in self.values.items()}, header)
 
     @classmethod
     def load(cls, path: str | Path) -> "Scores":
         """Read scores. Raises CheckpointError if the file is not what `save` writes."""
-        header, values = read_small(path, SCORES_FORMAT, torch.float32)
+        header, values = read_tensors(path, SCORES_FORMAT, torch.float32)
         try:
             about = json.loads(header["about"])
             _check(about, values)
@@ -244,6 +213,23 @@ class Scores:
             return cls(ordered, **{name: about[name] for name in (*_ABOUT, "floors") if name in about})
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a valid scores file: {error}") from None
+
+
+def _fastest(scores: Scores, latency_ms: float, measured, align: bool) -> PrunePlan:
+    """The largest plan that `measured` says takes no longer, by bisection over the ratio."""
+    if measured is None:
+        raise BudgetError("A budget in milliseconds needs measured=, a function that times a plan.")
+    low, high = 0.0, scores.ceiling
+    best = scores.plan(ratio=high, align=align)
+    if measured(best) > latency_ms:
+        raise BudgetError(f"Even the smallest plan takes longer than {latency_ms} ms on this machine.")
+    for _ in range(8):
+        middle = scores.plan(ratio=(low + high) / 2, align=align)
+        if measured(middle) > latency_ms:
+            low = (low + high) / 2
+        else:
+            best, high = middle, (low + high) / 2
+    return best
 
 
 def _check(about: dict, values: Mapping[str, Tensor]) -> None:
@@ -265,5 +251,3 @@ def _check(about: dict, values: Mapping[str, Tensor]) -> None:
     numbers = [*about["costs"].values(), *about["macs"].values(), about["total_macs"], about["itemsize"]]
     if not all(map(whole, numbers)) or not whole(about["total"]) or about["total"] == 0:
         raise ValueError("its costs are not whole numbers")
-    if not all(isinstance(worth, float) for worth in about["blocks"].values()):
-        raise ValueError("its blocks are not worth a number")

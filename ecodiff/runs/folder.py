@@ -22,6 +22,7 @@ from ..errors import CheckpointError, RunError
 from ..learning.state import LearnState
 from ..pruning.plan import PrunePlan
 from ..pruning.scores import Scores
+from ..storage import write_json
 
 RUN_FORMAT = "ecodiff.run.1"
 
@@ -89,9 +90,7 @@ class Run:
         """Write run.json atomically."""
         about = asdict(self) | {"format": RUN_FORMAT}
         del about["folder"]
-        partial = self.folder / "run.json.partial"
-        partial.write_text(json.dumps(about, indent=1), encoding="utf-8")
-        partial.replace(self.folder / "run.json")
+        write_json(self.folder / "run.json", about)
 
     def state(self) -> LearnState | None:
         path = self.folder / "state.safetensors"

@@ -16,7 +16,7 @@ from ..metrics.fidelity import compare
 from ..pipelines import denoiser_of
 from ..pruning.plan import PrunePlan
 from ..pruning.slicing import variant
-from ..storage import write_small
+from ..storage import write_json, write_tensors
 from .folder import Run
 
 HEALED_PROMPTS = 8  # held out, to judge healing by
@@ -79,9 +79,9 @@ def _judged(run: Run, plan: PrunePlan, config, dense, before, small) -> dict:
         plain = denoiser_of(variant(dense, plan)).state_dict()
         weights = {n: w for n, w in denoiser_of(small).state_dict().items() if not w.equal(plain[n])}
         file = kept / f"{plan.digest}.safetensors"
-        write_small(file, {name: weight.contiguous().cpu() for name, weight in weights.items()}, {})
+        write_tensors(file, weights, {})
         about = result | {"facts": facts(config, was, now, len(prompts))}
-        (kept / f"{plan.digest}.json").write_text(json.dumps(about), encoding="utf-8")
+        write_json(kept / f"{plan.digest}.json", about)
     return result
 
 

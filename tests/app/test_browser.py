@@ -12,12 +12,12 @@ import pytest
 from gradio_client import Client, handle_file
 
 import ecodiff
+from benchmarks.server import serve
 from ecodiff.pruning.plan import PLAN_FILE
 from ecodiff.runs.folder import Run
 from tests import hub
 from tests.app.test_zerogpu import ONE_STEP, space
 from tests.checkpoints.test_folders import some_plan
-from tests.server import serve
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")

@@ -97,7 +97,7 @@ def test_a_model_that_does_not_fit(monkeypatch):
 
 
 def test_learning_that_does_not_fit_is_kept(run, monkeypatch):
-    monkeypatch.setattr("ecodiff.learning.scoring.gauss_newton_sample", out_of_memory)
+    monkeypatch.setattr("ecodiff.learning.learn.gauss_newton_sample", out_of_memory)
     pipe = loading.load(run.model)
     with pytest.raises(OutOfMemoryError, match="The run is kept"):
         advance(run, pipe)

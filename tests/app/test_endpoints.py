@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ecodiff
+from benchmarks.server import ROOT, serve
 from ecodiff.app import limits
 from tests.checkpoints.test_folders import some_plan
-from tests.server import ROOT, serve
 
 ENDPOINTS = {
     "/predict",

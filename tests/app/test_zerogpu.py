@@ -16,6 +16,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 import ecodiff
+from benchmarks.server import free_port, serve
 from ecodiff import catalog, machine
 from ecodiff.app import server, tasks
 from ecodiff.pruning.plan import PrunePlan
@@ -23,7 +24,6 @@ from ecodiff.pruning.scores import Scores
 from ecodiff.runs.folder import Run
 from ecodiff.runs.loop import advance
 from tests.checkpoints.test_folders import some_plan
-from tests.server import free_port, serve
 
 SEVERAL = {"CHUNK_SECONDS": "1"}  # of learning a call: the tiny model takes several
 ONE_STEP = {"CHUNK_SECONDS": "0"}  # a call makes one step at least: here just that, however fast it is

@@ -17,7 +17,7 @@ from ecodiff.metrics.cost import parameters, unit_macs
 from ecodiff.metrics.fidelity import generate
 from ecodiff.pipelines import denoiser_name, denoiser_of, prompt_rows
 from ecodiff.pruning.scores import Scores
-from ecodiff.units import ALL_KINDS, KINDS, PRESET_KINDS
+from ecodiff.units import ALL_KINDS, PRESET_KINDS, PUBLISHED_KINDS
 from tests.conftest import randomise
 from tests.denoisers import ROWS
 from tests.loop import LoopPipeline
@@ -55,7 +55,7 @@ def test_masked_equals_sliced_and_reloaded(row, cut, tmp_path):
     groups = ecodiff.find_groups(denoiser, ALL_KINDS)
     assert {group.kind for group in groups} == row.kinds
     generator = torch.Generator().manual_seed(0)
-    groups = [group for group in groups if cut == "partial" or group.kind in KINDS]
+    groups = [group for group in groups if cut == "partial" or group.kind in PUBLISHED_KINDS]
     plan = ecodiff.PrunePlan({group.name: kept(cut, group, generator) for group in groups})
     dense, before = run(denoiser, given), parameters(denoiser)
     with ecodiff.masked(denoiser, plan):

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import ecodiff
+from benchmarks.server import ROOT
 from ecodiff.pruning.plan import PLAN_FILE
 from tests import hub
 from tests.checkpoints.test_folders import some_plan
-from tests.server import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tests.stacking import STACKS, latents
 
 def pruned(dense):
     """A variant without a fifth of its parameters; by magnitude, which is quick."""
-    values = scoring.magnitude(denoiser_of(dense))
+    values = scoring.magnitude(dense)
     return ecodiff.variant(dense, Scores.of(denoiser_of(dense), values).plan(ratio=0.2))
 
 

@@ -7,8 +7,7 @@ import torch
 from PIL import Image
 
 import ecodiff
-from ecodiff import catalog, config
-from ecodiff.cli import commands
+from ecodiff import catalog, cli, config
 from ecodiff.config import CompensateConfig
 from ecodiff.pruning.slicing import plan_of
 from ecodiff.runs import loop
@@ -20,13 +19,15 @@ from tests.checkpoints.test_lora import peft_file
 def short(monkeypatch, tmp_path):
     monkeypatch.setitem(config.PRESETS, "fast", {"warm_steps": 1, "steps": 1, "batch": 2})
     monkeypatch.setattr(
-        catalog.Model, "compensation", lambda model: CompensateConfig(8, 4, 4, 2, inference_steps=4)
+        catalog.Model,
+        "compensation",
+        lambda model: CompensateConfig(trajectories=8, heldout=4, batch=4, calls=2, inference_steps=4),
     )
     monkeypatch.setenv("ECODIFF_HOME", str(tmp_path / "home"))
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = commands.main([str(argument) for argument in arguments])
+    code = cli.main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -116,10 +117,10 @@ def test_bad_input_is_one_sentence(capsys, arguments, message):
 def test_wrong_usage(capsys):
     for arguments in ([], ["prune"], ["prune", "emoji-sdxl", "--out", "x", "--ratio", "much"]):
         with pytest.raises(SystemExit) as exit_:
-            commands.main(arguments)
+            cli.main(arguments)
         assert exit_.value.code == 2
     with pytest.raises(SystemExit) as exit_:
-        commands.main(["--help"])
+        cli.main(["--help"])
     assert exit_.value.code == 0 and "examples:" in capsys.readouterr().out
 
 
@@ -152,18 +153,18 @@ def test_info_needs_no_weights(capsys, tmp_path, tiny_sdxl):
     assert code == 0 and last_json(out)["params"] == sum(p.numel() for p in tiny_sdxl.unet.parameters())
 
 
-def test_lora_and_fill(tiny_sdxl, tmp_path, capsys):
+def test_lora_and_export(tiny_sdxl, tmp_path, capsys):
     tiny_sdxl.save_pretrained(tmp_path / "dense")
     plan = some_plan(tiny_sdxl)
     plan.metadata["model"] = str(tmp_path / "dense")
     small = ecodiff.save(ecodiff.variant(tiny_sdxl, plan), tmp_path / "small")
     lora, out = peft_file(tiny_sdxl, tmp_path / "lora.safetensors"), tmp_path / "fitting.safetensors"
-    assert commands.main(["lora", str(small), str(lora), "--out", str(out)]) == 0
+    assert cli.main(["lora", str(small), str(lora), "--out", str(out)]) == 0
     assert "layers cut to fit" in capsys.readouterr().out
-    assert commands.main(["lora", str(small), str(out), "--out", str(tmp_path / "again.safetensors")]) == 1
+    assert cli.main(["lora", str(small), str(out), "--out", str(tmp_path / "again.safetensors")]) == 1
     assert "fits this model as it is" in capsys.readouterr().err
-    assert commands.main(["fill", str(small), "--out", str(tmp_path / "filled")]) == 0
+    assert cli.main(["fill", str(small), "--out", str(tmp_path / "filled")]) == 0
     filled = ecodiff.load(tmp_path / "filled")
     assert filled.unet.num_parameters() == tiny_sdxl.unet.num_parameters()
-    assert commands.main(["fill", str(small), "--out", str(tmp_path / "filled")]) == 1
+    assert cli.main(["fill", str(small), "--out", str(tmp_path / "filled")]) == 1
     assert "exists" in capsys.readouterr().err

@@ -64,12 +64,11 @@ def ranked(pipe):
     return Scores.of(denoiser_of(pipe), {g.name: torch.rand(g.size, generator=generator) for g in groups})
 
 
-@pytest.mark.parametrize("passes", [None, 3])
-def test_layers_come_closer_and_the_dense_model_stays(pipe, passes):
+def test_layers_come_closer_and_the_dense_model_stays(pipe):
     dense = denoiser_of(pipe)
     before = {name: p.clone() for name, p in dense.named_parameters()}
     small = ecodiff.variant(pipe, ranked(pipe).plan(ratio=0.3))
-    updated = ecodiff.compensate_(small, pipe, PROMPTS, replace(CONFIG, passes=passes, extra=short(pipe)))
+    updated = ecodiff.compensate_(small, pipe, PROMPTS, replace(CONFIG, extra=short(pipe)))
     assert sum(updated.values()) > len(updated) / 2, "random weights leave much to repair"
     assert all(torch.equal(p, before[name]) for name, p in dense.named_parameters())
     plain = denoiser_of(ecodiff.variant(pipe, ranked(pipe).plan(ratio=0.3)))
@@ -130,7 +129,7 @@ def test_calls_that_were_kept_are_as_good_as_drawn(pipe, tmp_path, monkeypatch):
     kept = [call for batch in record(pipe, PROMPTS, config, tmp_path) for call in batch]
     assert len(kept) == len(drawn) == 6 and len(first) == 2
     for a, b in zip(kept, drawn, strict=True):
-        assert (a.heldout, a.weight) == (b.heldout, b.weight)
+        assert a.heldout == b.heldout
         (leaves, spec), (others, other) = tree_flatten((a.args, a.kwargs)), tree_flatten((b.args, b.kwargs))
         assert spec == other
         for leaf, wanted in zip(leaves, others, strict=True):

@@ -130,12 +130,12 @@ def test_running_out_of_memory_changes_the_plan_and_not_the_scores(tiny_sdxl, mo
 
     def tight(*args, checkpoint, **kwargs):
         """A machine that holds the activations of one call."""
-        if loading.recomputed < 2:
-            failed.append(loading)
+        if checkpoint.recomputed < 2:
+            failed.append(checkpoint)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return real(*args, checkpoint=loading, **kwargs)
+        return real(*args, checkpoint=checkpoint, **kwargs)
 
-    monkeypatch.setattr(scoring, "gauss_newton_sample", tight)
+    monkeypatch.setattr("ecodiff.learning.learn.gauss_newton_sample", tight)
     for _, scores in learn(tiny_sdxl, prompts, CONFIG, on_plan=plans.append):  # noqa: B007
         pass
     assert failed == [Keep(0)] and plans[0].startswith("every time step") and "1 of 3" in plans[-1]
@@ -157,7 +157,7 @@ def test_a_container_has_what_it_may_use(tmp_path, monkeypatch):
     cpu = torch.device("cpu")
     alone = machine.capacity(cpu)
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(memory, "CONTAINER", limit)
+    monkeypatch.setattr(machine, "CONTAINER", limit)
     limit.write_text("max\n")
     assert machine.capacity(cpu) == alone and 0 < machine.free_bytes(cpu) < alone
     limit.write_text(f"{1 << 30}\n")
@@ -170,7 +170,7 @@ def test_a_container_has_what_it_may_use(tmp_path, monkeypatch):
 
 def test_an_estimate_follows_the_dtype():
     denoiser, known = loading.empty_denoiser("sdxl"), catalog.find("sdxl")
-    halves, floats = memory.estimate(denoiser, known), memory.estimate(denoiser, known, torch.float32)
+    halves, floats = (memory.estimate(denoiser, **known.footprint(itemsize)) for itemsize in (None, 4))
     assert floats == {name: pytest.approx(2 * value, abs=2) for name, value in halves.items()}
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import ecodiff
-from ecodiff.architectures import blocks
 from ecodiff.learning import scoring
-from ecodiff.learning.learn import _Learner
+from ecodiff.learning.budget import Budget
+from ecodiff.learning.learn import learn
 from ecodiff.learning.state import LearnState
 from ecodiff.pipelines import denoiser_of
 from ecodiff.pruning import masking
@@ -53,41 +53,35 @@ def test_gauss_newton_is_the_norm_of_the_jacobian(tiny_sdxl):
     assert found == pytest.approx(wanted, rel=0.4)
 
 
-def test_a_blocks_gradient_is_the_sum_of_its_units(tiny_sdxl):
-    groups = ecodiff.find_groups(tiny_sdxl.unet)
-    found = blocks(groups)
-    block, members = next(iter(found.items()))
-    draw = scoring.gauss_newton_sample(tiny_sdxl, groups, call(), 0, blocks=found)
-    units = sum(float(draw[name].sum()) for name in members)
-    assert set(draw) == {g.name for g in groups} | set(found)
-    assert 0 < float(draw[block]) <= sum(len(draw[name]) for name in members) * units
-
-
-@pytest.mark.parametrize("method", ["random", "l1", "l2", "wanda", "taylor", "gauss_newton"])
-def test_every_baseline_ranks_every_unit(pipe, method):
-    denoiser, calls = denoiser_of(pipe), [call() | short(pipe)]
-    values = {
-        "random": lambda: scoring.random(denoiser),
-        "l1": lambda: scoring.magnitude(denoiser, 1),
-        "l2": lambda: scoring.magnitude(denoiser, 2),
-        "wanda": lambda: scoring.wanda(pipe, calls),
-        "taylor": lambda: scoring.taylor(pipe, calls),
-        "gauss_newton": lambda: scoring.gauss_newton(pipe, calls),
-    }[method]()
-    groups = ecodiff.find_groups(denoiser)
+@pytest.mark.parametrize("name", scoring.METHODS)
+def test_every_method_ranks_every_unit(pipe, name):
+    found = scoring.METHODS[name]
+    values = found.score(pipe, [call() | short(pipe)], 0)
+    groups = ecodiff.find_groups(denoiser_of(pipe), ALL_KINDS)
     assert {name: len(v) for name, v in values.items()} == {g.name: g.size for g in groups}
     assert all(v.isfinite().all() and (v >= 0).all() for v in values.values())
     assert torch.cat(list(values.values())).std() > 0
+    assert found.source and found.cost >= 0
+
+
+@pytest.mark.parametrize("name", scoring.METHODS)
+def test_every_method_is_a_preset_of_one_step(tiny_sdxl, name):
+    config = replace(ecodiff.LearnConfig.preset(name), warm_steps=1, batch=1, inference_steps=2)
+    states = []
+    scores = ecodiff.learn_masks(tiny_sdxl, [PROMPT], config, states.append)
+    assert len(states) == config.total_steps == 1
+    assert scores.metadata["method"] == name and scores.plan(ratio=0.2).metadata["ratio"] > 0.15
 
 
 def test_learning_takes_all_kinds_and_reports_the_gap(pipe):
-    kinds = (*ALL_KINDS, "blocks")
-    config = ecodiff.LearnConfig(ratio=0.3, warm_steps=1, steps=2, batch=2, inference_steps=3, kinds=kinds)
+    config = ecodiff.LearnConfig(
+        ratio=0.3, warm_steps=1, steps=2, batch=2, inference_steps=3, kinds=ALL_KINDS
+    )
     config = replace(config, extra=short(pipe))
     states = []
     scores = ecodiff.learn_masks(pipe, [PROMPT, "cat"], config, states.append)
     present = {group.kind for group in ecodiff.find_groups(denoiser_of(pipe), ALL_KINDS)}
-    assert set(scores.kinds.values()) == present and scores.blocks
+    assert set(scores.kinds.values()) == present
     assert states[-1].history[-1]["relaxed"] > 0 and states[-1].history[-1]["hardened"] > 0
     again = ecodiff.learn_masks(pipe, [PROMPT, "cat"], config)
     assert again.plan(ratio=0.3).digest == scores.plan(ratio=0.3).digest
@@ -100,10 +94,9 @@ def test_learning_can_steer_to_macs(tiny_sdxl):
     assert abs(plan.metadata["macs_pruned"] / scores.total_macs - 0.7) < 0.02
 
 
-@pytest.mark.parametrize("cost", ["bytes", "ms"])
-def test_learning_can_steer_to_bytes_and_milliseconds(tiny_sdxl, cost):
-    ratio = {"bytes": 0.2, "ms": 0.02}[cost]  # how much of the time is the units' depends on the machine
-    config = ecodiff.LearnConfig(ratio=ratio, warm_steps=1, steps=1, batch=1, inference_steps=2, cost=cost)
+def test_learning_can_steer_to_milliseconds(tiny_sdxl):
+    ratio = 0.02  # how much of the time is the units' depends on the machine
+    config = ecodiff.LearnConfig(ratio=ratio, warm_steps=1, steps=1, batch=1, inference_steps=2, cost="ms")
     states = []
     scores = ecodiff.learn_masks(tiny_sdxl, [PROMPT], config, states.append)
     assert states[-1].history[-1]["expected"] == pytest.approx(ratio, abs=0.02)
@@ -125,13 +118,16 @@ def test_the_published_method_starts_from_a_constant(tiny_sdxl):
 def test_what_is_beyond_reach_of_learning_keeps_its_order(tiny_sdxl):
     """Worths over thirty orders of magnitude: no ties, whatever size is cut."""
     config = ecodiff.LearnConfig(ratio=0.3, warm_steps=1, steps=1, batch=1, inference_steps=2)
-    learner = _Learner(tiny_sdxl, [PROMPT], config, None, None)
-    state = LearnState.start(learner.variables)
-    state.vectors["saliency"] = learner.shares * torch.logspace(-15, 15, learner.variables)
+    groups = ecodiff.find_groups(tiny_sdxl.unet, config.kinds)
+    budget = Budget(tiny_sdxl, config, groups, {})
+    units = sum(budget.sizes)
+    state = LearnState.start(units)
+    state.vectors["saliency"] = budget.shares * torch.logspace(-15, 15, units)
     state.step = 1
-    learner._start_gates(state)
-    state = learner.advance(state)
-    values = torch.cat(list(learner.scores(state).values.values()))
+    prior, state.multiplier = budget.prior(budget.worth(state.vectors["saliency"]))
+    state.vectors["log_alpha"] = budget.start(prior)
+    ((state, scores),) = learn(tiny_sdxl, [PROMPT], config, state)
+    values = torch.cat(list(scores.values.values()))
     assert len(values.unique()) == len(values)
     for end in (values[:20], values[-20:]):  # up to what one Adam step of 0.05 may have moved
         assert (end.log().diff() > -0.1).all() and end[-1] > end[0]

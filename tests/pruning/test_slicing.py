@@ -8,7 +8,7 @@ from ecodiff.metrics.cost import parameters
 from ecodiff.pipelines import denoiser_calls, denoiser_of
 from ecodiff.pruning.scores import Scores
 from ecodiff.pruning.slicing import plan_of
-from ecodiff.units import ALL_KINDS, FLOORS, PRESET_KINDS
+from ecodiff.units import ALL_KINDS, KINDS, PRESET_KINDS
 from tests.conftest import PROMPT, latents, short
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -23,7 +23,7 @@ def some(group):
 CUTS = {
     "partial": some,
     "one unit left": lambda group: torch.arange(group.size) == group.size // 2,
-    "none left": lambda group: torch.arange(group.size) < FLOORS[group.kind],
+    "none left": lambda group: torch.arange(group.size) < KINDS[group.kind].floor,
 }
 
 

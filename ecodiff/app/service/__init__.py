@@ -3,13 +3,17 @@
 The id of a run is its only key: whoever has it may watch, cut, compare and download that run.
 """
 
-from .drawing import MAX_HEALING, MAX_PROMPTS, MAX_SIZES, compare, cut, heal, means, plan, sizes
+from ...checkpoints.hub import offers_sign_in
+from ...machine import megabytes, zerogpu
+from ..worker import ACTIVE
+from .drawing import MAX_HEALING, MAX_PROMPTS, MAX_SIZES, compare, cut, heal, means, plan, sizes, survey
 from .files import export, lora, lora_images, plan_file, push
 from .learning import (
     EXPIRY_SECONDS,
-    bring,
+    Seed,
     delete,
     fail,
+    import_,
     learn,
     predict,
     rename,
@@ -20,21 +24,25 @@ from .learning import (
 )
 
 __all__ = [
+    "ACTIVE",
     "EXPIRY_SECONDS",
     "MAX_HEALING",
     "MAX_PROMPTS",
     "MAX_SIZES",
-    "bring",
+    "Seed",
     "compare",
     "cut",
     "delete",
     "export",
     "fail",
     "heal",
+    "import_",
     "learn",
     "lora",
     "lora_images",
     "means",
+    "megabytes",
+    "offers_sign_in",
     "plan",
     "plan_file",
     "predict",
@@ -45,4 +53,6 @@ __all__ = [
     "start",
     "status",
     "stop",
+    "survey",
+    "zerogpu",
 ]

@@ -133,6 +133,16 @@ def sizes(
         yield samples, {"prompt": prompt, "seed": seed, "ratios": sorted(ratios), **found}
 
 
+def survey(run: str, ratios: list[float], count: int = 8, compensate: bool = True) -> dict:
+    """All that `sizes` yields at once.
+
+    Returns:
+        {"means": a row a size, "rows": a row a prompt}
+    """
+    rows = [row for _, row in sizes(run, ratios, count, compensate)]
+    return {"means": means(rows), "rows": rows}
+
+
 def means(rows: Sequence[dict]) -> list[dict]:
     """Of `sizes`' rows, the mean of each measure at each size, as {"ratio", "latent_error", ...}."""
     ratios = rows[0]["ratios"] if rows else []

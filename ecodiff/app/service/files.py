@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ... import catalog
 from ...checkpoints import hub, loading
+from ...checkpoints.formats import find_format
 from ...checkpoints.lora import save_lora, translate
 from ...errors import BudgetError, CheckpointError
 from ...metrics.fidelity import Sample
@@ -17,25 +18,28 @@ from .drawing import plan
 from .learning import empty_denoiser
 
 
-def export(run: str, ratio: float, compensate: bool = True) -> dict:
-    """Write the pruned pipeline folder of a run at a size, as one zip file.
+def export(run: str, ratio: float, compensate: bool = True, format: str = "diffusers") -> dict:
+    """Write the pruned pipeline of a run at a size, as one zip file.
 
     Args:
-        compensate: let the weights that remain take over from those that went (closed form).
+        compensate: repair the weights that stay (closed form).
+        format: one of `checkpoints.formats.FORMATS`.
 
     Returns:
         {"path", "name", "bytes", "sha256", "folder"}
     """
+    find_format(format)
     made, opened = plan(run, ratio), server().store.open(run)
     model = made.metadata["model"]
     name = f"{model.rpartition('/')[2]}-eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}"
     healed = healed_variant(opened.folder, made) if compensate else None
     name += f"-healed{healed['steps']}" if healed else "" if compensate else "-uncompensated"
+    name += "" if format == "diffusers" else f"-{format}"
     path = opened.folder / "models" / f"{name}.zip"
     if not path.exists():
         limits.require_bytes()
         kept = str(opened.folder / "variants")
-        (folder,) = results(SavePruned(model, made, compensate, kept, str(path.with_suffix(""))))
+        (folder,) = results(SavePruned(model, made, compensate, kept, str(path.with_suffix("")), format))
         _zip(Path(folder), path)
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -4,8 +4,10 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from ... import catalog, machine
@@ -20,6 +22,8 @@ from ...units import ALL_KINDS, PRESET_KINDS
 from .. import limits
 from ..server import server
 from ..tasks import LearnRun, results
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 EXPIRY_SECONDS = 24 * 3600  # on a Space; at home runs are kept
 
@@ -67,7 +71,7 @@ def predict(model: str, ratio: float) -> dict:
     denoiser = empty_denoiser(known.name)
     removed = round(_checked(ratio, scores) * scores.total)
     device = torch.device(machine.device())
-    dtype = torch.float32 if device.type == "cpu" else None
+    footprint = known.footprint(4 if device.type == "cpu" else None)
     return {
         "params_dense": scores.total,
         "params_pruned": scores.total - removed,
@@ -78,7 +82,7 @@ def predict(model: str, ratio: float) -> dict:
         "licence": known.licence,
         "gated": known.gated,
         "supported": catalog.supported(type(denoiser).__name__),
-        "memory": memory.estimate(denoiser, known, dtype) | {"here": machine.capacity(device)},
+        "memory": memory.estimate(denoiser, **footprint) | {"here": machine.capacity(device)},
         "left_alone": unrecognised(denoiser, find_groups(denoiser, ALL_KINDS)),
     }
 
@@ -93,18 +97,18 @@ def _checked(ratio: float, scores: Scores) -> float:
 
 
 def start(
-    model: str,
+    model: str = "emoji-sdxl",
     ratio: float = 0.2,
     preset: str = "fast",
-    seed: int = 0,
-    kinds: Sequence[str] | None = None,
+    seed: Seed = 0,
+    kinds: list[str] | None = None,
 ) -> dict:
     """Start learning which units of a model matter. Returns the status of the new run.
 
     Args:
         model: embedded name, folder or Hub id.
         ratio: fraction of the denoiser's parameters to remove; learning steers to it.
-        preset: "fast", "balanced", "paper" or "ecodiff" (as published).
+        preset: "fast", "balanced", "paper", "ecodiff" (as published), or a scoring method ("wanda", ...).
         seed: of prompts, noise and gates.
         kinds: which units may go, of "heads", "ffn", "resnet", "modulation"; None: the preset's.
     """
@@ -123,7 +127,7 @@ def start(
     return status(run.id)
 
 
-def bring(model: str, files: Sequence[str] = (), repo: str = "", token: str = "") -> dict:
+def import_(model: str, files: Sequence[str] = (), repo: str = "", token: str = "") -> dict:
     """Open what was learned elsewhere as a run: nothing is learned again. Returns its status.
 
     Args:

@@ -1,49 +1,65 @@
-"""The page: a thin layer over `ecodiff.service`."""
+"""The page: a thin layer over `ecodiff.app.service`."""
 
 from importlib.util import find_spec
 
 import gradio as gr
 
-from ..server import server
+from ..server import Server, server, use
 from . import about, api, compare, library, prune, sizes
+from .common import Browser, Tab
 from .theme import CSS, theme
 
 SECRET = "ecodiff"  # BrowserState needs a constant one to survive a restart of the server
+# What is on the page: (id, title, module with `build(browser) -> Tab`).
+TABS = (
+    ("prune", "Prune", prune),
+    ("compare", "Compare", compare),
+    ("sizes", "Sizes", sizes),
+    ("library", "Library", library),
+    ("about", "About", about),
+)
+PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
 
 
-def build_demo() -> gr.Blocks:
-    """The whole page. Nothing is loaded before somebody asks for it."""
+def build_demo(own: Server | None = None) -> gr.Blocks:
+    """The whole page. Nothing is loaded before somebody asks for it.
+
+    Args:
+        own: runs, devices and worker; None: those of this process.
+    """
+    if own is not None:
+        use(own)
     gr.set_static_paths([server().store.root])
     with gr.Blocks(title="ecodiff", analytics_enabled=False, delete_cache=(3600, 21600)) as demo:
         api.build()  # first, so that its endpoints get the plain names
-        runs = gr.BrowserState([], storage_key="ecodiff-runs", secret=SECRET)
-        current = gr.BrowserState("", storage_key="ecodiff-run", secret=SECRET)
+        browser = Browser(
+            gr.BrowserState([], storage_key="ecodiff-runs", secret=SECRET),
+            gr.BrowserState("", storage_key="ecodiff-run", secret=SECRET),
+        )
         gr.Markdown(
             "# ecodiff\nMake a diffusion model smaller, see what it costs, take it with you.",
             elem_id="title",
         )
-        private = {"api_visibility": "private", "show_progress": "hidden"}
+        built: dict[str, Tab] = {}
         with gr.Tabs(overflow_behavior="wrap") as tabs:
-            with gr.Tab("Prune", id="prune"):
-                p = prune.build(runs, current)
-            with gr.Tab("Compare", id="compare") as compare_tab:
-                c = compare.build(runs, current)
-            with gr.Tab("Sizes", id="sizes") as sizes_tab:
-                z = sizes.build(runs, current)
-            with gr.Tab("Library", id="library") as library_tab:
-                shelf = library.build(runs, current)
-            with gr.Tab("About", id="about"):
-                about.build()
-        arrived = [tabs, c["ratio"], c["compensate"], *c["outputs"]]
-        p["see"].click(c["come"], [runs, current, p["size"], p["compensate"]], arrived, **private)
-        compare_tab.select(c["refresh"], c["inputs"], c["outputs"], **private)
-        sizes_tab.select(z["refresh"], z["inputs"], z["outputs"], **private)
-        library_tab.select(shelf["refresh"], shelf["inputs"], shelf["outputs"], **private)
-        demo.load(p["predict"], [p["model"], p["ratio"]], p["predicted"], **private)
-        demo.load(c["follow"], runs, [tabs, runs, *c["settings"]], **private)
-        seen = demo.load(p["watch"], current, p["watched"], concurrency_limit=None, **private)
-        seen.then(p["recut"], [current, p["size"]], p["cut_out"], **private)
+            for name, title, module in TABS:
+                with gr.Tab(title, id=name) as place:
+                    tab = built[name] = module.build(browser)
+                if tab.refresh is not None:
+                    place.select(tab.refresh, tab.inputs, tab.outputs, **PRIVATE)
+        _wire(demo, tabs, browser, built["prune"], built["compare"])
     return demo
+
+
+def _wire(demo: gr.Blocks, tabs: gr.Tabs, browser: Browser, pruning: Tab, comparing: Tab) -> None:
+    """From the Prune tab to its images; what happens when the page is opened."""
+    p, c, runs, current = pruning.parts, comparing.parts, browser.runs, browser.current
+    arrived = [tabs, c["ratio"], c["compensate"], *comparing.outputs]
+    p["see"].click(compare.come, [runs, current, p["size"], p["compensate"]], arrived, **PRIVATE)
+    demo.load(prune.predict, [p["model"], p["ratio"]], p["predicted"], **PRIVATE)
+    demo.load(compare.follow, runs, [tabs, runs, *c["settings"]], **PRIVATE)
+    seen = demo.load(prune.watch, current, p["watched"], concurrency_limit=None, **PRIVATE)
+    seen.then(prune.recut, [current, p["size"]], p["cut_out"], **PRIVATE)
 
 
 def launch(demo: gr.Blocks, **options):

@@ -1,14 +1,10 @@
 """The About tab."""
 
-import json
-from pathlib import Path
-
 import gradio as gr
 
 from ... import catalog
-from ..ui import show
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from . import show
+from .common import Browser, Tab
 
 TEXT = """
 ## What it does
@@ -39,15 +35,15 @@ keeps.
 """
 
 
-def build() -> None:
+def build(browser: Browser) -> Tab:
     """Lay out the tab."""
     gr.Markdown(TEXT)
     gr.Markdown(f"## Architectures\n{_supported()}")
-    for name in catalog.MODELS:
-        file = BENCHMARKS / ("fidelity.json" if name == "emoji-sdxl" else f"fidelity-{name}.json")
-        if file.is_file():  # a wheel comes without
-            with gr.Accordion(f"Measured on {name}", open=name == "emoji-sdxl"):
-                _measured(json.loads(file.read_text(encoding="utf-8")))
+    for found in catalog.MEASURED:
+        name = found["model"]
+        with gr.Accordion(f"Measured on {name}", open=name == "emoji-sdxl"):
+            _measured(found)
+    return Tab()
 
 
 def _measured(found: dict) -> None:

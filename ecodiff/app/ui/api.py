@@ -3,15 +3,12 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Annotated
 
 import gradio as gr
-from pydantic import Field, ValidationError, validate_call
+from pydantic import ValidationError, validate_call
 
-from ...app import service
+from .. import service
 from .common import told
-
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 def build() -> None:
@@ -40,74 +37,42 @@ def typed(function: Callable) -> Callable:
     return wrapper
 
 
+# Endpoints that take and give plain data, by name. Of a generator the last result is the answer.
+PLAIN: dict[str, Callable] = {
+    "predict": service.predict,
+    "prune_start": service.start,
+    "prune_status": service.status,
+    "prune_step": service.learn,
+    "prune_stop": service.stop,
+    "prune_resume": service.resume,
+    "cut": service.cut,
+    "sizes": service.survey,
+    "rename": service.rename,
+    "delete": service.delete,
+    "heal": service.heal,
+    "push": service.push,
+}
+
+
+def last(function: Callable) -> Callable:
+    """A generator function as one that returns the last thing that it yields."""
+    if not inspect.isgeneratorfunction(function):
+        return function
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs) -> dict:
+        for found in function(*args, **kwargs):  # noqa: B007 - the last one is the answer
+            pass
+        return found
+
+    wrapper.__annotations__ = function.__annotations__ | {"return": dict}
+    wrapper.__signature__ = inspect.signature(function).replace(return_annotation=dict)
+    return wrapper
+
+
 def _plain() -> None:
-    """Endpoints that take and give plain data."""
-
-    def predict(model: str, ratio: float) -> dict:
-        return service.predict(model, ratio)
-
-    def prune_start(
-        model: str = "emoji-sdxl",
-        ratio: float = 0.2,
-        preset: str = "fast",
-        seed: Seed = 0,
-        kinds: list[str] | None = None,
-    ) -> dict:
-        return service.start(model, ratio, preset, seed, kinds)
-
-    def prune_status(run: str) -> dict:
-        return service.status(run)
-
-    def prune_step(run: str) -> dict:
-        for found in service.learn(run):  # noqa: B007 - the last one is the answer
-            pass
-        return found
-
-    def prune_stop(run: str) -> dict:
-        return service.stop(run)
-
-    def prune_resume(run: str) -> dict:
-        return service.resume(run)
-
-    def cut(run: str, ratio: float) -> dict:
-        return service.cut(run, ratio)
-
-    def rename(run: str, name: str) -> dict:
-        return service.rename(run, name)
-
-    def delete(run: str) -> dict:
-        return service.delete(run)
-
-    def heal(run: str, ratio: float, steps: int = 100) -> dict:
-        for found in service.heal(run, ratio, steps):  # noqa: B007 - the last one is the answer
-            pass
-        return found
-
-    def push(
-        run: str, ratio: float, repo: str, token: str, plan_only: bool = False, private: bool = True
-    ) -> dict:
-        return service.push(run, ratio, repo, token, plan_only, private)
-
-    def sizes(run: str, ratios: list[float], count: int = 8, compensate: bool = True) -> dict:
-        rows = [row for _, row in service.sizes(run, ratios, count, compensate)]
-        return {"means": service.means(rows), "rows": rows}
-
-    for function, source in (
-        (predict, service.predict),
-        (prune_start, service.start),
-        (prune_status, service.status),
-        (prune_step, service.learn),
-        (prune_stop, service.stop),
-        (prune_resume, service.resume),
-        (cut, service.cut),
-        (sizes, service.sizes),
-        (rename, service.rename),
-        (delete, service.delete),
-        (heal, service.heal),
-        (push, service.push),
-    ):
-        function.__doc__ = source.__doc__
-        gr.api(told(typed(function)), api_name=function.__name__, api_description=source.__doc__)
+    for name, function in PLAIN.items():
+        gr.api(told(typed(last(function))), api_name=name, api_description=function.__doc__)
 
 
 def _with_images() -> None:
@@ -127,7 +92,7 @@ def _with_images() -> None:
         run: str,
         ratio: float,
         prompt: str,
-        seed: Seed | None,
+        seed: service.Seed | None,
         steps: int | None,
         guidance_scale: float | None,
         compensate: bool = True,
@@ -148,6 +113,7 @@ def _with_files() -> None:
         gr.Number(visible=False),
         gr.Checkbox(True, visible=False),
     )
+    chosen = gr.Textbox("diffusers", visible=False)
     model, file, facts = gr.Textbox(visible=False), gr.File(visible=False), gr.JSON(visible=False)
     one = gr.File(visible=False, file_types=[".safetensors"])
     repo, token = gr.Textbox("", visible=False), gr.Textbox("", visible=False)
@@ -157,8 +123,8 @@ def _with_files() -> None:
 
     @told
     @typed
-    def download(run: str, ratio: float, compensate: bool = True):
-        made = service.export(run, ratio, compensate)
+    def download(run: str, ratio: float, compensate: bool = True, format: str | None = "diffusers"):
+        made = service.export(run, ratio, compensate, format or "diffusers")
         return made["path"], {key: made[key] for key in ("name", "folder", "bytes", "sha256")}
 
     @told
@@ -170,18 +136,18 @@ def _with_files() -> None:
     @told
     @typed
     def bring(model: str, files: list[str] | None = None, repo: str | None = "", token: str | None = ""):
-        return service.bring(model, files or [], repo or "", token or "")
+        return service.import_(model, files or [], repo or "", token or "")
 
     @told
     @typed
-    def lora_images(run: str, ratio: float, file: str, prompt: str, seed: Seed | None = 0):
+    def lora_images(run: str, ratio: float, file: str, prompt: str, seed: service.Seed | None = 0):
         return tuple(sample.image for sample in service.lora_images(run, ratio, file, prompt, seed or 0))
 
-    _endpoint(download, [run, ratio, compensated], [file, facts], service.export)
+    _endpoint(download, [run, ratio, compensated, chosen], [file, facts], service.export)
     _endpoint(lora, [run, ratio, one], [file, facts], service.lora)
     _endpoint(lora_images, [run, ratio, one, prompt, seed], images, service.lora_images)
     _endpoint(told(typed(service.plan_file)), [run, ratio], file, service.plan_file)
-    _endpoint(bring, [model, several, repo, token], facts, service.bring)
+    _endpoint(bring, [model, several, repo, token], facts, service.import_)
 
 
 def _endpoint(function, inputs, outputs, source) -> None:

@@ -4,14 +4,15 @@ import functools
 import inspect
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import gradio as gr
 from gradio.context import LocalContext
 
-from ... import catalog
-from ...app import limits, service
+from ... import catalog, units
 from ...errors import EcodiffError
-from ...units import WORDS
+from .. import limits, service
 
 MODELS = [(model.title, model.name) for model in catalog.MODELS.values()]
 
@@ -24,7 +25,30 @@ PRESETS = [
 
 COMPENSATE = "What stays takes over from what went: closer images, same size"
 
-KINDS = [(word[0].upper() + word[1:], kind) for kind, word in WORDS.items()]
+KINDS = [(kind.word[0].upper() + kind.word[1:], name) for name, kind in units.KINDS.items()]
+
+
+@dataclass(frozen=True)
+class Browser:
+    """What the browser keeps, for all tabs: the ids of its runs, and that of the one that is shown."""
+
+    runs: gr.BrowserState
+    current: gr.BrowserState
+
+
+@dataclass
+class Tab:
+    """One tab of the page, laid out.
+
+    Attributes:
+        refresh, inputs, outputs: what is asked again when the tab is chosen; None: nothing.
+        parts: components and handlers that other tabs are wired to, by name.
+    """
+
+    refresh: Callable | None = None
+    inputs: list = field(default_factory=list)
+    outputs: list = field(default_factory=list)
+    parts: dict[str, Any] = field(default_factory=dict)
 
 
 def readable(error: Exception) -> gr.Error:

@@ -7,9 +7,9 @@ import gradio as gr
 from PIL import Image
 
 from ... import catalog
-from ...app import service
-from ..ui import show
-from .common import COMPENSATE, choices, choose, lenient, percent_box, seed_box, told
+from .. import service
+from . import show
+from .common import COMPENSATE, Browser, Tab, choices, choose, lenient, percent_box, seed_box, told
 
 COPY = "() => navigator.clipboard.writeText(document.querySelector('#figures a').href)"
 
@@ -24,8 +24,9 @@ def for_the_eye(image: Image.Image) -> Image.Image:
     return image.resize((factor * image.width, factor * image.height), Image.Resampling.BICUBIC)
 
 
-def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.components.Component]:
+def build(browser: Browser) -> Tab:
     """Lay out the tab."""
+    runs, current = browser.runs, browser.current
     empty = gr.Markdown("Nothing to compare yet: prune a model first, in the **Prune** tab.")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -65,16 +66,8 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     # Not on every change: a link brings settings of its own.
     run.input(told(defaults), run, [steps, guidance], api_visibility="private", show_progress="hidden")
 
-    return {
-        "ratio": ratio,
-        "compensate": compensate,
-        "refresh": refresh,
-        "inputs": [runs, current, run],
-        "outputs": [run, empty, steps, guidance],
-        "follow": follow,
-        "come": come,
-        "settings": settings,
-    }
+    parts = {"ratio": ratio, "compensate": compensate, "settings": settings}
+    return Tab(refresh, [runs, current, run], [run, empty, steps, guidance], parts)
 
 
 @told

@@ -2,16 +2,15 @@
 
 import gradio as gr
 
-from ...app import service
-from ...checkpoints import hub
 from ...errors import EcodiffError
-from ...machine import megabytes
-from ..ui import show
-from .common import MODELS, choices, label, lenient, mine, percent_box, told, when
+from .. import service
+from . import show
+from .common import MODELS, Browser, Tab, choices, label, lenient, mine, percent_box, told, when
 
 
-def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.components.Component]:
+def build(browser: Browser) -> Tab:
     """Lay out the tab."""
+    runs = browser.runs
     gr.Markdown(
         "Your runs. They are known to this browser only; whoever has a run's id can open it, "
         "so keep ids to yourself."
@@ -49,7 +48,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
                 ]
             fitting = gr.DownloadButton("Translated LoRA", interactive=False)
         _healing(run, size)
-        if hub.offers_sign_in():
+        if service.offers_sign_in():
             _pushing(run, size)
     dense, brought, repo, take = _bringing()
     with gr.Accordion("Open a run by its id", open=False), gr.Row():
@@ -68,7 +67,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     opened.success(refresh, [runs, run], listed, **private)
     taken = take.click(bring, [dense, brought, repo, runs], runs, **private)
     taken.success(refresh, [runs, run], listed, **private)
-    return {"refresh": refresh, "inputs": [runs, run], "outputs": listed}
+    return Tab(refresh, [runs, run], listed)
 
 
 def _healing(run: gr.Dropdown, size: gr.Slider) -> None:
@@ -189,7 +188,7 @@ def files(run, percent):
     return (
         gr.DownloadButton(value=service.plan_file(run, percent / 100), interactive=True),
         gr.DownloadButton(f"{made['name']}", value=made["path"], interactive=True),
-        f"{megabytes(made['bytes'])} · SHA-256 `{made['sha256']}` · run id `{run}`",
+        f"{service.megabytes(made['bytes'])} · SHA-256 `{made['sha256']}` · run id `{run}`",
         gr.Code(show.snippet(made["folder"]), visible=True),
     )
 
@@ -232,7 +231,7 @@ def mend(run, percent, steps, turn):
 @told
 def bring(model, files, repo, runs, token: gr.OAuthToken | None = None):
     """A run of what was learned elsewhere."""
-    made = service.bring(model, files or [], repo, token.token if token else "")["run"]
+    made = service.import_(model, files or [], repo, token.token if token else "")["run"]
     return [*(runs or []), made]
 
 

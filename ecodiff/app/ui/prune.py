@@ -5,22 +5,20 @@ import time
 import gradio as gr
 import pandas as pd
 
-from ... import machine
-from ...app import service
 from ...errors import EcodiffError, RunError
-from ...machine import megabytes
 from ...units import PRESET_KINDS
-from ..ui import show
-from ..worker import ACTIVE
-from .common import COMPENSATE, KINDS, MODELS, PRESETS, percent_box, readable, seed_box, told
+from .. import service
+from . import show
+from .common import COMPENSATE, KINDS, MODELS, PRESETS, Browser, Tab, percent_box, readable, seed_box, told
 
 POLL_SECONDS = 0.7
 
 WATCHED, CUT_OUT = 8, 5  # components that `view` and `recut` update
 
 
-def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.components.Component]:
-    """Lay out the tab. `runs` holds the ids that this browser knows, `current` the one shown."""
+def build(browser: Browser) -> Tab:
+    """Lay out the tab."""
+    runs, current = browser.runs, browser.current
     gr.Markdown(
         "Pick a model and how much of it to remove. ecodiff learns which parts its images depend on, "
         "and cuts the rest out. **emoji-sdxl** works right away, here."
@@ -54,19 +52,9 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     compensate.change(recut, [current, size], cut_out, **hidden)
     files = [results[name] for name in ("download", "packed", "code")]
     results["pack"].click(make, [current, size, compensate], files, **private)
-    return {
-        "model": form["model"],
-        "ratio": form["ratio"],
-        "size": size,
-        "compensate": compensate,
-        "see": results["see"],
-        "predicted": predicted,
-        "predict": predict,
-        "watch": watch,
-        "watched": watched,
-        "recut": recut,
-        "cut_out": cut_out,
-    }
+    parts = {name: form[name] for name in ("model", "ratio")} | {"predicted": predicted}
+    parts |= {name: results[name] for name in ("size", "compensate", "see")}
+    return Tab(parts=parts | {"watched": watched, "cut_out": cut_out})
 
 
 def _form() -> dict[str, gr.components.Component]:
@@ -84,7 +72,7 @@ def _form() -> dict[str, gr.components.Component]:
         kinds = gr.CheckboxGroup(KINDS, value=list(PRESET_KINDS), label="What may go")
         seed = seed_box()
     start = gr.Button("Prune", variant="primary", size="lg")
-    if machine.zerogpu():
+    if service.zerogpu():
         gr.Markdown("A large model? On a GPU of your own it learns without a quota:")
         gr.DuplicateButton("Duplicate this Space", size="sm")
     return {"model": model, "ratio": ratio, "preset": preset, "kinds": kinds, "seed": seed, "start": start}
@@ -166,7 +154,7 @@ def view(found):
             "removed": [100 * row["expected"] for row in rows],
         }
     )
-    active = found["stage"] in ACTIVE
+    active = found["stage"] in service.ACTIVE
     can_resume = found["stage"] in ("stopped", "failed", "interrupted")
     return (
         gr.update(visible=True),
@@ -199,7 +187,7 @@ def watch(run):
             if seen != before:
                 yield view(found)
                 before = seen
-            if found["stage"] not in ACTIVE:
+            if found["stage"] not in service.ACTIVE:
                 return
             time.sleep(POLL_SECONDS)
     except RunError:
@@ -212,7 +200,7 @@ def drive(run, turn):
 
     An event that ends while there is more to do changes `turn`, which starts the next one.
     """
-    if not machine.zerogpu():
+    if not service.zerogpu():
         for update in watch(run):
             yield *update, gr.skip()
         return
@@ -251,7 +239,8 @@ def make(run, percent, compensate):
     made = service.export(run, percent / 100, compensate)
     return (
         gr.DownloadButton(f"Download {made['name']}", value=made["path"], interactive=True),
-        f"**{made['name']}** · {megabytes(made['bytes'])} · SHA-256 `{made['sha256']}`\n\nUnpack it, then:",
+        f"**{made['name']}** · {service.megabytes(made['bytes'])} · SHA-256 `{made['sha256']}`"
+        "\n\nUnpack it, then:",
         gr.Code(show.snippet(made["folder"]), visible=True),
     )
 

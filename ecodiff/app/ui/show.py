@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from html import escape
 from math import ceil
 
-from ...machine import megabytes
+from ..service import megabytes
 
 STAGES = {
     "queued": "Waiting",
@@ -163,7 +163,11 @@ def comparison(facts: dict, link: str) -> str:
     faster = facts["step_ms_dense"] / facts["step_ms_pruned"]
     rows = [
         ("Parameters", millions(facts["params_pruned"]), f"dense {millions(facts['params_dense'])}"),
-        ("Weights", megabytes(facts["bytes_pruned"]), f"dense {megabytes(facts['bytes_dense'])}"),
+        (
+            "Weights",
+            megabytes(facts["bytes_pruned"]),
+            f"dense {megabytes(facts['bytes_dense'])}",
+        ),
         (
             "Time for a step",
             f"{facts['step_ms_pruned']:.0f} ms",

@@ -4,17 +4,18 @@ import gradio as gr
 import pandas as pd
 from PIL import Image, ImageDraw
 
-from ...app import service
-from ..ui import show
-from .common import choose, lenient, told
+from .. import service
+from . import show
+from .common import Browser, Tab, choose, lenient, told
 
 TILE, LABEL = 128, 18  # pixels
 
 PLOT = {"x": "removed", "y": "psnr", "x_title": "% removed", "y_title": "PSNR, dB"}
 
 
-def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.components.Component]:
+def build(browser: Browser) -> Tab:
     """Lay out the tab."""
+    runs, current = browser.runs, browser.current
     gr.Markdown(
         "How small can it be? Prompts that nothing was learned on are drawn at several sizes, each from "
         "the same noise as the dense model's image, and measured."
@@ -53,7 +54,7 @@ def build(runs: gr.BrowserState, current: gr.BrowserState) -> dict[str, gr.compo
     drawing = draw.click(survey, asked, [figures, plot, gallery], show_progress="minimal", **private)
     stop.click(None, cancels=drawing, **private)
 
-    return {"refresh": choose, "inputs": [runs, current, run], "outputs": [run, empty]}
+    return Tab(choose, [runs, current, run], [run, empty])
 
 
 @told

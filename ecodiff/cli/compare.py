@@ -1,0 +1,49 @@
+"""`compare`: measure a pruned model against its dense one."""
+
+import argparse
+from pathlib import Path
+
+from ._common import drawing_arguments, drawing_of, open_pruned, report, save_image
+
+HELP = "measure a pruned model against its dense one"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument("model", help="a pruned folder")
+    parser.add_argument("prompt", nargs="?", help="one prompt (default: held-out prompts)")
+    parser.add_argument("--dense", help="the dense model (default: the one that the plan names)")
+    parser.add_argument("--count", type=int, default=16, help="how many held-out prompts")
+    drawing_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Dense beside pruned: one prompt, or the held-out prompts of the model."""
+    from .. import catalog
+    from ..checkpoints.loading import load
+    from ..metrics.fidelity import compare, fidelity, generate
+
+    small, base = open_pruned(options)
+    pipe = load(base)
+    defaults = drawing_of(base, options)
+    if options.prompt:
+        dense, pruned = (generate(p, options.prompt, options.seed, **defaults) for p in (pipe, small))
+        out = Path(options.out or f"ecodiff-compare-{options.seed}.png")
+        pair = dense.image.copy().resize((2 * dense.image.width, dense.image.height))
+        pair.paste(dense.image, (0, 0))
+        pair.paste(pruned.image, (dense.image.width, 0))
+        save_image(pair, out)
+        values, extra = vars(fidelity(dense, pruned)), [("dense | pruned", str(out))]
+        found = {"mean": values, "prompt": options.prompt, "seed": options.seed}
+    else:
+        prompts = catalog.find(base).prompts("heldout")[: options.count]
+        found = compare(pipe, small, prompts, [options.seed], **defaults)
+        values, extra = found["mean"], [("prompts", str(len(prompts)))]
+    rows = [
+        *extra,
+        ("latent error", f"{values['latent_error']:.4f}"),
+        ("PSNR", f"{values['psnr']:.1f} dB"),
+        ("SSIM", f"{values['ssim']:.3f}"),
+    ]
+    report(options, rows, found)
+    return 0

@@ -1,0 +1,28 @@
+"""`export`: write a pruned model in another format."""
+
+import argparse
+from pathlib import Path
+
+from ._common import report
+
+HELP = "write a pruned model in another format"
+ALIASES = ("fill",)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument("model", help="a pruned folder")
+    parser.add_argument("--format", default="dense", metavar="NAME", help="diffusers or dense (default)")
+    parser.add_argument("--out", required=True, metavar="PATH", help="a new folder, or a .safetensors file")
+
+
+def run(options: argparse.Namespace) -> int:
+    """A pruned folder in another format."""
+    from ..checkpoints.formats import find_format
+    from ..checkpoints.loading import disk_dtype, load
+
+    chosen = find_format(options.format)
+    small = load(options.model)
+    out = chosen.write(small, Path(options.out), disk_dtype(options.model))
+    report(options, [("saved in", str(out)), ("note", chosen.words)], {"out": str(out)})
+    return 0

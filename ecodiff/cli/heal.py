@@ -1,0 +1,61 @@
+"""`heal`: train what is left towards the dense model for a while (LoRA, merged)."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..config import HEAL_RATE
+from ._common import open_pruned, report
+
+HELP = "train what is left towards the dense model for a while (LoRA, merged)"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument("model", help="a pruned folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the healed pipeline")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rank", type=int, default=16, help="of the updates")
+    parser.add_argument("--rate", type=float, default=HEAL_RATE, help="peak learning rate")
+    parser.add_argument("--dense", help="the dense model (default: the one that the plan names)")
+    parser.add_argument("--run", metavar="DIR", help="where its state is kept (default: OUT.heal)")
+    parser.add_argument("--count", type=int, default=8, help="held-out prompts to judge by")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Distil a pruned model for a while; fidelity before and after."""
+    from tqdm import tqdm
+
+    from .. import catalog
+    from ..checkpoints.card import model_card
+    from ..checkpoints.loading import disk_dtype, load
+    from ..checkpoints.saving import save
+    from ..learning.heal import facts, heal
+    from ..metrics.fidelity import compare
+
+    small, base = open_pruned(options)
+    pipe, known = load(base), catalog.find(base)
+    folder = Path(options.run or f"{options.out}.heal")
+    config = known.heal_config(steps=options.steps, rank=options.rank, rate=options.rate)
+    prompts = known.prompts("heldout")[: options.count]
+    before = compare(pipe, small, prompts, **known.drawing())["mean"]
+    with tqdm(total=config.steps, unit="step", disable=options.quiet) as bar:
+        try:
+            for step, loss in heal(small, pipe, known.prompts("calibration"), config, folder):
+                bar.update(step - bar.n)
+                bar.set_postfix(loss=f"{loss:.4f}")
+        except KeyboardInterrupt:
+            print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)
+            return 130
+    after = compare(pipe, small, prompts, **known.drawing())["mean"]
+    text = model_card(small, facts(config, before, after, len(prompts)))
+    out = save(small, options.out, disk_dtype(base), text)
+    rows = [
+        ("latent error", f"{before['latent_error']:.4f} -> {after['latent_error']:.4f}"),
+        ("PSNR", f"{before['psnr']:.1f} -> {after['psnr']:.1f} dB"),
+        ("prompts", f"{len(prompts)} that nothing was learned on"),
+        ("saved in", str(out)),
+    ]
+    report(options, rows, {"out": str(out), "before": before, "after": after})
+    return 0

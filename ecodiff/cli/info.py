@@ -1,0 +1,93 @@
+"""`info`: show what can be pruned, without downloading weights."""
+
+import argparse
+
+from ._common import report
+
+HELP = "show what can be pruned, without downloading weights"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument("model", help="MODEL or a pruned folder")
+
+
+def run(options: argparse.Namespace) -> int:
+    """What a model is made of and what of it can be pruned, from its configuration alone."""
+    from .. import catalog
+    from ..architectures import find_groups, unit_parameters, unrecognised
+    from ..checkpoints.loading import empty_denoiser
+    from ..metrics.cost import parameters
+    from ..pruning.scores import Scores
+    from ..pruning.slicing import plan_of
+    from ..units import ALL_KINDS, KINDS
+
+    denoiser = empty_denoiser(options.model)
+    groups = find_groups(denoiser, ALL_KINDS)
+    total = parameters(denoiser)
+    plan = plan_of(denoiser)
+    scores = Scores.unranked(denoiser)
+    count = {kind: sum(g.size for g in groups if g.kind == kind) for kind in ALL_KINDS}
+    share = {
+        kind: sum(g.size * unit_parameters(denoiser, g) for g in groups if g.kind == kind) / total
+        for kind in ALL_KINDS
+    }
+    facts = {
+        "model": options.model,
+        "denoiser": type(denoiser).__name__,
+        "params": total,
+        "heads": count["heads"],
+        "neurons": count["ffn"],
+        "resnet_groups": count["resnet"],
+        "share_heads": share["heads"],
+        "share_ffn": share["ffn"],
+        "share_resnet": share["resnet"],
+        "share_modulation": share["modulation"],
+        "ceiling": scores.ceiling,
+        "left_alone": unrecognised(denoiser, groups),
+        "pruned": plan is not None,
+        "conformance": catalog.supported(type(denoiser).__name__),
+    }
+    words = {name: kind.word for name, kind in KINDS.items()} | {"resnet": "ResNet channel groups"}
+    rows = [
+        ("denoiser", facts["denoiser"]),
+        ("conformance suite", _conformance(facts["denoiser"])),
+        ("parameters", f"{total:,}"),
+        *((words[k], f"{count[k]:,} ({share[k]:.1%} of the parameters)") for k in ALL_KINDS if count[k]),
+        ("can be removed", f"at most {scores.ceiling:.1%}"),
+        ("left alone", ", ".join(f"{k} {v / total:.1%}" for k, v in facts["left_alone"].items())),
+    ]
+    if (known := catalog.find(options.model)).denoiser:
+        more, words = _of_the_catalogue(denoiser, known)
+        facts, rows = facts | more, rows + words
+    if plan is not None:
+        rows.append(("pruned by plan", plan.digest))
+    if scores.ceiling >= 0.2:
+        facts["params_at_20"] = total - scores.removed(scores.plan(ratio=0.2))
+        rows.append(("after a 20 % plan", f"{facts['params_at_20']:,} parameters"))
+    report(options, rows, facts)
+    return 0
+
+
+def _of_the_catalogue(denoiser, known) -> tuple[dict, list[tuple[str, str]]]:
+    """Memory and licence of a model that is offered by name, as facts and as rows."""
+    from ..learning import memory
+    from ..machine import megabytes
+
+    needs = memory.estimate(denoiser, **known.footprint())
+    facts = {"memory_draw": needs["draw"], "memory_learn": needs["learn"]}
+    memories = f"{megabytes(needs['draw'])} to draw, {megabytes(needs['learn'])} to learn"
+    gated = ", gated: accept it on the Hub first" if known.gated else ""
+    rows = [("memory (estimate)", memories), ("licence", known.licence + gated)]
+    return facts | {"licence": known.licence, "gated": known.gated}, rows
+
+
+def _conformance(denoiser: str) -> str:
+    """What the conformance suite passes of a class, in words."""
+    from .. import catalog
+
+    rows = catalog.supported(denoiser)
+    if not rows:
+        return "this class is not in it; what is found is found by structure"
+    whole = "passed, whole pipeline" if any(row["pipeline"] for row in rows) else "passed, denoiser alone"
+    return f"{whole} ({', '.join(row['name'] for row in rows)})"

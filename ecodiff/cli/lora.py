@@ -1,0 +1,31 @@
+"""`lora`: cut a LoRA of the dense model to fit a pruned one."""
+
+import argparse
+
+from ._common import report
+
+HELP = "cut a LoRA of the dense model to fit a pruned one"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument("model", help="a pruned folder")
+    parser.add_argument("lora", help="a .safetensors file in diffusers', PEFT's or kohya's naming")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the translated LoRA, .safetensors")
+
+
+def run(options: argparse.Namespace) -> int:
+    """A LoRA of the dense model, cut to fit a pruned folder."""
+    from ..checkpoints.loading import load
+    from ..checkpoints.lora import save_lora, translate_lora
+    from ..pipelines import denoiser_of
+    from ..pruning.slicing import plan_of
+
+    small = load(options.model)
+    plan = plan_of(denoiser_of(small))
+    tensors, made = translate_lora(options.lora, small)
+    out = save_lora(tensors, options.out, plan)
+    rows = [("translated", made.words()), ("saved in", str(out))]
+    rows += [("dropped", f"{name}: {why}") for name, why in made.dropped.items()]
+    report(options, rows, vars(made) | {"out": str(out)})
+    return 0

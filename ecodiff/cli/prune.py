@@ -1,0 +1,175 @@
+"""`prune`: learn which units matter, remove the rest, save the model."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import EcodiffError
+from ..units import ALL_KINDS
+
+if TYPE_CHECKING:
+    from ..pruning.plan import PrunePlan
+    from ..runs import Run
+
+from ._common import report
+
+HELP = "learn which units matter, remove the rest, save the model"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument("model", help="MODEL, or the folder of a finished run")
+    parser.add_argument(
+        "--ratio", type=float, default=0.2, help="fraction of the denoiser's parameters to remove"
+    )
+    parser.add_argument(
+        "--preset",
+        default="balanced",
+        metavar="NAME",
+        help="fast, balanced, paper or ecodiff; or a scoring method: wanda, taylor, magnitude-l2, ...",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the pruned pipeline")
+    parser.add_argument("--run", metavar="DIR", help="the run's folder; an unfinished one is resumed")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=ALL_KINDS, help="units to prune (default: heads ffn conv_ffn resnet)"
+    )
+    parser.add_argument("--seed", type=int, help="of prompts, noise and gates")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument(
+        "--no-compensate",
+        dest="compensate",
+        action="store_false",
+        help="leave the weights that stay as they are",
+    )
+    parser.add_argument("--layers", action="store_true", help="list what every layer became")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Learn (or resume, or take a finished run), cut, save."""
+    from .. import catalog
+    from ..checkpoints.loading import disk_dtype, load
+    from ..checkpoints.saving import folder_bytes, save
+    from ..learning import distributed
+    from ..learning.compensate import compensate_
+    from ..metrics.cost import parameters
+    from ..pipelines import denoiser_of
+    from ..pruning.plan import PLAN_FILE
+    from ..pruning.slicing import variant
+    from ..runs import Run
+
+    started = time.monotonic()
+    source = Path(options.model)
+    if (source / "run.json").is_file():
+        run = Run.open(source)
+        pipe = load(run.model)
+    else:
+        pipe = load(options.model)
+        run = _open_or_create(options, pipe)
+        if not _learn(run, pipe, options):
+            return 130
+        if distributed.rank():
+            return 0  # the first process cuts and saves
+    made = run.plan(options.ratio)
+    small = variant(pipe, made)
+    updated = {}
+    if options.compensate:
+        print("compensating", file=sys.stderr)
+        known = catalog.find(run.model)
+        updated = compensate_(small, pipe, known.prompts("calibration"), known.compensation())
+    dtype = disk_dtype(run.model)
+    out = save(small, options.out, dtype)
+    dense, pruned = parameters(denoiser_of(pipe)), parameters(denoiser_of(small))
+    result = {
+        "run": str(run.folder),
+        "out": str(out),
+        "plan": str(out / PLAN_FILE),
+        "digest": made.digest,
+        "compensated": sum(updated.values()),
+        "params_dense": dense,
+        "params_pruned": pruned,
+        "bytes": folder_bytes(out),
+        "seconds": round(time.monotonic() - started, 2),
+    }
+    rows = _rows(result, made, updated)
+    if options.layers:
+        rows += [(name, f"{int(keep.sum())} of {len(keep)}") for name, keep in made.items()]
+    report(options, rows, result)
+    return 0
+
+
+def _rows(result: dict, made: "PrunePlan", updated: dict[str, bool]) -> list[tuple[str, str]]:
+    """What was done, for people."""
+    from ..machine import megabytes
+
+    units = sum(int((~keep).sum()) for keep in made.values()), sum(len(k) for k in made.values())
+    dense, pruned = result["params_dense"], result["params_pruned"]
+    return [
+        ("parameters", f"{dense:,} -> {pruned:,} ({1 - pruned / dense:.1%} of the denoiser removed)"),
+        ("units", f"{units[0]:,} of {units[1]:,} removed ({units[0] / units[1]:.1%})"),
+        ("compensated", f"{sum(updated.values())} of {len(updated)} layers that lost units"),
+        ("size on disk", megabytes(result["bytes"])),
+        ("saved in", result["out"]),
+        ("run", f"{result['run']}  (prune it again for another size)"),
+        ("time", f"{result['seconds']:.0f} s"),
+    ]
+
+
+def _open_or_create(options: argparse.Namespace, pipe) -> "Run":
+    """The run that is asked for: a new one, or one that is resumed."""
+    from .. import catalog
+    from ..learning import distributed, scoring  # noqa: F401 - every method is a preset
+    from ..pipelines import denoiser_of
+    from ..pruning.scores import Scores
+    from ..runs import Run, RunStore
+
+    model = catalog.find(options.model)
+    changes = {} if options.seed is None else {"seed": options.seed}
+    if options.kinds:
+        changes["kinds"] = tuple(options.kinds)
+    config = model.learn_config(options.preset, options.ratio, **changes)
+    # Refuse an impossible size before learning, not after.
+    Scores.unranked(denoiser_of(pipe), config.kinds).plan(ratio=options.ratio)
+    folder = distributed.agreed(Path(options.run) if options.run else RunStore().new_folder())
+    if distributed.agreed(not (folder / "run.json").is_file()) and distributed.rank() == 0:
+        Run.create(folder, options.model, config, model.prompts("calibration"), options.preset)
+    distributed.agreed(None)  # wait for it
+    run = Run.open(folder)
+    if run.config != config or run.model != options.model:
+        raise EcodiffError(
+            f"The run in {folder} was started for {run.model} at ratio {run.config.ratio:g}, "
+            f"preset {run.preset}. Give the same options to resume it, `prune {folder} "
+            "--ratio ...` to cut another size from it, or another --run."
+        )
+    return run
+
+
+def _learn(run: "Run", pipe, options: argparse.Namespace) -> bool:
+    """Learn with a progress bar; False if it was stopped."""
+    from tqdm import tqdm
+
+    from ..learning import distributed
+    from ..runs.loop import advance
+
+    state = run.state()
+    done = state.step if state else 0
+    quiet = options.quiet or distributed.rank() > 0
+    if distributed.rank() == 0:
+        print(f"run: {run.folder}" + (f" (resumed at step {done})" if done else ""), file=sys.stderr)
+    with tqdm(total=run.config.total_steps, initial=done, unit="step", disable=quiet) as bar:
+
+        def show(state, seconds):
+            row = state.history[-1]
+            bar.set_description("learning" if "loss" in row else "warm start")
+            if "loss" in row:
+                bar.set_postfix(loss=f"{row['loss']:.4f}", removed=f"{row['expected']:.1%}")
+            bar.update()
+
+        try:
+            finished = advance(run, pipe, show)
+        except KeyboardInterrupt:
+            finished = False
+    if not finished:
+        print(f"Stopped. The same command with --run {run.folder} resumes.", file=sys.stderr)
+    return finished
