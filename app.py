@@ -13,7 +13,7 @@ import torch
 
 from ecodiff import machine
 from ecodiff.machine import be_quiet
-from ecodiff.ui import build_demo, launch
+from ecodiff.app.ui import build_demo, launch
 
 if machine.zerogpu():
     torch.set_num_threads(1)  # workers are forked from this process: a pool of threads would not be there
