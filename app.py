@@ -12,8 +12,8 @@ import spaces  # noqa: F401 - before torch, or ZeroGPU refuses to start
 import torch
 
 from ecodiff import machine
-from ecodiff.machine import be_quiet
 from ecodiff.app.ui import build_demo, launch
+from ecodiff.machine import be_quiet
 
 if machine.zerogpu():
     torch.set_num_threads(1)  # workers are forked from this process: a pool of threads would not be there

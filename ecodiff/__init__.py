@@ -13,6 +13,8 @@ Names are imported when they are first used: `import ecodiff` alone imports neit
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from . import _moved  # noqa: F401 - module names of 0.1 go on working
+
 if TYPE_CHECKING:
     from .architectures import find_groups
     from .checkpoints.loading import load

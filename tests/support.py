@@ -1,6 +1,6 @@
 """What the conformance suite vouches for: `python -m tests.support` writes it down.
 
-It goes into ecodiff/supported.json, which `info` and the page read, and into the README. A test fails
+It goes into ecodiff/supported.json, which `info` and the page read, and into docs/. A test fails
 while either says something else than the suite.
 """
 
@@ -15,7 +15,8 @@ from tests.denoisers import ROWS
 from tests.pipelines import BUILDERS
 
 HOME = Path(__file__).parent.parent
-FILE, README = HOME / "ecodiff" / "supported.json", HOME / "README.md"
+FILE = HOME / "ecodiff" / "supported.json"
+ARCHITECTURES, CHECKPOINTS = HOME / "docs" / "architectures.md", HOME / "docs" / "checkpoints.md"
 MEASURED = HOME / "ecodiff" / "measured.json"
 BEGIN, END = "<!-- supported: python -m tests.support -->\n", "<!-- end -->\n"
 STACKED = "<!-- stacked: python -m tests.support -->\n"
@@ -45,7 +46,7 @@ def rows() -> list[dict]:
 
 
 def table(found: list[dict]) -> str:
-    """The README's table."""
+    """The table in docs/architectures.md."""
     lines = ["| architecture | diffusers' class | units | tried |", "|---|---|---|---|"]
     for row in found:
         kinds = ", ".join(KINDS[kind].word for kind in row["kinds"])
@@ -55,7 +56,7 @@ def table(found: list[dict]) -> str:
 
 
 def section(readme: str, begin: str = BEGIN) -> str:
-    """What the README says now."""
+    """What a page says now."""
     return readme.partition(begin)[2].partition(END)[0]
 
 
@@ -67,8 +68,11 @@ def measured() -> list[dict]:
 
 if __name__ == "__main__":
     MEASURED.write_text(json.dumps(measured()) + "\n", encoding="utf-8")
-    made, readme = rows(), README.read_text(encoding="utf-8")
+    made = rows()
     FILE.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    for begin, text in ((BEGIN, table(made)), (STACKED, stacking.table())):
-        readme = readme.replace(begin + section(readme, begin) + END, begin + text + END)
-    README.write_text(readme, encoding="utf-8")
+    for page, begin, text in (
+        (ARCHITECTURES, BEGIN, table(made)),
+        (CHECKPOINTS, STACKED, stacking.table()),
+    ):
+        now = page.read_text(encoding="utf-8")
+        page.write_text(now.replace(begin + section(now, begin) + END, begin + text + END), encoding="utf-8")

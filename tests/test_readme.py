@@ -1,6 +1,7 @@
 """What is claimed is what the benchmarks wrote."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from tests.denoisers import MISSING
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MEASUREMENTS = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
+CHECKPOINTS = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
 BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 FIDELITY = json.loads((ROOT / "benchmarks" / "fidelity.json").read_text())
 
@@ -46,26 +49,38 @@ def test_the_presets_win_their_table(file):
 def test_supported_is_what_the_conformance_suite_passes():
     found = support.rows()
     assert json.loads(support.FILE.read_text()) == found, "run python -m tests.support"
-    assert support.section(support.README.read_text(encoding="utf-8")) == support.table(found)
+    assert support.section(support.ARCHITECTURES.read_text(encoding="utf-8")) == support.table(found)
 
 
 def test_what_stacks_is_what_is_tried():
-    assert support.section(README, support.STACKED) == stacking.table(), "run python -m tests.support"
+    assert support.section(CHECKPOINTS, support.STACKED) == stacking.table(), "run python -m tests.support"
 
 
 def test_what_it_costs_is_as_measured():
     read = lambda name: json.loads((ROOT / "benchmarks" / name).read_text())  # noqa: E731
     learning, speed = (read(f"{name}.json")["emoji-sdxl, x86_64"] for name in ("learning", "speed"))
     times, peaks = learning["times"], learning["peak_mb"]["all recomputed"]
-    assert f"| {times['all recomputed']:.2f} dense trajectories |" in README
-    assert f"| {times['all but the last']:.2f} |" in README
-    assert f"| {times['half kept']:.2f} |" in README and f"| {times['all kept']:.2f} |" in README
-    assert f"| {', '.join(f'{peak:.0f}' for peak in peaks.values())} MB |" in README
+    assert f"| {times['all recomputed']:.2f} dense trajectories |" in MEASUREMENTS
+    assert f"| {times['all but the last']:.2f} |" in MEASUREMENTS
+    assert f"| {times['half kept']:.2f} |" in MEASUREMENTS and f"| {times['all kept']:.2f} |" in MEASUREMENTS
+    assert f"| {', '.join(f'{peak:.0f}' for peak in peaks.values())} MB |" in MEASUREMENTS
     assert times["all recomputed"] <= 3.2 and times["all kept"] <= 2.3
     assert peaks["50"] <= 1.05 * peaks["5"], "memory grows with the number of steps"
     for ratio in (0.2, 0.4):
         one, four = (row["aligned"] for row in speed["rows"] if row["ratio"] == ratio)
-        assert f"| {one:.2f}×, {four:.2f}× faster |" in README
+        assert f"| {one:.2f}×, {four:.2f}× faster |" in MEASUREMENTS
     load = read("load.json")
     assert load["same_scores"] and set(load["outcomes"]) == {"drawn", "Queue is full! Please try again."}
-    assert f"{load['outcomes']['drawn']} pairs drawn" in README
+    assert f"{load['outcomes']['drawn']} pairs drawn" in MEASUREMENTS
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 150
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page}: {link}"
+
+
+def test_the_page_shows_what_the_benchmarks_wrote():
+    assert json.loads(support.MEASURED.read_text()) == support.measured(), "run python -m tests.support"

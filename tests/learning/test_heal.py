@@ -115,7 +115,7 @@ def test_a_run_is_healed_stopped_and_gone_on_with(tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     groups = ecodiff.find_groups(ecodiff.load("emoji-turbo").unet)
     plan = ecodiff.PrunePlan({g.name: torch.rand(g.size, generator=generator) > 0.3 for g in groups})
-    run = service.bring("emoji-turbo", [plan.save(tmp_path / "plan.safetensors")])["run"]
+    run = service.import_("emoji-turbo", [plan.save(tmp_path / "plan.safetensors")])["run"]
     compensated = service.compare(run, 0.2, "red apple")
     before = service.export(run, 0.2)["name"]
 

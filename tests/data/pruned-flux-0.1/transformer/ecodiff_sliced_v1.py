@@ -1,0 +1,208 @@
+"""Opens diffusion models that ecodiff pruned, where ecodiff itself is not installed.
+
+This file travels inside every pruned pipeline folder, next to the weights, so that plain
+`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` works. It needs torch and
+diffusers only. `Sliced<Any diffusers model>` is made on demand: an ordinary diffusers model whose
+config has one more entry, "ecodiff", which says by which shapes and attributes the pruned model
+differs from a fresh one. Nothing else is done: no network, no files but this one.
+"""
+
+import base64
+import inspect
+import os
+import shutil
+from functools import cache
+
+import diffusers
+import torch
+from diffusers import ModelMixin
+from diffusers.models.attention_processor import AttnAddedKVProcessor
+from torch import nn
+
+NAME = "ecodiff_sliced_v1"
+FORMAT = 1
+
+
+class EmptiedAttnProcessor:
+    """Attention without heads: nothing is attended to, the output projections' biases remain.
+
+    Without output projections (FLUX's single blocks) the output has no features at all. Some
+    processors attend to image and text together and give both (`joint`); some add what they were
+    given whatever the module says (`residual`).
+    """
+
+    def __init__(self, joint: bool = False, residual: bool = False):
+        self.joint, self.residual = joint, residual
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+        if hasattr(attn, "to_qkv_mlp_proj"):  # FLUX.2: the MLP beside it goes on
+            return attn.to_out(attn.mlp_act_fn(attn.to_qkv_mlp_proj(hidden_states)))
+        own = self.projection(attn, ("to_out", "out_layer", "img_attn_proj"))
+        if own is None:
+            none = hidden_states[..., :0]
+            return none if encoder_hidden_states is None else (none, encoder_hidden_states[..., :0])
+        output = self.bias(own, hidden_states)
+        if self.residual or getattr(attn, "residual_connection", False):
+            output = output + hidden_states
+        output = output / getattr(attn, "rescale_output_factor", 1.0)
+        if self.joint:
+            return output, self.bias(own, encoder_hidden_states)
+        other = self.projection(attn, ("to_add_out", "to_out_t", "txt_attn_proj"))
+        if other is not None:
+            return output, self.bias(other, encoder_hidden_states)
+        return output if getattr(attn, "add_q_proj", None) is None else (output, encoder_hidden_states)
+
+    def projection(self, attn, names):
+        found = next((getattr(attn, n) for n in names if getattr(attn, n, None) is not None), None)
+        return found[0] if isinstance(found, nn.ModuleList) else found
+
+    def bias(self, projection, hidden_states):
+        bias = projection(hidden_states.new_zeros(1, 0))
+        if hidden_states.ndim == 4:
+            return bias.view(1, -1, 1, 1).expand(len(hidden_states), -1, *hidden_states.shape[2:])
+        return bias.expand(*hidden_states.shape[:-1], -1)
+
+
+def fit_processor(attention: nn.Module) -> None:
+    """Give an attention that lost heads a processor that can do without them."""
+    processor = getattr(attention, "processor", None)
+    before = type(processor).__name__
+    if getattr(attention, "heads", getattr(attention, "num_heads", None)) == 0:
+        joint = before.startswith(("CogView", "CogVideoX", "GlmImage"))
+        attention.processor = EmptiedAttnProcessor(joint, residual=before.startswith("AttnAddedKV"))
+    elif before == "AttnAddedKVProcessor2_0":  # it takes the heads' width for the residual's
+        attention.processor = AttnAddedKVProcessor()
+
+
+def gather_rope(attention: nn.Module, heads: torch.Tensor, count: int) -> None:
+    """Let an attention that kept `heads` of `count` read its own part of every head's positions."""
+    attention.register_buffer("rope_heads", heads, persistent=False)
+    if not hasattr(attention, "rope_count"):
+        attention.register_forward_pre_hook(_own_rope, with_kwargs=True)
+    attention.rope_count = count
+
+
+def _own_rope(attention, args, kwargs):
+    heads, count = attention.rope_heads, attention.rope_count
+    width = attention.to_q.out_features // max(1, len(heads))
+
+    def own(table):
+        if table.shape[-1] == count * width:  # (..., heads * features)
+            return table.unflatten(-1, (count, -1)).index_select(-2, heads).flatten(-2)
+        # (tokens, heads, features), or of LTX-2 (batch, heads, tokens, features)
+        return table.index_select(1 if table.ndim == 4 else -2, heads)
+
+    for name in ("image_rotary_emb", "query_rotary_emb", "key_rotary_emb"):
+        if kwargs.get(name) is not None:
+            kwargs = kwargs | {name: tuple(own(table) for table in kwargs[name])}
+    return args, kwargs
+
+
+class ScatteredLinear(nn.Linear):
+    """A Linear that computes some rows of its output; the others are zeros."""
+
+    def forward(self, x):
+        output = x.new_zeros(*x.shape[:-1], self.width)
+        return output.index_copy(-1, self.rows, super().forward(x).to(x.dtype))
+
+
+def scatter(linear: nn.Linear, rows: torch.Tensor, width: int) -> None:
+    """Make `linear`, in place, one whose outputs are `rows` of `width` features."""
+    linear.__class__ = ScatteredLinear
+    linear.register_buffer("rows", rows, persistent=False)
+    linear.width = width
+
+
+def unpacked(bits: list) -> torch.Tensor:
+    """Indices from [size, base64 of the bits], most significant bit first."""
+    size, text = bits
+    data = base64.b64decode(text)
+    if type(size) is not int or len(data) != -(-size // 8):
+        raise ValueError(f"{len(data)} bytes are not {size!r} bits.")
+    return torch.tensor([i for i in range(size) if data[i // 8] >> (7 - i % 8) & 1], dtype=torch.long)
+
+
+def apply(model: nn.Module, description: dict) -> None:
+    """Give a fresh `model` the shapes and attributes of the pruned one. Weights are left empty.
+
+    The description comes from a file, so it is checked: it can only make what exists smaller.
+    """
+    if description.get("format") != FORMAT:
+        raise ValueError(
+            f"This model was pruned with format {description.get('format')!r} of ecodiff's files; "
+            f"this is format {FORMAT}. Use the newer ecodiff."
+        )
+    modules = dict(model.named_modules())
+    widths = {path: modules[path].out_features for path in description.get("scattered", {})}
+    for path, shapes in description["shapes"].items():
+        module = modules[path]
+        for name, shape in shapes.items():
+            old = module._parameters[name]
+            if len(shape) != old.ndim or not all(
+                type(new) is int and 0 <= new <= size for new, size in zip(shape, old.shape, strict=True)
+            ):
+                raise ValueError(f"{path}.{name} cannot shrink from {tuple(old.shape)} to {shape}.")
+            empty = torch.empty(shape, dtype=old.dtype, device=old.device)
+            setattr(module, name, nn.Parameter(empty, requires_grad=old.requires_grad))
+        set_features(module)
+    for path, attributes in description["attributes"].items():
+        for name, value in attributes.items():
+            old = modules[path].__dict__[name]
+            if type(value) is not int or type(old) is not int or not 0 <= value <= old:
+                raise ValueError(f"{path}.{name} cannot change from {old!r} to {value!r}.")
+            setattr(modules[path], name, value)
+    for path, bits in description.get("scattered", {}).items():
+        linear, rows = modules[path], unpacked(bits)
+        if not isinstance(linear, nn.Linear) or len(rows) != len(linear.weight) or bits[0] != widths[path]:
+            raise ValueError(f"{path} does not have {len(rows)} of {bits[0]} rows.")
+        scatter(linear, rows, bits[0])
+    for path in description["attributes"]:
+        fit_processor(modules[path])
+    for path, bits in description.get("ropes", {}).items():
+        heads = unpacked(bits)
+        if len(heads) != modules[path].heads:
+            raise ValueError(f"{path} does not have {len(heads)} of {bits[0]} heads.")
+        gather_rope(modules[path], heads, bits[0])
+
+
+def set_features(module: nn.Module) -> None:
+    """Let a Linear, a convolution or a norm say the shape that its weight has."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, (nn.Conv2d, nn.Conv3d)):
+        module.out_channels = module.weight.shape[0]
+        module.in_channels = module.weight.shape[1] * (1 if module.groups == 1 else module.weight.shape[0])
+
+
+@cache
+def sliced_class(base: type[ModelMixin]) -> type[ModelMixin]:
+    """The class of a pruned `base`: the same model with "ecodiff" as one more config entry."""
+
+    def __init__(self, *args, ecodiff: dict | None = None, **kwargs):
+        base.__init__(self, *args, **kwargs)
+        self.register_to_config(ecodiff=ecodiff)
+        if ecodiff:
+            apply(self, ecodiff)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        base.save_pretrained(self, save_directory, *args, **kwargs)
+        target = os.path.join(save_directory, f"{NAME}.py")
+        if not os.path.exists(target) or not os.path.samefile(__file__, target):
+            shutil.copyfile(__file__, target)
+
+    # from_config reads the names of the config's entries off this signature.
+    signature = inspect.signature(base.__init__)
+    extra = inspect.Parameter("ecodiff", inspect.Parameter.KEYWORD_ONLY, default=None)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    __init__.__signature__ = signature.replace(parameters=[*parameters, extra])
+    members = {"__init__": __init__, "save_pretrained": save_pretrained, "__module__": NAME}
+    return type(f"Sliced{base.__name__}", (base,), members)
+
+
+def __getattr__(name: str):
+    base = getattr(diffusers, name.removeprefix("Sliced"), None)
+    if name.startswith("Sliced") and isinstance(base, type) and issubclass(base, ModelMixin):
+        return sliced_class(base)
+    raise AttributeError(f"module {NAME!r} has no attribute {name!r}")
