@@ -17,6 +17,7 @@ test: .venv/test
 lint: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 bench: .venv/app
 	$(PIP) -e ".[bench]"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_map
 from .errors import UnsupportedModelError
 
 
-def denoiser_name(pipe) -> str:
+def denoiser_name(pipe: DiffusionPipeline) -> str:
     """The name of the pipeline's denoiser component: "unet" or "transformer".
 
     Raises:
@@ -26,13 +27,17 @@ def denoiser_name(pipe) -> str:
     )
 
 
-def denoiser_of(pipe) -> nn.Module:
+def denoiser_of(pipe: DiffusionPipeline) -> ModelMixin:
     """`pipe.unet` or `pipe.transformer`."""
     return getattr(pipe, denoiser_name(pipe))
 
 
 def call_options(
-    pipe, steps: int | None, guidance_scale: float | None, size: int | None, extra: dict | None = None
+    pipe: DiffusionPipeline,
+    steps: int | None,
+    guidance_scale: float | None,
+    size: int | None,
+    extra: dict | None = None,
 ) -> dict:
     """Keyword arguments for a pipeline's `__call__`: what is given and what it knows, and `extra`."""
     wanted = {
@@ -61,7 +66,7 @@ def prompt_rows(prompts: Sequence[str], rows: Iterable[int], seed: int, options:
     }
 
 
-def latent_call(pipe) -> Callable:
+def latent_call(pipe: DiffusionPipeline) -> Callable:
     """The pipeline's `__call__`, without diffusers' `torch.no_grad` around it."""
     call = inspect.unwrap(type(pipe).__call__)
     if "output_type" not in inspect.signature(call).parameters:
@@ -72,7 +77,7 @@ def latent_call(pipe) -> Callable:
 
 
 @contextmanager
-def quiet(pipe) -> Iterator[None]:
+def quiet(pipe: DiffusionPipeline) -> Iterator[None]:
     """No progress bars."""
     before = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)
@@ -83,7 +88,7 @@ def quiet(pipe) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(pipe, trained: Sequence[torch.nn.Parameter] = ()) -> Iterator[None]:
+def frozen(pipe: DiffusionPipeline, trained: Sequence[torch.nn.Parameter] = ()) -> Iterator[None]:
     """No weight but `trained` gets a gradient, nothing is random; afterwards everything is as it was."""
     # Text encoders too: a graph through them would be kept for nothing.
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
@@ -127,7 +132,9 @@ class EnoughError(Exception):
     """Ends a run, or a forward pass, once enough of it has been seen."""
 
 
-def denoiser_calls(pipe, call: dict, limit: int | None = None, on_step=None) -> list[tuple[tuple, dict]]:
+def denoiser_calls(
+    pipe: DiffusionPipeline, call: dict, limit: int | None = None, on_step=None
+) -> list[tuple[tuple, dict]]:
     """Arguments of every call of the denoiser in one run, on the CPU: [(args, kwargs)].
 
     Args:
@@ -138,7 +145,8 @@ def denoiser_calls(pipe, call: dict, limit: int | None = None, on_step=None) -> 
     Raises:
         UnsupportedModelError: the pipeline cannot return latents.
     """
-    denoiser, made = denoiser_of(pipe), []
+    denoiser = denoiser_of(pipe)
+    made: list[tuple[tuple, dict]] = []
 
     def keep(module, args, kwargs):
         if limit is not None and len(made) == limit:

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import LongTensor, Tensor, nn
+from torch import Tensor, nn
 
-Kind = Literal["heads", "ffn", "conv_ffn", "resnet", "modulation"]
+Kind = str  # a name of KINDS
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Slot:
 
     module: str
     axis: Literal["in", "out"]
-    index: LongTensor
+    index: Tensor
     scattered: bool = False  # the output keeps its width; rows that are gone are zeros in it
     bare: tuple[str, int] | None = None
 
@@ -73,8 +73,8 @@ class Slot:
         """The dimension of the parameter that `index` is along."""
         return self.bare[1] if self.bare else int(self.axis == "in")
 
-    def weight(self, denoiser: nn.Module) -> Tensor | None:
-        """The parameter itself; None of a norm that has none."""
+    def weight(self, denoiser: nn.Module) -> Any:
+        """The parameter itself, a Tensor; None of a norm that has none."""
         return getattr(denoiser.get_submodule(self.module), self.bare[0] if self.bare else "weight")
 
     def features(self, denoiser: nn.Module) -> int:
@@ -120,7 +120,7 @@ class PruneGroup:
         return self.consumers + self.producers + self.norms
 
 
-def units(count: int, width: int = 1, copies: int = 1) -> LongTensor:
+def units(count: int, width: int = 1, copies: int = 1) -> Tensor:
     """Index of `count` units of `width` adjacent features, in `copies` stacked blocks.
 
     Two copies are the value and gate halves of GEGLU. Shape (count, copies * width).

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class Device:
         self.device, self.lock = device, DeviceLock()
         self.timings, self.recordings = timings, recordings
         self._name: str | None = None
-        self._dense = None
+        self._dense: DiffusionPipeline | None = None
         self._variants: OrderedDict[tuple[str, bool], tuple[object, int]] = OrderedDict()
         self._calibration: Calibration | None = None
 
@@ -110,7 +111,9 @@ class Device:
             self._calibration = None
             machine.release()
 
-    def _compensate(self, small, dense, model: str, file: Path | None) -> None:
+    def _compensate(
+        self, small: DiffusionPipeline, dense: DiffusionPipeline, model: str, file: Path | None
+    ) -> None:
         denoiser = denoiser_of(small)
         if file is not None and file.is_file():
             with suppress(OSError, SafetensorError):  # a damaged file is written again

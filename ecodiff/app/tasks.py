@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import spaces
+from diffusers import DiffusionPipeline
 
 from .. import catalog, machine
 from ..checkpoints import loading
@@ -76,7 +77,7 @@ class LearnRun:
         if run.finished:
             yield from self._record(run, pipe, started)
 
-    def _record(self, run: Run, pipe, started: float) -> Iterator[dict]:
+    def _record(self, run: Run, pipe: DiffusionPipeline, started: float) -> Iterator[dict]:
         known, folder = catalog.find(run.model), server().devices.recordings(run.model)
         config, prompts, slowest = known.compensation(), known.prompts("calibration"), 0.0
         batches = calibration.missing(config, folder)
@@ -116,7 +117,8 @@ class DrawImages:
     kept: str = ""  # folder of compensated or healed weights
 
     def run(self) -> Iterator[tuple[Sample, ...]]:
-        begun, pipes, device = time.monotonic(), [], server().devices.drawing
+        begun, device = time.monotonic(), server().devices.drawing
+        pipes: list[DiffusionPipeline] = []
         for index, (prompt, seed) in enumerate(self.asked):
             started = time.monotonic()
             if index and machine.zerogpu() and started - begun > machine.CHUNK_SECONDS:

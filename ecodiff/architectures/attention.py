@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from ..units import Attribute, PruneGroup, Slot, units
-from .registry import adapter
+from .registry import Layer, adapter
 
 # Attention by the names of its Linears, of image and of text: those that give queries (and gates on
 # the output, as wide), keys and values; those that give several of them at once, stacked; and those
@@ -33,14 +34,14 @@ NOT_HEADS = ("AnyFlowCausal",)
 
 
 @adapter
-def attention(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+def attention(path: str, module: Layer) -> Iterator[PruneGroup]:
     """Heads of an attention with output Linears of its own."""
     outputs = linears(module, OUTPUTS)
     if outputs and not _processor(module).startswith("LuminaAttn"):  # two share one: summed_attentions
         yield from _heads(path, module, [f"{path}.{name}" for name in outputs], min(outputs.values()))
 
 
-def linears(module: nn.Module, names: Iterable[str]) -> dict[str, int]:
+def linears(module: Layer, names: Iterable[str]) -> dict[str, int]:
     """Those of `names` that are Linears (or lists that begin with one), and what they read."""
     found = {}
     for name in names:
@@ -52,7 +53,7 @@ def linears(module: nn.Module, names: Iterable[str]) -> dict[str, int]:
     return found
 
 
-def _heads(path: str, module: nn.Module, consumers: list[str], width: int) -> Iterator[PruneGroup]:
+def _heads(path: str, module: Layer, consumers: list[str], width: int) -> Iterator[PruneGroup]:
     """Heads of an attention whose output is the first `width` columns that `consumers` read."""
     heads = next((getattr(module, name) for name in HEAD_COUNTS if hasattr(module, name)), 0)
     if not isinstance(heads, int) or heads < 1 or width % heads or _fused(module):
@@ -73,7 +74,7 @@ def _heads(path: str, module: nn.Module, consumers: list[str], width: int) -> It
     head, size = width // heads, kv_width * heads // width
     each = heads // size
     q_index, kv_index = units(size, each * head), units(size, head)
-    norms = [*_norms(path, module, QUERY_NORMS, head, q_index)]
+    norms: list[Any] = [*_norms(path, module, QUERY_NORMS, head, q_index)]
     norms += _norms(path, module, KEY_NORMS, head, kv_index)
     if None in norms:
         return
@@ -104,15 +105,15 @@ def _heads(path: str, module: nn.Module, consumers: list[str], width: int) -> It
     )
 
 
-def _processor(module: nn.Module) -> str:
+def _processor(module: Layer) -> str:
     return type(getattr(module, "processor", None)).__name__
 
 
-def _fused(module: nn.Module) -> bool:
+def _fused(module: Layer) -> bool:
     return bool(getattr(module, "fused_projections", False))
 
 
-def _norms(path: str, module: nn.Module, names: Iterable[str], head: int, index) -> Iterator[Slot | None]:
+def _norms(path: str, module: Layer, names: Iterable[str], head: int, index) -> Iterator[Slot | None]:
     """Norms of queries or keys that run across heads; None for one that ecodiff cannot follow."""
     for name in names:
         norm = getattr(module, name, None)
@@ -129,8 +130,10 @@ def _norms(path: str, module: nn.Module, names: Iterable[str], head: int, index)
 
 
 @adapter
-def summed_attentions(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+def summed_attentions(path: str, module: Layer) -> Iterator[PruneGroup]:
     """Lumina-Next: one Linear reads the sum of two attentions' heads, of which one is scaled by head."""
+    first: Any
+    second: Any
     first, second, scale = (getattr(module, name, None) for name in ("attn1", "attn2", "gate"))
     if not _processor(first).startswith("LuminaAttn") or not isinstance(scale, nn.Parameter):
         return
@@ -150,7 +153,7 @@ def summed_attentions(path: str, module: nn.Module) -> Iterator[PruneGroup]:
 
 
 @adapter
-def parallel_attention(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+def parallel_attention(path: str, module: Layer) -> Iterator[PruneGroup]:
     """FLUX.2's single blocks: one Linear gives q, k, v and the gated MLP, another reads both."""
     fused, out = getattr(module, "to_qkv_mlp_proj", None), getattr(module, "to_out", None)
     if not isinstance(fused, nn.Linear) or not isinstance(out, nn.Linear):
@@ -178,7 +181,7 @@ def parallel_attention(path: str, module: nn.Module) -> Iterator[PruneGroup]:
 
 
 @adapter
-def single_stream(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+def single_stream(path: str, module: Layer) -> Iterator[PruneGroup]:
     """FLUX's single blocks: proj_out reads the attention and the MLP (gated, in Ovis) side by side."""
     attn, mlp, out = (getattr(module, name, None) for name in ("attn", "proj_mlp", "proj_out"))
     if attn is None or not isinstance(mlp, nn.Linear) or not isinstance(out, nn.Linear):

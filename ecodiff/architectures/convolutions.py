@@ -6,11 +6,11 @@ from itertools import pairwise
 from torch import nn
 
 from ..units import Attribute, PruneGroup, Slot, units
-from .registry import adapter
+from .registry import Layer, adapter
 
 
 @adapter
-def gated_convolutions(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+def gated_convolutions(path: str, module: Layer) -> Iterator[PruneGroup]:
     """Channels of Sana's GLUMBConv: inverted (value and gate), depthwise, and pointwise convolutions."""
     names = ("conv_inverted", "conv_depth", "conv_point")
     if not all(isinstance(getattr(module, name, None), nn.Conv2d) for name in names):
@@ -30,7 +30,7 @@ def gated_convolutions(path: str, module: nn.Module) -> Iterator[PruneGroup]:
 
 
 @adapter
-def pointwise_convolutions(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+def pointwise_convolutions(path: str, module: Layer) -> Iterator[PruneGroup]:
     """Channels of Kandinsky 3's feed-forwards: two 1x1 convolutions and what is between them."""
     if not path.endswith(".feed_forward") or not isinstance(module, nn.Sequential) or len(module) != 3:
         return
@@ -43,7 +43,7 @@ def pointwise_convolutions(path: str, module: nn.Module) -> Iterator[PruneGroup]
 
 
 @adapter
-def resnet(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+def resnet(path: str, module: Layer) -> Iterator[PruneGroup]:
     """Inner channels of diffusers' ResnetBlock2D, by groups of norm2: conv1 in, conv2 out.
 
     A group norm treats its groups apart, so removing whole ones leaves the others as they were.
@@ -84,7 +84,7 @@ def resnet(path: str, module: nn.Module) -> Iterator[PruneGroup]:
 
 
 @adapter
-def bottleneck(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+def bottleneck(path: str, module: Layer) -> Iterator[PruneGroup]:
     """Inner channels of Kandinsky 3's ResNets: between two of their convolutions where the size stays."""
     steps = getattr(module, "resnet_blocks", None)
     if not isinstance(steps, nn.ModuleList):

@@ -1,15 +1,16 @@
 """Feed-forward neurons."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
 from ..units import Attribute, PruneGroup, Slot, units
-from .registry import adapter
+from .registry import Layer, adapter
 
 
 @adapter
-def feed_forward(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+def feed_forward(path: str, module: Layer) -> Iterator[PruneGroup]:
     """Neurons of diffusers' FeedForward: net[0].proj in (twice as wide if gated), net[2] out."""
     net = getattr(module, "net", None)
     if not isinstance(net, nn.ModuleList) or len(net) < 3:
@@ -45,10 +46,10 @@ FEED_FORWARDS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 @adapter
-def named_feed_forward(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+def named_feed_forward(path: str, module: Layer) -> Iterator[PruneGroup]:
     """Neurons of gated feed-forwards that are no FeedForward of diffusers', known by their names."""
     for names, last in FEED_FORWARDS:
-        linears = [getattr(module, name, None) for name in (*names, last)]
+        linears: list[Any] = [getattr(module, name, None) for name in (*names, last)]
         if not all(isinstance(linear, nn.Linear) for linear in linears):
             continue
         hidden = linears[-1].in_features
@@ -61,7 +62,7 @@ def named_feed_forward(path: str, module: nn.Module) -> Iterator[PruneGroup]:
 
 
 @adapter
-def packed_experts(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+def packed_experts(path: str, module: Layer) -> Iterator[PruneGroup]:
     """Neurons of Nucleus-Image's experts, whose weights lie in one tensor: the same of every expert.
 
     gate_up_proj is (experts, width, 2 * neurons), down_proj (experts, neurons, width).

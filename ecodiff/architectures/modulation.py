@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..units import PruneGroup, Slot, units
-from .registry import adapter
+from .registry import Layer, adapter
 
 
 @adapter
-def modulation(path: str, module: nn.Module) -> Iterator[PruneGroup]:
+def modulation(path: str, module: Layer) -> Iterator[PruneGroup]:
     """Rows of the Linear that turns the time embedding into shifts, scales and gates; zero if gone.
 
     In the AdaLayerNormZero family, and in Qwen-Image's sequences of an activation and a Linear.

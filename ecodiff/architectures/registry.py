@@ -11,6 +11,7 @@ are units without a consumer: a row that is gone is read as zero (`Slot.scattere
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -18,7 +19,8 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..units import PUBLISHED_KINDS, Kind, PruneGroup, Slot, in_words
 
-Adapter = Callable[[str, nn.Module], Iterator[PruneGroup]]
+Layer = Any  # a module of any class: adapters look at its structure
+Adapter = Callable[[str, Layer], Iterator[PruneGroup]]
 ADAPTERS: list[Adapter] = []
 
 

@@ -3,16 +3,19 @@
 import json
 from importlib.metadata import version
 
+from diffusers import DiffusionPipeline
+
 from .. import catalog
 from ..pipelines import denoiser_name
 from ..pruning import ecodiff_sliced_v1
+from ..pruning.plan import PrunePlan
 from ..pruning.slicing import plan_of
 
 
-def model_card(pipe, facts: dict | None = None) -> str:
+def model_card(pipe: DiffusionPipeline, facts: dict | None = None) -> str:
     """README.md of a pruned folder: what was removed, how to load it, the base model's licence."""
     name = denoiser_name(pipe)
-    plan = plan_of(getattr(pipe, name))
+    plan = plan_of(getattr(pipe, name)) or PrunePlan({})
     about = plan.metadata | (facts or {})
     base = about.get("model", "unknown")
     known = catalog.find(base)

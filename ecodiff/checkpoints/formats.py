@@ -4,10 +4,11 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
 
 from ..architectures import find_groups
@@ -55,7 +56,9 @@ def find_format(name: str) -> Format:
 
 
 @format("diffusers", "a diffusers folder that opens with or without ecodiff")
-def save_folder(pipe, out: str | Path, dtype: torch.dtype | None = None, card: str = "") -> Path:
+def save_folder(
+    pipe: DiffusionPipeline, out: str | Path, dtype: torch.dtype | None = None, card: str = ""
+) -> Path:
     """Write a pruned pipeline as `checkpoints.saving.save` does."""
     return save(pipe, out, dtype, card)
 
@@ -71,7 +74,7 @@ def filled(denoiser: ModelMixin) -> ModelMixin:
     if plan is None:
         raise PlanError(f"This {type(denoiser).__name__} is not pruned; it has its dense shapes.")
     config = {name: value for name, value in denoiser.config.items() if name != "ecodiff"}
-    base = type(denoiser).__mro__[1]
+    base: Any = type(denoiser).__mro__[1]
     with init_empty_weights():
         dense = base.from_config(config)
     for group in find_groups(dense, ALL_KINDS):
@@ -97,7 +100,9 @@ def filled(denoiser: ModelMixin) -> ModelMixin:
 
 
 @format("dense", "as large and as slow as the dense model: zeros are computed too")
-def save_filled(pipe, out: str | Path, dtype: torch.dtype | None = None, card: str = "") -> Path:
+def save_filled(
+    pipe: DiffusionPipeline, out: str | Path, dtype: torch.dtype | None = None, card: str = ""
+) -> Path:
     """Write a pruned pipeline in dense shapes.
 
     Args:

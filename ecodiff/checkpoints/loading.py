@@ -1,11 +1,13 @@
 """Opening pipelines: embedded names, diffusers folders, Hub ids and single files."""
 
+import inspect
 import os
 import sys
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -60,7 +62,7 @@ def load(
         if is_single_file(source):
             return _ready(_from_single_file(Path(source), dtype), device, offload)
         index = model_index(source)
-        components = {}
+        components: dict[str, Any] = {}
         for name, entry in index.items():
             if isinstance(entry, list) and entry[0] is None:
                 components[name] = None  # SD3 without its T5: diffusers wants to be told
@@ -91,10 +93,11 @@ def _from_files(source: str, dtype: torch.dtype, components: dict):
             raise
         except (OSError, ValueError) as error:
             plain = error if variant is None else plain
+    assert plain is not None
     raise plain
 
 
-def _ready(pipe, device: str, offload: bool):
+def _ready(pipe: DiffusionPipeline, device: str, offload: bool):
     denoiser_of(pipe)
     parts = [part.eval() for part in pipe.components.values() if isinstance(part, nn.Module)]
     weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
@@ -189,19 +192,20 @@ def empty_denoiser(source: str) -> nn.Module:
         raise UnsupportedModelError(f"{source} has no `unet` and no `transformer` to prune.")
     library, cls_name = index[name]
     module = ecodiff_sliced_v1 if library == ecodiff_sliced_v1.NAME else diffusers
-    cls = getattr(module, str(cls_name), None)
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+    cls: Any = getattr(module, str(cls_name), None)
+    if not (inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin)):
         raise UnsupportedModelError(f"The {name} of {source} is a {cls_name}, not diffusers' own.")
     try:
         with torch.device("meta"):
-            return cls.from_config(cls.load_config(source, subfolder=name))
+            known_class: Any = cls
+            return known_class.from_config(known_class.load_config(source, subfolder=name))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, *NETWORK_ERRORS) as error:
         if os.path.isdir(source):
             raise damaged(source, error) from None
         raise unreachable(source) from None
 
 
-def classes(source: str) -> tuple[type, str]:
+def classes(source: str) -> tuple[Any, str]:
     """The class of a model's pipeline, and the name of the denoiser in it; loads no weights."""
     source = catalog.find(source).source
     index = model_index(base_of(source) if is_single_file(source) else source)

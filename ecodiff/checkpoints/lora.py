@@ -8,6 +8,7 @@ import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diffusers import DiffusionPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class LoraReport:
 
 
 def translate_lora(
-    lora: str | Path, pipe, plan: PrunePlan | None = None, dense=None
+    lora: str | Path, pipe: DiffusionPipeline, plan: PrunePlan | None = None, dense=None
 ) -> tuple[dict[str, Tensor], LoraReport]:
     """A LoRA for the dense model as one for the pruned model.
 
@@ -184,7 +185,7 @@ def save_lora(tensors: dict[str, Tensor], path: str | Path, plan: PrunePlan) -> 
     return write_tensors(path, tensors, {"format": "pt", DIGEST: plan.digest})
 
 
-def trained_lora(pipe, adapter: str = "default") -> dict[str, Tensor]:
+def trained_lora(pipe: DiffusionPipeline, adapter: str = "default") -> dict[str, Tensor]:
     """The tensors of an adapter that was trained on a pruned pipeline's denoiser, for `save_lora`."""
     from peft import get_peft_model_state_dict
 

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import nn
 
@@ -22,7 +23,9 @@ def folder_bytes(folder: str | Path) -> int:
     return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
 
-def save(pipe, folder: str | Path, dtype: torch.dtype | None = None, card: str = "") -> Path:
+def save(
+    pipe: DiffusionPipeline, folder: str | Path, dtype: torch.dtype | None = None, card: str = ""
+) -> Path:
     """Write a pruned pipeline as a diffusers folder that opens without ecodiff.
 
     Written beside its place and moved there when complete: a full disk leaves nothing half done,
@@ -82,7 +85,7 @@ def open_in_one_dtype(folder: Path) -> None:
             file.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
 
-def _cast(pipe, dtype: torch.dtype):
+def _cast(pipe: DiffusionPipeline, dtype: torch.dtype):
     """A copy of `pipe` with weights in `dtype`; the modules it may share are not touched."""
     cast = {
         name: copy.deepcopy(component).to(dtype)

@@ -9,6 +9,7 @@ import sys
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
+from typing import Any
 
 from ..errors import EcodiffError, memory_advice
 
@@ -42,7 +43,7 @@ def commands() -> dict[str, ModuleType]:
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of every command."""
-    shown = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    shown: dict[str, Any] = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     root = argparse.ArgumentParser(
         prog="python -m ecodiff",
         description="Make diffusion models smaller by learning which heads and neurons matter.",

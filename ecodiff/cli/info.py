@@ -58,8 +58,8 @@ def run(options: argparse.Namespace) -> int:
         ("left alone", ", ".join(f"{k} {v / total:.1%}" for k, v in facts["left_alone"].items())),
     ]
     if (known := catalog.find(options.model)).denoiser:
-        more, words = _of_the_catalogue(denoiser, known)
-        facts, rows = facts | more, rows + words
+        more, lines = _of_the_catalogue(denoiser, known)
+        facts, rows = facts | more, rows + lines
     if plan is not None:
         rows.append(("pruned by plan", plan.digest))
     if scores.ceiling >= 0.2:

@@ -22,8 +22,9 @@ def run(options: argparse.Namespace) -> int:
     from ..pruning.slicing import plan_of
 
     small = load(options.model)
-    plan = plan_of(denoiser_of(small))
     tensors, made = translate_lora(options.lora, small)
+    plan = plan_of(denoiser_of(small))
+    assert plan is not None  # or nothing would have been translated
     out = save_lora(tensors, options.out, plan)
     rows = [("translated", made.words()), ("saved in", str(out))]
     rows += [("dropped", f"{name}: {why}") for name, why in made.dropped.items()]

@@ -1,9 +1,10 @@
 """The budget of a run: what every unit costs, and what all of them together may keep."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import log
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..architectures import unit_parameters
@@ -32,13 +33,17 @@ class Budget:
         BudgetError: the ratio is beyond what the units hold.
     """
 
-    def __init__(self, pipe, config: LearnConfig, groups: Sequence[PruneGroup], call: dict):
+    def __init__(
+        self, pipe: DiffusionPipeline, config: LearnConfig, groups: Sequence[PruneGroup], call: dict
+    ):
         denoiser = denoiser_of(pipe)
         self.config, self.groups = config, list(groups)
         self.names = [group.name for group in groups]
         self.sizes = [group.size for group in groups]
         self.params = {g.name: unit_parameters(denoiser, g) for g in groups}
         self.macs = unit_macs(pipe, call, groups) if config.cost == "macs" else None
+        self.costs: Mapping[str, float]
+        total: float
         self.costs, total = self.macs or (self.params, parameters(denoiser))
         if config.cost == "ms":
             self.costs, total = unit_milliseconds(pipe, call, groups)

@@ -6,8 +6,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
@@ -30,7 +32,7 @@ class Call:
 
 
 def record(
-    pipe,
+    pipe: DiffusionPipeline,
     prompts: Sequence[str],
     config: CompensateConfig,
     folder: Path | None = None,
@@ -56,15 +58,17 @@ def record(
         yield calls
 
 
-def missing(config: CompensateConfig, folder: Path) -> list[range]:
-    """Batches that are not kept yet."""
+def missing(config: CompensateConfig, folder: Path | None) -> list[range]:
+    """Batches that are not kept yet; where nothing is kept, none."""
+    if folder is None:
+        return []
     return [rows for rows in config.batches if not (folder / f"{rows.start}.safetensors").exists()]
 
 
 def _spread(made: list[tuple[tuple, dict]], config: CompensateConfig, heldout: bool) -> list[Call]:
     """`config.calls` of a trajectory's calls, evenly spread over its time steps."""
     chosen = torch.linspace(0, len(made) - 1, min(config.calls, len(made))).round().long().unique()
-    return [Call(*made[index], heldout) for index in chosen.tolist()]
+    return [Call(made[index][0], made[index][1], heldout) for index in chosen.tolist()]
 
 
 def save(file: Path, calls: list[Call]) -> None:
@@ -88,7 +92,9 @@ def load(file: Path) -> list[Call] | None:
         spec = treespec_loads(header["spec"])
         given = tree_unflatten([leaves[str(i)] for i in range(len(leaves))], spec)
         about = json.loads(header["calls"])
-        return [Call(*made, bool(facts[0])) for made, facts in zip(given, about, strict=True)]
+        return [
+            Call(args, kwargs, bool(facts[0])) for (args, kwargs), facts in zip(given, about, strict=True)
+        ]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 
@@ -98,10 +104,10 @@ class Statistics:
     """Sums over calibration rows of one consumer: y is (rows, out), x is (rows, kept)."""
 
     rows: float = 0.0
-    xx: Tensor | float = 0.0
-    yx: Tensor | float = 0.0
-    x: Tensor | float = 0.0
-    y: Tensor | float = 0.0
+    xx: Any = 0.0  # Tensors, once there is a row
+    yx: Any = 0.0
+    x: Any = 0.0
+    y: Any = 0.0
 
     def add(self, y: Tensor, x: Tensor) -> None:
         if x.shape[1] == 0:
@@ -142,7 +148,7 @@ def _rows(module: nn.Module, tensor: Tensor, outputs: bool) -> Tensor:
         if outputs:
             tensor = tensor.flatten(2)
         else:
-            shape = (module.kernel_size, module.dilation, module.padding, module.stride)
+            shape: Any = (module.kernel_size, module.dilation, module.padding, module.stride)
             tensor = nn.functional.unfold(tensor.float(), *shape)
         tensor = tensor.transpose(1, 2)
     return tensor.float().flatten(0, -2)
@@ -177,7 +183,13 @@ class Calibration:
     in `folder`, if there is one.
     """
 
-    def __init__(self, pipe, prompts: Sequence[str], config: CompensateConfig, folder: Path | None = None):
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        prompts: Sequence[str],
+        config: CompensateConfig,
+        folder: Path | None = None,
+    ):
         if not prompts or not 0 < config.heldout < config.trajectories:
             raise BudgetError("Compensation needs prompts, and more trajectories than it holds out.")
         self.config, self.dense = config, denoiser_of(pipe)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import inf, log2
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -28,7 +29,7 @@ ALL, NOTHING = Keep(0), Keep()
 
 
 @contextmanager
-def block_by_block(denoiser: torch.nn.Module, wanted: bool) -> Iterator[None]:
+def block_by_block(denoiser: ModelMixin, wanted: bool) -> Iterator[None]:
     """diffusers' own gradient checkpointing, where the model has it and does not use it already."""
     wanted = wanted and getattr(denoiser, "_supports_gradient_checkpointing", False)
     if not wanted or denoiser.is_gradient_checkpointing:
@@ -74,7 +75,7 @@ def recomputed(step: Callable, factors: list[Tensor], args: tuple, kwargs: dict)
     """What `step` gives; gradients flow to tensors among the arguments and to `factors`."""
     leaves, spec = tree_flatten((args, kwargs))
     at = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    given = []
+    given: list = []
 
     def call(tensors) -> tuple[Tensor, ...]:
         filled = list(leaves)

@@ -16,8 +16,10 @@ and every size. Those of the pruned model itself, in network order, were tried a
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..config import CompensateConfig
@@ -39,8 +41,8 @@ def solve(statistics: Statistics, weight: Tensor, bias: Tensor | None, damping: 
 
 @torch.no_grad()
 def compensate_(
-    small,
-    pipe,
+    small: DiffusionPipeline,
+    pipe: DiffusionPipeline,
     prompts: Sequence[str] = (),
     config: CompensateConfig | None = None,
     calibration: Calibration | None = None,
@@ -87,7 +89,7 @@ def _kept_features(dense: nn.Module, plan: Mapping[str, Tensor]) -> dict[str, Te
     return found
 
 
-def _update(module: nn.Module, learned: Statistics, check: Statistics, damping: float) -> bool:
+def _update(module: Any, learned: Statistics, check: Statistics, damping: float) -> bool:
     """Solve for one layer; True if that is better on the held-out rows, and done."""
     if not learned.rows or not check.rows:
         return False

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from ..pipelines import denoiser_of, moved
 
 
-def text_encoders(pipe) -> dict[str, nn.Module]:
+def text_encoders(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     """Components that only `encode_prompt` needs, by name."""
     if not hasattr(pipe, "encode_prompt"):
         return {}
@@ -22,7 +23,7 @@ def text_encoders(pipe) -> dict[str, nn.Module]:
 class Encodings:
     """What `encode_prompt` of a pipeline gave, by its arguments, on the CPU."""
 
-    def __init__(self, pipe):
+    def __init__(self, pipe: DiffusionPipeline):
         self.pipe, self.encoders = pipe, text_encoders(pipe)
         self._known: dict[str, tuple] = {}
 

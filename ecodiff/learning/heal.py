@@ -9,12 +9,13 @@ Everything that a step draws comes from its number, so it goes on anywhere, like
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from math import cos, isfinite, pi
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -33,13 +34,13 @@ ADAPTER = "heal"
 
 
 def heal(
-    small,
-    pipe,
+    small: DiffusionPipeline,
+    pipe: DiffusionPipeline,
     prompts: Sequence[str],
     config: HealConfig | None = None,
     folder: Path | None = None,
     on_step: Callable[[], None] | None = None,
-) -> Iterator[tuple[int, float]]:
+) -> Generator[tuple[int, float], None, None]:
     """Heal a pruned pipeline; yields (steps done, loss). Its weights change when the last step is done.
 
     Args:
@@ -61,8 +62,8 @@ def heal(
         >>> ecodiff.save(small, "healed")
     """
     config = config or HealConfig()
-    teacher, plan = denoiser_of(pipe), plan_of(denoiser_of(small))
-    _check(prompts, plan, teacher)
+    teacher = denoiser_of(pipe)
+    plan = _checked(prompts, plan_of(denoiser_of(small)), teacher)
     student = copy.deepcopy(denoiser_of(small)).requires_grad_(False).eval()
     small.register_modules(**{denoiser_name(small): student})
     lora, parameters = _add_lora(student, teacher, plan, config)
@@ -93,12 +94,13 @@ def heal(
         student.requires_grad_(False)
 
 
-def _check(prompts: Sequence[str], plan: PrunePlan | None, teacher: nn.Module) -> None:
+def _checked(prompts: Sequence[str], plan: PrunePlan | None, teacher: nn.Module) -> PrunePlan:
     if not prompts:
         raise BudgetError("Healing needs at least one prompt.")
     if plan is None:
         raise PlanError("This model is not pruned, so there is nothing to heal.")
     check(plan, teacher)
+    return plan
 
 
 def facts(config: HealConfig, before: Mapping[str, float], after: Mapping[str, float], count: int) -> dict:
@@ -134,14 +136,14 @@ def _add_lora(student: nn.Module, teacher: nn.Module, plan: Mapping[str, Tensor]
     return lora, trained
 
 
-def _call(pipe, prompts: Sequence[str], batch: int, config: HealConfig) -> dict:
+def _call(pipe: DiffusionPipeline, prompts: Sequence[str], batch: int, config: HealConfig) -> dict:
     """The pipeline's arguments for one batch of trajectories; generators in it are used up by one run."""
     rows = range(batch * config.batch, (batch + 1) * config.batch)
     options = call_options(pipe, config.inference_steps, config.guidance_scale, config.size, config.extra)
     return prompt_rows(prompts, rows, config.seed, options)
 
 
-def _step(small, call: dict, target: Tensor, parameters, optimizer, on_step) -> float:
+def _step(small: DiffusionPipeline, call: dict, target: Tensor, parameters, optimizer, on_step) -> float:
     """One step of AdamW on a batch of trajectories; returns its loss."""
     with trajectory(small, True, on_step, trained=parameters) as run:
         z0 = run(**call)

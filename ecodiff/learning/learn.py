@@ -8,9 +8,11 @@ with the same scores, bit for bit, as one that was left alone.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from math import inf, isfinite
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..architectures import find_groups
@@ -35,7 +37,7 @@ PUBLISHED_START, PUBLISHED_TEMPERATURE, PUBLISHED_EPS = 3.0, 0.83, 0.5
 
 
 def learn(
-    pipe,
+    pipe: DiffusionPipeline,
     prompts: Sequence[str],
     config: LearnConfig,
     state: LearnState | None = None,
@@ -68,14 +70,13 @@ def learn(
     if any(v.shape != budget.shares.shape for v in state.vectors.values()):
         raise CheckpointError("The saved state has another number of units than this model.")
     while state.step < config.total_steps:
-        before = state
         with device_lock or nullcontext():
-            state = retry(lambda keep, before=before: _advance(before, budget, objective, keep))
+            state = retry(partial(_advance, state, budget, objective))
         yield state, scores(denoiser_of(pipe), budget, state)
 
 
 def learn_masks(
-    pipe,
+    pipe: DiffusionPipeline,
     prompts: Sequence[str],
     config: LearnConfig | None = None,
     callback: Callable[[LearnState], None] | None = None,
@@ -128,7 +129,7 @@ def _score(state: LearnState, budget: Budget, objective: Objective) -> dict:
     """All of another method's scores at once, as saliency."""
     config = budget.config
     calls = [objective.call(batch) for batch in range(config.warm_steps)]
-    found = METHODS[config.method].score(objective.pipe, calls, config.seed)
+    found = METHODS[str(config.method)].score(objective.pipe, calls, config.seed)
     values = torch.cat([found[name] for name in budget.names])
     state.vectors["saliency"] = distributed.mean(values)
     return {}
@@ -174,9 +175,12 @@ def _learn(state: LearnState, budget: Budget, objective: Objective, keep: Keep) 
     with trajectory(objective.pipe, keep, objective.count) as run, masks:
         loss, z0 = objective.error(run, batch)
         size = budget.expected(log_alpha)
-        price = state.multiplier * size if config.penalty is None else _published_penalty(log_alpha, budget)
-        (gradient,) = gradients(loss + price, z0, [log_alpha])
-    gradient, loss = distributed.mean(gradient), distributed.mean(loss.detach())
+        price = state.multiplier * size
+        if config.penalty is not None:
+            price = config.penalty * _published_penalty(log_alpha, budget)
+        (found,) = gradients(loss + price, z0, [log_alpha])
+    assert found is not None  # the size depends on every gate
+    gradient, loss = distributed.mean(found), distributed.mean(loss.detach())
     _adam(vectors, gradient, config.rate, state.step - config.warm_steps + 1)
     # Dual ascent: the price rises while the expected size is above the budget.
     over = float(size.detach()) - budget.keep
@@ -193,7 +197,7 @@ def _published_penalty(log_alpha: Tensor, budget: Budget) -> Tensor:
     means: dict[str, list[Tensor]] = {}
     for name, part in budget.by_group(log_alpha.abs()).items():
         means.setdefault(kinds[name], []).append(part.mean())
-    return budget.config.penalty * sum(torch.stack(m).mean() for m in means.values())
+    return torch.stack([torch.stack(m).mean() for m in means.values()]).sum()
 
 
 def _adam(vectors: dict[str, Tensor], gradient: Tensor, rate: float, updates: int) -> None:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import inf
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -91,7 +92,7 @@ class MemoryPlan:
 
 
 def estimate(
-    denoiser: nn.Module, itemsize: int, others: float, size: int = 1024, guided: bool = False, batch: int = 4
+    denoiser: ModelMixin, itemsize: int, others: float, size: int = 1024, guided: bool = False, batch: int = 4
 ) -> dict[str, int]:
     """Bytes for drawing one image and for learning, before anything was measured: rules of thumb.
 
@@ -121,7 +122,8 @@ class _Kept:
     """Counts the distinct storages that autograd keeps, those in `own` left out."""
 
     def __init__(self, own: set[int]):
-        self.own, self.sizes = own, {}
+        self.own = own
+        self.sizes: dict[int, tuple[int, Any]] = {}
 
     def add(self, tensor):
         storage = tensor.untyped_storage()
@@ -158,7 +160,7 @@ class _Fused(TorchFunctionMode):
 
 
 def activation_bytes(
-    denoiser: nn.Module, args: tuple, kwargs: dict, groups: Iterable[PruneGroup] = ()
+    denoiser: ModelMixin, args: tuple, kwargs: dict, groups: Iterable[PruneGroup] = ()
 ) -> tuple[int, int]:
     """Bytes that one call keeps for its backward pass, weights not counted: all of it, and if blocks are
     recomputed (what goes into each of them, what is between them, and the inside of the largest).
@@ -205,7 +207,7 @@ def activation_bytes(
 
 
 def plan(
-    pipe, call: dict, groups: Iterable[PruneGroup] = (), calls: int = 0, encoders: int = 0
+    pipe: DiffusionPipeline, call: dict, groups: Iterable[PruneGroup] = (), calls: int = 0, encoders: int = 0
 ) -> MemoryPlan:
     """The fastest plan that fits.
 
@@ -246,7 +248,9 @@ class Retry:
         on_plan: told in words what is kept, whenever that changes.
     """
 
-    def __init__(self, pipe, groups, objective: Objective, checkpoint: bool | None, on_plan=None):
+    def __init__(
+        self, pipe: DiffusionPipeline, groups, objective: Objective, checkpoint: bool | None, on_plan=None
+    ):
         self.pipe, self.groups, self.objective = pipe, groups, objective
         self.checkpoint, self.on_plan = checkpoint, on_plan
         self.plan: MemoryPlan | None = None

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..config import LearnConfig
@@ -26,7 +27,11 @@ class Objective:
     """
 
     def __init__(
-        self, pipe, prompts: Sequence[str], config: LearnConfig, on_step: Callable[[], None] | None = None
+        self,
+        pipe: DiffusionPipeline,
+        prompts: Sequence[str],
+        config: LearnConfig,
+        on_step: Callable[[], None] | None = None,
     ):
         if not prompts:
             raise BudgetError("Learning needs at least one prompt.")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..architectures import find_groups, unit_parameters
@@ -55,14 +56,14 @@ def method(name: str, source: str, cost: float) -> Callable:
 
 
 @method("random", "the floor that every method has to beat", cost=0)
-def random(pipe, calls: Sequence[dict] = (), seed: int = 0) -> Values:
+def random(pipe: DiffusionPipeline, calls: Sequence[dict] = (), seed: int = 0) -> Values:
     """Uniform noise: the floor that every method has to beat."""
     generator = torch.Generator().manual_seed(seed)
     return {g.name: torch.rand(g.size, generator=generator) for g in _groups(pipe)}
 
 
 @method("magnitude-l2", "Han et al. 2015, arXiv 1506.02626, L2", cost=0)
-def magnitude(pipe, calls: Sequence[dict] = (), seed: int = 0, norm: int = 2) -> Values:
+def magnitude(pipe: DiffusionPipeline, calls: Sequence[dict] = (), seed: int = 0, norm: int = 2) -> Values:
     """L1 or L2 norm of all weights of a unit, relative to the mean of its layer."""
     denoiser, values = denoiser_of(pipe), {}
     for group in _groups(pipe):
@@ -78,13 +79,13 @@ def magnitude(pipe, calls: Sequence[dict] = (), seed: int = 0, norm: int = 2) ->
 
 
 @method("magnitude-l1", "Li et al. 2017, arXiv 1608.08710", cost=0)
-def magnitude_l1(pipe, calls: Sequence[dict] = (), seed: int = 0) -> Values:
+def magnitude_l1(pipe: DiffusionPipeline, calls: Sequence[dict] = (), seed: int = 0) -> Values:
     """L1 norm of all weights of a unit, relative to the mean of its layer."""
     return magnitude(pipe, norm=1)
 
 
 @method("wanda", "Sun et al. 2023, arXiv 2306.11695", cost=1)
-def wanda(pipe, calls: Iterable[dict], seed: int = 0) -> Values:
+def wanda(pipe: DiffusionPipeline, calls: Iterable[dict], seed: int = 0) -> Values:
     """Weight times activation, after Wanda (Sun et al. 2023, arXiv 2306.11695), per unit.
 
     |W_ij| ||x_j|| summed over a unit's consumer columns, x gathered over whole trajectories,
@@ -131,7 +132,7 @@ def wanda(pipe, calls: Iterable[dict], seed: int = 0) -> Values:
 
 
 @method("taylor", "Diff-Pruning, Fang et al. 2023, arXiv 2305.10924", cost=5)
-def taylor(pipe, calls: Iterable[dict], seed: int = 0, threshold: float = 0.05) -> Values:
+def taylor(pipe: DiffusionPipeline, calls: Iterable[dict], seed: int = 0, threshold: float = 0.05) -> Values:
     """Diff-Pruning (Fang et al. 2023, arXiv 2305.10924): |sum over time steps of w dL_t/dw|, a unit.
 
     L_t is the training loss at a time step; steps are taken from the last (the least noise) on, as
@@ -153,7 +154,8 @@ def taylor(pipe, calls: Iterable[dict], seed: int = 0, threshold: float = 0.05) 
         times, largest = pipe.scheduler.timesteps, 0.0
         for (args, kwargs), time in reversed(list(zip(steps, times, strict=True))):
             noisy, target = _noised(pipe.scheduler, z0, noise, time)
-            args, kwargs = _with_sample(*moved((args, kwargs), denoiser.device), noisy)
+            args, kwargs = moved((args, kwargs), denoiser.device)
+            args, kwargs = _with_sample(args, kwargs, noisy)
             with masked(denoiser, gates), trajectory(pipe, checkpoint=False):
                 output = denoiser(*args, **kwargs)
                 output = output[0] if isinstance(output, tuple) else output.sample
@@ -199,7 +201,7 @@ def _repeated(batch: Tensor, rows: int) -> Tensor:
 
 
 @method("gauss-newton", "ecodiff: Gauss-Newton diagonal of the objective", cost=4)
-def gauss_newton(pipe, calls: Iterable[dict], seed: int = 0) -> Values:
+def gauss_newton(pipe: DiffusionPipeline, calls: Iterable[dict], seed: int = 0) -> Values:
     """Diagonal of the Gauss-Newton matrix of the objective, per parameter that a unit holds.
 
     For the loss L(m) = ||z_0(m) - z_0(1)||^2 the Hessian at m = 1 is 2 J^T J. With r normal,
@@ -221,7 +223,7 @@ def gauss_newton(pipe, calls: Iterable[dict], seed: int = 0) -> Values:
 
 
 def gauss_newton_sample(
-    pipe,
+    pipe: DiffusionPipeline,
     groups: list[PruneGroup],
     call: dict,
     seed: int,
@@ -252,7 +254,7 @@ def gauss_newton_sample(
     return {name: gradient.square().sum(0).cpu() / count for name, gradient in gradients.items()}
 
 
-def _groups(pipe) -> list[PruneGroup]:
+def _groups(pipe: DiffusionPipeline) -> list[PruneGroup]:
     """The groups of every kind: whatever a run may cut has a score."""
     return find_groups(denoiser_of(pipe), ALL_KINDS)
 

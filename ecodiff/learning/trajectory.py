@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..pipelines import (
@@ -26,7 +27,7 @@ from .checkpointing import ALL, NOTHING, Keep, block_by_block, recomputed
 
 @contextmanager
 def trajectory(
-    pipe,
+    pipe: DiffusionPipeline,
     checkpoint: bool | Keep = True,
     on_step: Callable[[], None] | None = None,
     trained: Sequence[torch.nn.Parameter] = (),

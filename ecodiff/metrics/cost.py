@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..architectures import find_groups
@@ -19,7 +20,7 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def peak_of(pipe) -> Callable[[], int | None]:
+def peak_of(pipe: DiffusionPipeline) -> Callable[[], int | None]:
     """From now on, what `pipe` needs on its device at most: its weights there, and what comes on top.
 
     Other pipelines that are there too do not count. Returns a function to ask for the bytes; it says None
@@ -37,7 +38,9 @@ def peak_of(pipe) -> Callable[[], int | None]:
 
 
 @torch.no_grad()
-def unit_macs(pipe, call: dict, groups: Iterable[PruneGroup] | None = None) -> tuple[dict[str, int], int]:
+def unit_macs(
+    pipe: DiffusionPipeline, call: dict, groups: Iterable[PruneGroup] | None = None
+) -> tuple[dict[str, int], int]:
     """Multiply-accumulates of one unit in one denoiser call, by group, and of the whole call.
 
     Counted from the shapes that flow through Linears, 2-D convolutions and attention in a real
@@ -108,7 +111,7 @@ def _attention_macs(group: PruneGroup, tokens: dict[str, tuple[int, int]]) -> in
 
 @torch.no_grad()
 def unit_milliseconds(
-    pipe, call: dict, groups: Iterable[PruneGroup] | None = None, repeats: int = 3
+    pipe: DiffusionPipeline, call: dict, groups: Iterable[PruneGroup] | None = None, repeats: int = 3
 ) -> tuple[dict[str, float], float]:
     """Milliseconds of one unit in one denoiser call, by group, and of the whole call.
 
@@ -161,7 +164,7 @@ def unit_milliseconds(
 
 
 @torch.no_grad()
-def latency(pipe, call: dict, repeats: int = 5) -> float:
+def latency(pipe: DiffusionPipeline, call: dict, repeats: int = 5) -> float:
     """Median milliseconds of one denoiser call, after a warm-up.
 
     Args:

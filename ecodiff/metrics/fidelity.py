@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -38,7 +40,7 @@ class Sample:
 
 
 def generate(
-    pipe,
+    pipe: DiffusionPipeline,
     prompt: str,
     seed: int,
     steps: int | None = None,
@@ -58,7 +60,7 @@ def generate(
     """
     latents, ends, device = {}, [], denoiser_of(pipe).device
 
-    def keep(pipe, index, timestep, kwargs):
+    def keep(pipe: DiffusionPipeline, index, timestep, kwargs):
         latents["z"] = kwargs["latents"]
         wait_for(device)
         ends.append(time.perf_counter())
@@ -83,9 +85,9 @@ def generate(
         raise BudgetError(f"{type(pipe).__name__} cannot draw with these settings: {error}") from None
     elapsed = 1000 * (time.perf_counter() - start)
     images = output.images if hasattr(output, "images") else output.frames[0]  # of a video, the first
-    steps = [1000 * (end - begun) for begun, end in pairwise(ends)]
+    each = [1000 * (end - begun) for begun, end in pairwise(ends)]
     z0 = latents["z"].float().cpu().clone()
-    return Sample(images[0], z0, elapsed, median(steps or [elapsed]), peak())
+    return Sample(images[0], z0, elapsed, median(each or [elapsed]), peak())
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,13 @@ def fidelity(dense: Sample, pruned: Sample) -> Fidelity:
     return Fidelity(
         latent_error(dense.latents, pruned.latents),
         min(99.0, float(peak_signal_noise_ratio(b, a, data_range=1.0))),
-        float(structural_similarity_index_measure(b, a, data_range=1.0)),
+        float(structural_similarity_index_measure(b, a, data_range=1.0)),  # type: ignore[arg-type]
     )
 
 
 def compare(
-    pipe,
-    small,
+    pipe: DiffusionPipeline,
+    small: DiffusionPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int] = (0,),
     steps: int | None = None,
@@ -138,7 +140,7 @@ def compare(
         "params_pruned", "ms_dense", "ms_pruned": median milliseconds an image, "step_ms_dense",
         "step_ms_pruned": of a time step}
     """
-    options = {"steps": steps, "guidance_scale": guidance_scale, "size": size, "extra": extra}
+    options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": size, "extra": extra}
     for warm in (pipe, small):
         generate(warm, prompts[0], 0, **options)
     rows, times = [], []
@@ -147,8 +149,8 @@ def compare(
             dense = generate(pipe, prompt, seed, **options)
             pruned = generate(small, prompt, seed, **options)
             rows.append({"prompt": prompt, "seed": seed, **asdict(fidelity(dense, pruned))})
-            steps = (dense.step_milliseconds, pruned.step_milliseconds)
-            times.append((dense.milliseconds, pruned.milliseconds, *steps))
+            each = (dense.step_milliseconds, pruned.step_milliseconds)
+            times.append((dense.milliseconds, pruned.milliseconds, *each))
     measures = ("latent_error", "psnr", "ssim")
     names = ("ms_dense", "ms_pruned", "step_ms_dense", "step_ms_pruned")
     return {

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -105,10 +106,11 @@ def _multiply_input(factor: Tensor, module: nn.Module, inputs: tuple) -> tuple:
     return (_times(inputs[0], factor, features), *inputs[1:])
 
 
-def _multiply_output(factor: Tensor, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+def _multiply_output(factor: Tensor, module: Any, inputs: tuple, output: Tensor) -> Tensor:
     if isinstance(module, ScatteredLinear):
-        whole = factor.new_zeros(*factor.shape[:-1], module.width)
-        factor = whole.index_copy(-1, module.rows, factor)
+        layer: Any = module
+        whole = factor.new_zeros((*factor.shape[:-1], layer.width))
+        factor = whole.index_copy(-1, layer.rows, factor)
     return _times(output, factor, output.ndim - 1)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import BoolTensor, Tensor
+from torch import Tensor
 
 from ..errors import CheckpointError, PlanError
 from ..storage import read_tensors, write_tensors
@@ -23,7 +23,7 @@ MAX_UNITS = 1 << 20  # in one group
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
 
-class PrunePlan(Mapping[str, BoolTensor]):
+class PrunePlan(Mapping[str, Tensor]):
     """Which units stay: {group name: bool (group.size,)}. A group that is not named is kept whole.
 
     Args:
@@ -36,7 +36,7 @@ class PrunePlan(Mapping[str, BoolTensor]):
     """
 
     def __init__(self, keep: Mapping[str, Tensor], metadata: Mapping | None = None):
-        self._keep: dict[str, BoolTensor] = {}
+        self._keep: dict[str, Tensor] = {}
         for name, mask in keep.items():
             mask = torch.as_tensor(mask)
             if mask.dtype != torch.bool or mask.ndim != 1:
@@ -47,7 +47,7 @@ class PrunePlan(Mapping[str, BoolTensor]):
             self._keep[name] = mask.cpu()
         self.metadata = dict(metadata or {})
 
-    def __getitem__(self, name: str) -> BoolTensor:
+    def __getitem__(self, name: str) -> Tensor:
         return self._keep[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -108,7 +108,7 @@ class PrunePlan(Mapping[str, BoolTensor]):
         return cls(keep, metadata)
 
 
-def _unpack_bits(name: str, size: int, packed: np.ndarray) -> BoolTensor:
+def _unpack_bits(name: str, size: int, packed: np.ndarray) -> Tensor:
     if not _GROUP_NAME.fullmatch(name) or type(size) is not int or not 0 < size <= MAX_UNITS:
         raise PlanError(f"{name!r} with {size!r} units is not a group of a model.")
     if packed.shape != (-(-size // 8),):

@@ -135,6 +135,7 @@ class Scores:
             ratio = 1 - params / self.total
         elif bytes is not None:
             ratio = 1 - bytes / (self.total * self.itemsize)
+        assert ratio is not None
         return self._cut(ratio, self.costs, self.total, "parameters", align)
 
     def _cut(self, ratio: float, costs: Mapping[str, int], total: int, unit: str, align: bool) -> PrunePlan:

@@ -2,9 +2,10 @@
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ..architectures import find_groups
@@ -43,7 +44,9 @@ def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Mo
     check(plan, denoiser)
     groups = [group for group in find_groups(denoiser, ALL_KINDS) if group.name in plan]
     kept = kept_features(denoiser, plan)
-    bare = {(slot.module, slot.axis): slot.bare for group in groups for slot in group.slots if slot.bare}
+    bare: dict[tuple[str, str], tuple[str, int] | None] = {
+        (slot.module, slot.axis): slot.bare for group in groups for slot in group.slots if slot.bare
+    }
     for (module, axis), rows in kept.items():
         if not rows.all():
             _cut(denoiser.get_submodule(module), axis, rows, bare.get((module, axis)))
@@ -94,7 +97,7 @@ def _cut(module: nn.Module, axis: str, rows: Tensor, bare: tuple[str, int] | Non
     set_features(module)
 
 
-def _scatter(linear: nn.Linear, rows: Tensor) -> None:
+def _scatter(linear: Any, rows: Tensor) -> None:
     """Let a Linear that lost rows give zeros in their place; `rows` are those it had before."""
     before = getattr(linear, "rows", torch.arange(len(rows)))
     if not rows.all():
@@ -109,7 +112,7 @@ def _set_attributes(denoiser: nn.Module, group: PruneGroup, keep: Tensor) -> Non
         setattr(module, attribute.name, int(keep.sum()) * attribute.per_unit)
     if group.kind != "heads" or keep.all():
         return
-    attention = denoiser.get_submodule(group.name)
+    attention: Any = denoiser.get_submodule(group.name)
     fit_processor(attention)
     if group.rope_by_head:
         before = getattr(attention, "rope_heads", torch.arange(len(keep)))
@@ -120,7 +123,9 @@ def _set_attributes(denoiser: nn.Module, group: PruneGroup, keep: Tensor) -> Non
 def _describe(denoiser: ModelMixin, plan: PrunePlan, groups: list[PruneGroup], cut: set[str]) -> None:
     """Register in the config how this model now differs from a fresh one of its class."""
     before = denoiser.config.get("ecodiff")
-    description = copy.deepcopy(before) if before else {"format": FORMAT, "plan": {"units": {}}}
+    description: dict[str, Any] = (
+        copy.deepcopy(before) if before else {"format": FORMAT, "plan": {"units": {}}}
+    )
     shapes = description.setdefault("shapes", {})
     for path in sorted(cut):
         parameters = denoiser.get_submodule(path).named_parameters(recurse=False)
@@ -138,7 +143,7 @@ def _describe(denoiser: ModelMixin, plan: PrunePlan, groups: list[PruneGroup], c
     whole = _composed(PrunePlan.unpacked(description["plan"]["units"]), plan)
     description["plan"] = {"units": whole.packed(), "metadata": plan.metadata}
     if before is None:
-        denoiser.__class__ = sliced_class(type(denoiser))
+        denoiser.__class__ = sliced_class(type(denoiser))  # type: ignore[arg-type]
     denoiser.register_to_config(ecodiff=description)
 
 
@@ -150,7 +155,7 @@ def _packed_rows(rows: Tensor, width: int) -> list:
 
 def _composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
     """The one plan, in units of the dense model, that equals `first` and then `second`."""
-    keep = dict(first)
+    keep: dict[str, Tensor] = dict(first)
     for name, chosen in second.items():
         keep[name] = keep[name].clone() if name in keep else torch.ones(len(chosen), dtype=torch.bool)
         keep[name][keep[name].clone()] = chosen
@@ -165,7 +170,7 @@ def plan_of(denoiser: nn.Module) -> PrunePlan | None:
     return PrunePlan.unpacked(description["plan"]["units"], description["plan"]["metadata"])
 
 
-def variant(pipe, plan: PrunePlan | Mapping[str, Tensor]):
+def variant(pipe: DiffusionPipeline, plan: PrunePlan | Mapping[str, Tensor]):
     """A pruned pipeline beside the dense one. Everything that is not cut is shared with `pipe`.
 
     The scheduler, which has state, is a new one. Takes milliseconds and the memory of the cut

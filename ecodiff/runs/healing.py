@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
+from diffusers import DiffusionPipeline
 from filelock import FileLock, Timeout
 
 from .. import catalog
@@ -26,8 +27,8 @@ def heal_run(
     run: Run,
     plan: PrunePlan,
     steps: int,
-    dense,
-    before,
+    dense: DiffusionPipeline,
+    before: DiffusionPipeline,
     device_lock: AbstractContextManager,
     budget: float | None = None,
 ) -> Iterator[dict]:
@@ -69,7 +70,14 @@ def heal_run(
         raise RunError("The run is being worked on already.") from None
 
 
-def _judged(run: Run, plan: PrunePlan, config, dense, before, small) -> dict:
+def _judged(
+    run: Run,
+    plan: PrunePlan,
+    config,
+    dense: DiffusionPipeline,
+    before: DiffusionPipeline,
+    small: DiffusionPipeline,
+) -> dict:
     """Compare before and after on held-out prompts; keep the healed weights if they are closer."""
     known, kept = catalog.find(run.model), run.folder / "variants"
     prompts = known.prompts("heldout")[:HEALED_PROMPTS]

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
+from diffusers import DiffusionPipeline
 from filelock import FileLock, Timeout
 
 from ..errors import EcodiffError, RunError, memory_advice
@@ -24,7 +25,7 @@ class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
 
 def advance(
     run: Run,
-    pipe,
+    pipe: DiffusionPipeline,
     on_progress: Callable[[LearnState, float], None] | None = None,
     device_lock: AbstractContextManager | None = None,
 ) -> bool:
@@ -41,7 +42,10 @@ def advance(
 
 
 def learn_run(
-    run: Run, pipe, device_lock: AbstractContextManager | None = None, budget: float | None = None
+    run: Run,
+    pipe: DiffusionPipeline,
+    device_lock: AbstractContextManager | None = None,
+    budget: float | None = None,
 ) -> Iterator[tuple[LearnState, float]]:
     """Learn from where the run is, saving as it goes; yields states and seconds that each took.
 
@@ -70,7 +74,7 @@ def learn_run(
         raise
 
 
-def _steps(run: Run, pipe, device_lock, budget) -> Iterator[tuple[LearnState, float]]:
+def _steps(run: Run, pipe: DiffusionPipeline, device_lock, budget) -> Iterator[tuple[LearnState, float]]:
     begun = saved = started = time.monotonic()
     state, scores, slowest = None, None, 0.0
     alone, first = distributed.count() == 1, distributed.rank() == 0

@@ -140,7 +140,7 @@ def import_(model: str, files: Sequence[str] = (), repo: str = "", token: str = 
     known = _known(model)
     limits.require_room()
     if repo.strip():
-        files = [hub.pull_plan(repo.strip(), token or False)]
+        files = [str(hub.pull_plan(repo.strip(), token or False))]
     config = known.learn_config("fast", 0.2)
     run = import_run(server().store.new_folder(), known.name, config, files)
     limits.admit(run)

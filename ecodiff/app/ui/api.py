@@ -65,8 +65,8 @@ def last(function: Callable) -> Callable:
             pass
         return found
 
+    wrapper.__dict__["__signature__"] = inspect.signature(function).replace(return_annotation=dict)
     wrapper.__annotations__ = function.__annotations__ | {"return": dict}
-    wrapper.__signature__ = inspect.signature(function).replace(return_annotation=dict)
     return wrapper
 
 

@@ -147,5 +147,6 @@ def choose(runs: list[str], current: str, chosen: str | None) -> tuple[dict, dic
     """
     found = choices(runs, scored=True)
     ids = [value for _, value in found]
-    value = chosen if chosen in ids else current if current in ids else (ids or [None])[0]
+    newest = ids[0] if ids else None
+    value = chosen if chosen in ids else current if current in ids else newest
     return gr.update(choices=found, value=value), gr.update(visible=not found)

@@ -218,7 +218,9 @@ def surveyed(means: list[dict], count: int, done: int = 0) -> str:
 
 def layers(kept: dict[str, float]) -> str:
     """One cell a layer, filled as far as it is kept; a row for each kind of layer."""
-    rows = {label: {} for label in ("Attention", "Cross-attention", "Feed-forward", "ResNet channels")}
+    rows: dict[str, dict[str, float]] = {
+        label: {} for label in ("Attention", "Cross-attention", "Feed-forward", "ResNet channels")
+    }
     for name, share in kept.items():
         tail = name.rpartition(".")[2]
         label = "Feed-forward"
@@ -258,8 +260,8 @@ def measured(found: dict) -> list[dict[str, str]]:
     """What benchmarks/fidelity.py measured, a row a method: latent error by size."""
     ratios = sorted({row["ratio"] for row in found["rows"]})
     cells = {(row["method"], row["ratio"]): row for row in found["rows"]}
-    methods = dict.fromkeys(row["method"] for row in found["rows"])
-    methods = [method for method in methods if all((method, ratio) in cells for ratio in ratios)]
+    names = dict.fromkeys(row["method"] for row in found["rows"])
+    methods = [method for method in names if all((method, ratio) in cells for ratio in ratios)]
     methods.sort(key=lambda method: -cells[method, ratios[-1]]["latent_error"][0])
     return [
         {"method": method}
