@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED: dict[str, tuple[str, ...]] = {
+    "arguments": ("cli",),
     "backends": ("machine",),
     "checkpoint": ("checkpoints.loading", "checkpoints.saving", "checkpoints.card", "pruning.plan"),
     "compensate": ("learning.compensate", "learning.calibration", "config"),

@@ -3,8 +3,10 @@
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from .config import CompensateConfig, HealConfig, LearnConfig
+from .storage import PLAN_FILE, read_header
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -24,6 +26,8 @@ class Model:
         extra: more arguments of the pipeline's call.
         others_gb: 10^9 bytes of text encoders and autoencoder in `dtype`, to one digit.
         denoiser: its published configuration, so that it can be counted without a network.
+        base: of a pruned folder, the name of its dense model.
+        prompts_folder: where its prompts are; "": those that are for all models.
     """
 
     name: str
@@ -39,48 +43,46 @@ class Model:
     extra: dict = field(default_factory=dict)
     others_gb: float = 0.0
     denoiser: dict | None = None
+    base: str = ""
+    prompts_folder: str = ""
 
     @property
     def embedded(self) -> bool:
         return Path(self.source).parent == EMBEDDED
+
+    def sampling(self) -> dict:
+        """Of the trajectories that are learned on: this model's defaults."""
+        return {
+            "inference_steps": self.learn_steps,
+            "guidance_scale": self.guidance_scale,
+            "size": self.size,
+            "extra": self.extra,
+        }
 
     def learn_config(self, preset: str, ratio: float, **changes) -> LearnConfig:
         """A preset with this model's defaults. Raises BudgetError if there is no such preset."""
         return LearnConfig.preset(
             preset,
             ratio=ratio,
-            inference_steps=self.learn_steps,
-            guidance_scale=self.guidance_scale,
-            size=self.size,
-            extra=self.extra,
-            **changes,
+            **self.sampling() | changes,
         )
 
     def compensation(self) -> CompensateConfig:
         """How weights are compensated, with this model's defaults."""
-        return CompensateConfig(
-            inference_steps=self.learn_steps,
-            guidance_scale=self.guidance_scale,
-            size=self.size,
-            extra=self.extra,
-        )
+        return CompensateConfig(**self.sampling())
 
     def heal_config(self, **changes) -> HealConfig:
         """How a pruned one is healed, with this model's defaults."""
-        config = HealConfig(
-            inference_steps=self.learn_steps,
-            guidance_scale=self.guidance_scale,
-            size=self.size,
-            extra=self.extra,
-        )
-        return replace(config, **changes)
+        return HealConfig(**self.sampling() | changes)
 
-    def drawing(self, steps: int | None = None, guidance_scale: float | None = None) -> dict:
+    def drawing(
+        self, steps: int | None = None, guidance_scale: float | None = None, size: int | None = None
+    ) -> dict:
         """Options of `fidelity.generate`: as given, else this model's defaults."""
         return {
-            "steps": steps or self.steps,
+            "steps": self.steps if steps is None else steps,
             "guidance_scale": self.guidance_scale if guidance_scale is None else guidance_scale,
-            "size": self.size,
+            "size": self.size if size is None else size,
             "extra": self.extra,
         }
 
@@ -96,7 +98,7 @@ class Model:
 
     def prompts(self, which: str) -> list[str]:
         """Prompts to learn on ("calibration") or to judge by ("heldout"): never the same ones."""
-        folder = Path(self.source) if self.embedded else EMBEDDED
+        folder = Path(self.prompts_folder or (self.source if self.embedded else EMBEDDED / "."))
         text = (folder / "prompts" / f"{which}.txt").read_text(encoding="utf-8")
         return [line for line in text.splitlines() if line.strip()]
 
@@ -121,11 +123,86 @@ def supported(denoiser: str) -> list[dict]:
     return [row for row in SUPPORTED if row["denoiser"] == denoiser.removeprefix("Sliced")]
 
 
-def find(name: str) -> Model:
-    """The catalogue's entry of `name`, or one with cautious defaults for any folder or Hub id."""
-    if name in MODELS:
-        return MODELS[name]
+def find(name: str | Path) -> Model:
+    """What a name stands for: a folder, a model of the catalogue, or any Hub id with cautious defaults.
+
+    A folder's settings are those of the model that it was pruned from or is a copy of; else they are read
+    off its own files. A folder that is called like a model of the catalogue is the folder.
+    """
+    name = str(name)
     by_source = {model.source: model for model in MODELS.values()}
     if name in by_source:
         return by_source[name]
+    if (Path(name) / "model_index.json").is_file():
+        return _folder(Path(name), name)
+    if name in MODELS:
+        return MODELS[name]
     return Model(name, name, name, 30, 5.0, None, learn_steps=12, dtype="float16", licence="other")
+
+
+def _folder(folder: Path, name: str) -> Model:
+    """A folder as a model."""
+    called: dict[str, Any] = {"name": name, "source": name, "title": name}
+    cut = read_header(folder / PLAN_FILE).get("metadata")
+    base = json.loads(cut).get("model") if cut else None
+    if base and base != name:
+        known = find(base)
+        prompts = known.prompts_folder or (known.source if known.embedded else "")
+        called |= {"denoiser": None, "base": known.base or known.name, "prompts_folder": prompts}
+        return replace(known, **called)
+    for model in MODELS.values():
+        if model.embedded and _same(Path(model.source), folder):
+            return replace(model, **called, prompts_folder=model.source)
+    prompts = str(folder) if (folder / "prompts" / "calibration.txt").is_file() else ""
+    settings: dict[str, Any] = {"steps": 30, "guidance_scale": 5.0, "learn_steps": 12} | _distilled(folder)
+    settings |= {"size": None, "dtype": "float16", "licence": _licence(folder), "prompts_folder": prompts}
+    return Model(**called, **settings)
+
+
+def _json(file: Path) -> dict:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _same(one: Path, other: Path) -> bool:
+    """True if two folders hold the same pipeline with the same schedule, whatever their weights are."""
+
+    def told(file: Path) -> dict:
+        return {k: v for k, v in _json(file).items() if not k.startswith("_") or k == "_class_name"}
+
+    configs = ("scheduler/scheduler_config.json", "unet/config.json", "transformer/config.json")
+    return all(told(one / file) == told(other / file) for file in ("model_index.json", *configs))
+
+
+def _distilled(folder: Path) -> dict:
+    """Steps and guidance of a folder that was distilled to few steps, by its own files; {} of any other."""
+    index, scheduler = (
+        _json(folder / "model_index.json"),
+        _json(folder / "scheduler" / "scheduler_config.json"),
+    )
+    transformer = _json(folder / "transformer" / "config.json")
+    few = {"steps": 4, "guidance_scale": 0.0, "learn_steps": 4}
+    if index.get("is_distilled"):  # FLUX.2 klein
+        return few | {"guidance_scale": 1.0}
+    if str(scheduler.get("_class_name", "")).startswith(("LCM", "TCD", "FlowMatchLCM")):
+        return few
+    if scheduler.get("_class_name") == "EulerAncestralDiscreteScheduler" and (
+        scheduler.get("timestep_spacing") == "trailing"
+    ):  # SDXL and SD Turbo
+        return few
+    if transformer.get("_class_name") == "FluxTransformer2DModel" and not transformer.get("guidance_embeds"):
+        return few  # FLUX.1 schnell
+    return {}
+
+
+def _licence(folder: Path) -> str:
+    """The licence that a folder's model card names; "other" without one."""
+    try:
+        front = (folder / "README.md").read_text(encoding="utf-8").split("---")[1]
+    except (OSError, ValueError, IndexError):
+        return "other"
+    lines = (line.partition(":") for line in front.splitlines())
+    return next((value.strip().strip('"') for key, _, value in lines if key.strip() == "license"), "other")

@@ -8,6 +8,13 @@ from .units import ALL_KINDS, PRESET_KINDS
 HEAL_RATE = 1e-3
 
 
+def check_seed(seed: int) -> int:
+    """The seed. Raises BudgetError unless torch can take it: 0 to 2**64 - 1."""
+    if type(seed) is not int or not 0 <= seed < 1 << 64:
+        raise BudgetError(f"A seed is a whole number from 0 to 2**64 - 1 (18446744073709551615), not {seed}.")
+    return seed
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """The trajectories that something is measured or learned on.
@@ -27,6 +34,13 @@ class Sampling:
     size: int | None = None
     extra: dict = field(default_factory=dict)
     seed: int = 0
+
+    def __post_init__(self):
+        check_seed(self.seed)
+        for name, least in (("batch", 1), ("inference_steps", 1), ("size", 8)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise BudgetError(f"{name} is {value}; it is at least {least}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +103,7 @@ class LearnConfig(Sampling):
     method: str | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         object.__setattr__(self, "kinds", tuple(self.kinds))  # JSON gives a list
         if min(self.batch, self.trajectories) < 1 or self.steps < 0:
             raise BudgetError("batch and trajectories must be at least 1, steps at least 0.")
@@ -152,6 +167,7 @@ class HealConfig(Sampling):
     rate: float = HEAL_RATE
 
     def __post_init__(self):
+        super().__post_init__()
         if min(self.steps, self.batch, self.rank) < 1 or not 0 < self.rate < 1:
             raise BudgetError("steps, batch and rank are at least 1, and the rate is between 0 and 1.")
         if self.trajectories < self.batch:

@@ -1,5 +1,6 @@
 """How a diffusers pipeline is called: its denoiser, its options, rows of prompts, recorded denoiser calls."""
 
+import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,8 +29,9 @@ def denoiser_name(pipe: DiffusionPipeline) -> str:
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> ModelMixin:
-    """`pipe.unet` or `pipe.transformer`."""
-    return getattr(pipe, denoiser_name(pipe))
+    """`pipe.unet` or `pipe.transformer`; if it is compiled, the model under the wrapper."""
+    denoiser = getattr(pipe, denoiser_name(pipe))
+    return getattr(denoiser, "_orig_mod", denoiser)
 
 
 def call_options(
@@ -51,6 +53,17 @@ def call_options(
     return given | (extra or {})
 
 
+def stream(purpose: str, seed: int, number: int = 0) -> torch.Generator:
+    """A generator for one purpose: the same seed and number give unrelated draws for another.
+
+    Args:
+        purpose: "latents", "probe", "gates", "order", "heal": what is drawn.
+        number: of the row or step that it is drawn for.
+    """
+    digest = hashlib.sha256(f"{purpose}|{seed}|{number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
+
 def prompt_rows(prompts: Sequence[str], rows: Iterable[int], seed: int, options: dict) -> dict:
     """Arguments of a pipeline's `__call__` for some (prompt, seed) pairs: row i of prompt i mod n.
 
@@ -62,7 +75,7 @@ def prompt_rows(prompts: Sequence[str], rows: Iterable[int], seed: int, options:
         options = options | {"negative_prompt": [options["negative_prompt"]] * len(rows)}
     return options | {
         "prompt": [prompts[row % len(prompts)] for row in rows],
-        "generator": [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in rows],
+        "generator": [stream("latents", seed, row) for row in rows],
     }
 
 
@@ -74,6 +87,21 @@ def latent_call(pipe: DiffusionPipeline) -> Callable:
             f"{type(pipe).__name__} cannot return latents (it has no output_type argument)."
         )
     return call
+
+
+def cut_off(pipe: DiffusionPipeline, prompt: str) -> str:
+    """The end of a prompt that no text encoder of the pipeline reads; "" if all of it is read."""
+    rests = []
+    for name, tokenizer in pipe.components.items():
+        most = getattr(tokenizer, "model_max_length", None)
+        if not name.startswith("tokenizer") or not most or most > 10_000:
+            continue
+        ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+        kept = tokenizer(prompt, truncation=True, max_length=most).input_ids
+        if len(ids) <= len(kept):
+            return ""
+        rests.append(tokenizer.decode(ids[most - 1 : -1], skip_special_tokens=True).strip())
+    return min(rests, key=len, default="")
 
 
 @contextmanager

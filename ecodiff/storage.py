@@ -2,7 +2,9 @@
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,8 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, EcodiffError
 
+PLAN_FILE = "ecodiff_plan.safetensors"  # in a pruned folder
+MAX_HEADER_BYTES = 4 << 20  # a plan of FLUX.1 has 20 KB
+MAX_TENSORS = 20_000
 MAX_FILE_BYTES = 64 << 20  # FLUX.1 has 2 M units: 4 MB of scores, 250 kB of plan
 
 
@@ -52,6 +57,66 @@ def write_json(path: str | Path, data) -> Path:
     return path
 
 
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn whatever a stranger's file makes its readers raise into one sentence, without paths.
+
+    Args:
+        name: of the file, for the sentence.
+
+    Raises:
+        CheckpointError
+    """
+    try:
+        yield
+    except EcodiffError:
+        raise
+    except Exception as error:  # readers of damaged files raise anything
+        raise CheckpointError(f"{name} cannot be read: {in_short(error)}") from None
+
+
+def in_short(error: Exception) -> str:
+    """The first line of an error, at most 200 characters, without paths."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"(?:/[\w.+-]+){2,}", "…", line)[:200]
+
+
+def check_header(path: Path, most_bytes: int = MAX_HEADER_BYTES, most: int = MAX_TENSORS) -> None:
+    """Raise CheckpointError unless a safetensors file has a header of a size that is worth parsing.
+
+    Args:
+        most_bytes, most: of the header, and of tensors in it.
+    """
+    with reading(path.name), path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > min(most_bytes, path.stat().st_size):
+            raise CheckpointError(f"{path.name} is no safetensors file of a size that is read here.")
+        if file.read(size).count(b"data_offsets") > most:
+            raise CheckpointError(f"{path.name} holds more than {most} tensors.")
+
+
+def check_zip(path: Path, most: int) -> None:
+    """Raise CheckpointError unless a zip says that it has at most `most` entries, before listing them."""
+    with reading(path.name), path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - (1 << 16) - 22))
+        tail = file.read()
+        end = tail.rfind(b"PK\x05\x06")
+        if end < 0 or len(tail) < end + 22:
+            raise CheckpointError(f"{path.name} is not a zip file.")
+        count, listed = int.from_bytes(tail[end + 10 : end + 12], "little"), tail[end + 12 : end + 16]
+        if count > most or int.from_bytes(listed, "little") > most * 1024:
+            raise CheckpointError(f"{path.name} has too many entries.")
+
+
+def read_header(path: str | Path) -> dict[str, str]:
+    """The header of a safetensors file, without its tensors; {} if there is none or it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError, ValueError):
+        return {}
+
+
 def read_tensors(
     path: str | Path, expected: str, dtype: torch.dtype
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -65,6 +130,7 @@ def read_tensors(
         raise CheckpointError(f"There is no {kind} file at {path}.")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise CheckpointError(f"{path} is too large for a {kind} file.")
+    check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ecodiff"
 # From the ground up: a room imports from rooms above itself in this list, and from itself.
 ROOMS = (
-    *("_moved", "errors", "units", "storage", "machine", "config", "pipelines", "catalog"),
+    *("_moved", "errors", "units", "storage", "machine", "config", "pipelines", "checks", "catalog"),
     *("architectures", "pruning", "metrics", "learning", "checkpoints", "runs"),
     *("__init__", "cli", "app", "__main__"),
 )

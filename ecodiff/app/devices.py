@@ -56,7 +56,7 @@ class Device:
         self.timings, self.recordings = timings, recordings
         self._name: str | None = None
         self._dense: DiffusionPipeline | None = None
-        self._variants: OrderedDict[tuple[str, bool], tuple[object, int]] = OrderedDict()
+        self._variants: OrderedDict[tuple[str, bool, bool], tuple[object, int]] = OrderedDict()
         self._calibration: Calibration | None = None
 
     def dense(self, model: str):
@@ -85,15 +85,25 @@ class Device:
                 self._calibration = Calibration(dense, prompts, config, self.recordings(model))
             return self._calibration
 
-    def pruned(self, model: str, plan: PrunePlan, compensate: bool = True, kept: Path | None = None):
+    def pruned(
+        self,
+        model: str,
+        plan: PrunePlan,
+        compensate: bool = True,
+        kept: Path | None = None,
+        healed: bool = True,
+    ) -> DiffusionPipeline:
         """The variant of a model that keeps what `plan` keeps.
 
         Args:
             kept: a folder for compensated or healed weights, so that no other process computes them again.
+            healed: take the healed weights, if there are any.
         """
         with self.lock:
             dense, file = self.dense(model), kept and kept / f"{plan.digest}.safetensors"
-            key = (plan.digest, compensate)
+            if healed and file and (better := file.with_suffix(".healed.safetensors")).is_file():
+                file = better
+            key = (plan.digest, compensate, healed)
             small, stamp = self._variants.pop(key, (None, None))
             if small is None or (compensate and stamp != _stamp(file)):  # healed since, maybe elsewhere
                 small = variant(dense, plan)

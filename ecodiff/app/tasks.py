@@ -181,7 +181,7 @@ class HealRun:
         run, begun, device = Run.open(Path(self.folder)), time.monotonic(), server().devices.learning[-1]
         with device.lock:
             dense = device.dense(run.model)
-            before = device.pruned(run.model, self.plan, True, run.folder / "variants")
+            before = device.pruned(run.model, self.plan, True, run.folder / "variants", healed=False)
         left = machine.CHUNK_SECONDS - (time.monotonic() - begun) if machine.zerogpu() else None
         yield from heal_run(run, self.plan, self.steps, dense, before, device.lock, left)
 

@@ -1,7 +1,6 @@
 """The worker: a thread for each device that learns one run after another, whoever watches."""
 
 import itertools
-import queue
 import threading
 import traceback
 from collections import deque
@@ -15,6 +14,7 @@ from ..runs.loop import learn_run
 from .devices import Device, Devices
 
 MAX_WAITING = 16
+MAX_KEPT = 64  # jobs that are done
 
 ADVICE = (
     "Nothing is lost. Try again when nothing else is learned or drawn here, or take a smaller model or image."
@@ -51,9 +51,10 @@ class Worker:
     def __init__(self, devices: Devices):
         self.devices = devices
         self._jobs: dict[str, Job] = {}
-        self._waiting: queue.Queue[Job] = queue.Queue()
+        self._waiting: deque[Job] = deque()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
+        self._more = threading.Condition(self._lock)
 
     def submit(self, run: Run) -> Job:
         """Queue a run (or do nothing if it is queued or running).
@@ -65,12 +66,14 @@ class Worker:
             job = self._jobs.get(run.id)
             if job is not None and job.active:
                 return job
-            if self._waiting.qsize() >= MAX_WAITING:
+            if len(self._waiting) >= MAX_WAITING:
                 raise RunError(f"{MAX_WAITING} runs are waiting already. Try again later.")
             run.permit()
             self._jobs.pop(run.id, None)  # so that the order is that of the queue
             job = self._jobs[run.id] = Job(run, state=run.state())
-            self._waiting.put(job)
+            self._waiting.append(job)
+            self._more.notify()
+            self._forget()
             if not self._threads:
                 self._threads = [
                     threading.Thread(target=self._work, args=[device], daemon=True, name="ecodiff-worker")
@@ -94,13 +97,25 @@ class Worker:
     def stop(self, run: Run) -> None:
         """Ask a run to stop: at once if it waits, within one time step if it learns."""
         run.request_stop()
-        job = self._jobs.get(run.id)
-        if job is not None and job.stage == "queued":
-            job.stage = "stopped"
+        with self._lock:
+            job = self._jobs.get(run.id)
+            if job is not None and job.stage == "queued":
+                job.stage = "stopped"
+                self._waiting.remove(job)
+
+    def _forget(self) -> None:
+        """Keep the last jobs only: of older ones the disk knows all there is to know."""
+        done = [run for run, job in self._jobs.items() if not job.active]
+        for run in done[: max(0, len(done) - MAX_KEPT)]:
+            del self._jobs[run]
 
     def _work(self, device: Device) -> None:
         while True:
-            job = self._waiting.get()
+            with self._more:
+                while not self._waiting:
+                    self._more.wait()
+                job = self._waiting.popleft()
+                job.stage = "loading"
             try:
                 with memory_advice(ADVICE):
                     self._learn(job, device)
@@ -109,13 +124,11 @@ class Worker:
                 job.stage = "failed"
             except Exception:  # the thread must outlive a bug; the run keeps its last saved state
                 traceback.print_exc()
-                job.run.record("ecodiff failed unexpectedly; the server's log says where. Resume?")
-                job.stage = "failed"
+                if job.stage != "finished":  # what comes after it only saves time
+                    job.run.record("ecodiff failed unexpectedly; the server's log says where. Resume?")
+                    job.stage = "failed"
 
     def _learn(self, job: Job, device: Device) -> None:
-        if job.stage == "stopped":
-            return
-        job.stage = "loading"
         pipe = device.dense(job.run.model)
         job.stage = "learning"
 

@@ -23,9 +23,9 @@ STACKED = {"img_qkv_proj": 3, "txt_kv_proj": 2, "img_attn_qkv": 3, "txt_attn_qkv
 
 OUTPUTS = ("to_out", "to_add_out", "to_out_t", "out_layer", "img_attn_proj", "txt_attn_proj")
 
-QUERY_NORMS = ("norm_q", "norm_added_q", "q_rms_norm", "q_rms_norm_t")
+QUERY_NORMS = ("norm_q", "norm_added_q", "q_norm", "q_rms_norm", "q_rms_norm_t")
 
-KEY_NORMS = ("norm_k", "norm_added_k", "k_rms_norm", "k_rms_norm_t")
+KEY_NORMS = ("norm_k", "norm_added_k", "k_norm", "k_rms_norm", "k_rms_norm_t")
 
 HEAD_COUNTS = ("heads", "num_heads")
 
@@ -85,7 +85,13 @@ def _heads(path: str, module: Layer, consumers: list[str], width: int) -> Iterat
         producers.append(Slot(f"{path}.to_gate_logits", "out", units(heads)))
     if getattr(module, "history_scale_mode", "") == "per_head":  # Helios
         producers.append(Slot(path, "out", units(heads), bare=("history_key_scale", 0)))
-    per_unit = {"heads": each, "num_heads": each, "sliceable_head_dim": each, "num_kv_heads": 1}
+    per_unit = {
+        "heads": each,
+        "num_heads": each,
+        "sliceable_head_dim": each,
+        "num_kv_heads": 1,
+        "kv_heads": 1,
+    }
     per_unit |= {"inner_dim": each * head, "inner_kv_dim": head, "kv_inner_dim": head}
     if _processor(module).startswith(("OmniGen", "CosmosAttnProcessor2_5")):
         per_unit["out_dim"] = each * head

@@ -21,5 +21,5 @@ def modulation(path: str, module: Layer) -> Iterator[PruneGroup]:
         return
     if not isinstance(linear, nn.Linear):
         return
-    slot = Slot(f"{path}.{name}", "out", units(linear.out_features), scattered=True)
-    yield PruneGroup(path, "modulation", linear.out_features, consumers=(slot,), producers=())
+    slot = Slot(f"{path}.{name}", "out", units(len(linear.weight)), scattered=True)
+    yield PruneGroup(path, "modulation", len(linear.weight), consumers=(slot,), producers=())

@@ -16,10 +16,13 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from ..checks import check_layers
 from ..errors import UnsupportedModelError
 from ..units import PUBLISHED_KINDS, Kind, PruneGroup, Slot, in_words
 
 Layer = Any  # a module of any class: adapters look at its structure
+# Denoisers whose forward counts heads by their config, so they must keep them all.
+HEADS_OF_THE_CONFIG = ("PriorTransformer",)
 Adapter = Callable[[str, Layer], Iterator[PruneGroup]]
 ADAPTERS: list[Adapter] = []
 
@@ -75,10 +78,14 @@ _FOUND: WeakKeyDictionary[nn.Module, tuple[tuple, list[PruneGroup]]] = WeakKeyDi
 
 def _all_groups(denoiser: nn.Module) -> list[PruneGroup]:
     """Groups of every kind, found once for as long as the denoiser's layers stay what they are."""
+    denoiser = getattr(denoiser, "_orig_mod", denoiser)  # under torch.compile's wrapper
     now = tuple(_identity(path, module) for path, module in denoiser.named_modules())
     before, groups = _FOUND.get(denoiser, (None, []))
     if now != before:
+        check_layers(denoiser)
         groups = [g for path, m in _repeated(denoiser) for adapter in ADAPTERS for g in adapter(path, m)]
+        if type(denoiser).__name__.endswith(HEADS_OF_THE_CONFIG):
+            groups = [group for group in groups if group.kind != "heads"]
         _FOUND[denoiser] = now, groups
     return groups
 

@@ -12,6 +12,21 @@ from ..pruning.plan import PrunePlan
 from ..pruning.slicing import plan_of
 
 
+def snippet(known: catalog.Model, folder: str) -> str:
+    """Python that opens a pruned folder without ecodiff and draws with its model's own settings."""
+    asked = {"num_inference_steps": known.steps, "guidance_scale": known.guidance_scale}
+    asked |= {"height": known.size, "width": known.size} | known.extra
+    options = "".join(f", {name}={value!r}" for name, value in asked.items() if value is not None)
+    return f"""import torch
+from diffusers import DiffusionPipeline
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+dtype = torch.{known.dtype} if device == "cuda" else torch.float32
+pipe = DiffusionPipeline.from_pretrained({folder!r}, torch_dtype=dtype, trust_remote_code=True).to(device)
+image = pipe("a red apple"{options}).images[0]
+image.save("image.png")"""
+
+
 def model_card(pipe: DiffusionPipeline, facts: dict | None = None) -> str:
     """README.md of a pruned folder: what was removed, how to load it, the base model's licence."""
     name = denoiser_name(pipe)
@@ -39,12 +54,9 @@ def model_card(pipe: DiffusionPipeline, facts: dict | None = None) -> str:
 | plan | `{plan.digest}` |
 {measured}
 ```python
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained("THIS FOLDER", trust_remote_code=True)
-image = pipe("a prompt").images[0]
+{snippet(known, "THIS FOLDER")}
 ```
 
-It opens in float32; on a GPU give `torch_dtype=torch.float16` (or `bfloat16`) as well.
 `trust_remote_code` runs `{name}/{ecodiff_sliced_v1.NAME}.py`, which only gives the layers their
 smaller shapes. With ecodiff {version("ecodiff") if _installed() else ""} installed,
 `ecodiff.load("THIS FOLDER")` needs no remote code. The licence is the base model's.

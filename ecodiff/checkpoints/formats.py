@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
-from safetensors import SafetensorError
 
 from ..architectures import find_groups
 from ..errors import CheckpointError, PlanError
@@ -17,7 +16,7 @@ from ..pipelines import denoiser_name, denoiser_of
 from ..pruning.slicing import kept_features, plan_of
 from ..storage import write_tensors
 from ..units import ALL_KINDS
-from .saving import open_in_one_dtype, save
+from .saving import open_in_one_dtype, save, whole_folder
 
 
 @dataclass(frozen=True)
@@ -119,22 +118,18 @@ def save_filled(
     if out.exists():
         raise CheckpointError(f"{out} exists. Name a new folder or file.")
     dense = filled(denoiser_of(pipe))
-    try:
-        if out.suffix == ".safetensors":
-            weights = {name: weight.to(dtype or weight.dtype) for name, weight in dense.state_dict().items()}
-            return write_tensors(out, weights, {"format": "pt"})
-        whole = copy.copy(pipe)
-        whole.register_modules(**{name: dense})
-        parts = {
-            n: copy.deepcopy(p) if dtype else p
-            for n, p in whole.components.items()
-            if hasattr(p, "parameters")
-        }
-        whole.register_modules(**{n: p.to(dtype) if dtype else p for n, p in parts.items()})
-        whole.save_pretrained(out)
-        open_in_one_dtype(out)
+    if out.suffix == ".safetensors":
+        weights = {name: weight.to(dtype or weight.dtype) for name, weight in dense.state_dict().items()}
+        return write_tensors(out, weights, {"format": "pt"})
+    whole = copy.copy(pipe)
+    whole.register_modules(**{name: dense})
+    parts = {
+        n: copy.deepcopy(p) if dtype else p for n, p in whole.components.items() if hasattr(p, "parameters")
+    }
+    whole.register_modules(**{n: p.to(dtype) if dtype else p for n, p in parts.items()})
+    with whole_folder(out.resolve()) as partial:
+        whole.save_pretrained(partial)
+        open_in_one_dtype(partial)
         if card:
-            (out / "README.md").write_text(card, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"Could not write {out}: {error}. Is the disk full?") from None
+            (partial / "README.md").write_text(card, encoding="utf-8")
     return out

@@ -5,7 +5,6 @@ a zip nothing but the plan is read. Masks come as `.pt` files, which are pickles
 weights, which knows tensors and containers and nothing else, is the only one that sees them.
 """
 
-import pickle
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from ..errors import CheckpointError, PlanError
 from ..pruning.plan import PLAN_FILE, PrunePlan
 from ..pruning.scores import Scores
 from ..pruning.slicing import check
-from ..storage import MAX_FILE_BYTES
+from ..storage import MAX_FILE_BYTES, check_zip, reading
 from ..units import ALL_KINDS, KINDS, PUBLISHED_KINDS, PruneGroup
 
 MAX_MEMBERS = 10_000  # of a zip
@@ -61,23 +60,20 @@ def read_plan(path: str | Path) -> PrunePlan:
     path = Path(path)
     if path.suffix != ".zip":
         return PrunePlan.load(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            found = [m for m in members[:MAX_MEMBERS] if m.filename.rpartition("/")[2] == PLAN_FILE]
-            if len(found) != 1:
-                raise CheckpointError(f"{path.name} is not the zip of a pruned model: no {PLAN_FILE} in it.")
-            if found[0].file_size > MAX_FILE_BYTES:
+    check_zip(path, MAX_MEMBERS)
+    with reading(path.name), zipfile.ZipFile(path) as archive:
+        found = [m for m in archive.infolist() if m.filename.rpartition("/")[2] == PLAN_FILE]
+        if len(found) != 1:
+            raise CheckpointError(f"{path.name} is not the zip of a pruned model: no {PLAN_FILE} in it.")
+        if found[0].file_size > MAX_FILE_BYTES:
+            raise CheckpointError(f"{PLAN_FILE} in {path.name} is too large for a plan.")
+        with archive.open(found[0]) as file, tempfile.TemporaryDirectory() as folder:
+            data = file.read(MAX_FILE_BYTES + 1)  # what the zip says of its size may be a lie
+            if len(data) > MAX_FILE_BYTES:
                 raise CheckpointError(f"{PLAN_FILE} in {path.name} is too large for a plan.")
-            with archive.open(found[0]) as file, tempfile.TemporaryDirectory() as folder:
-                data = file.read(MAX_FILE_BYTES + 1)  # what the zip says of its size may be a lie
-                if len(data) > MAX_FILE_BYTES:
-                    raise CheckpointError(f"{PLAN_FILE} in {path.name} is too large for a plan.")
-                plan = Path(folder) / PLAN_FILE
-                plan.write_bytes(data)
-                return PrunePlan.load(plan)
-    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path.name} is not a zip that can be read: {error}") from None
+            plan = Path(folder) / PLAN_FILE
+            plan.write_bytes(data)
+            return PrunePlan.load(plan)
 
 
 def read_masks(paths: Sequence[str | Path], denoiser: nn.Module) -> Scores:
@@ -126,17 +122,10 @@ def _tensors(path: Path) -> list[Tensor]:
     """The tensors of a `.pt` file, one a layer, as float32."""
     if path.suffix != ".pt" or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
         raise CheckpointError(f"{path.name} is not a mask file: a .pt of at most {MAX_FILE_BYTES >> 20} MiB.")
-    try:
+    check_zip(path, MAX_MEMBERS)
+    with reading(path.name):
         _check_archive(path)
         masks = _list(torch.load(path, map_location="cpu", weights_only=True))
-    except CheckpointError:
-        raise
-    except (
-        OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, AssertionError,
-        ArithmeticError, pickle.UnpicklingError, zipfile.BadZipFile,
-    ) as error:  # fmt: skip
-        words = str(error).splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{path.name} holds something else than tensors: {words[0][:200]}") from None
     if not all(mask.isfinite().all() for mask in masks):
         raise CheckpointError(f"{path.name} holds values that are not numbers.")
     return masks
@@ -153,13 +142,22 @@ def _check_archive(path: Path) -> None:
         raise CheckpointError(f"{path.name} is compressed; torch.save writes no such files.")
 
 
+def _plain(mask) -> bool:
+    """True for a dense tensor of floats in memory."""
+    return (
+        type(mask) in (Tensor, nn.Parameter)
+        and mask.is_floating_point()
+        and mask.layout is torch.strided
+        and mask.device.type == "cpu"
+        and not mask.is_nested
+    )
+
+
 def _list(loaded) -> list[Tensor]:
     masks = list(loaded.values()) if isinstance(loaded, dict) else loaded
     if not isinstance(masks, (list, tuple)) or not 0 < len(masks) <= MAX_TENSORS:
         raise CheckpointError("A mask file holds a list of tensors, one a layer.")
-    if not all(
-        type(m) in (Tensor, nn.Parameter) and m.is_floating_point() and not m.is_sparse for m in masks
-    ):
+    if not all(_plain(m) for m in masks):
         raise CheckpointError("A mask file holds a list of tensors, one a layer, and nothing else.")
     if sum(mask.numel() for mask in masks) > MAX_FILE_BYTES:  # one number, expanded to terabytes
         raise CheckpointError("A mask file claims more numbers than it can hold.")

@@ -1,7 +1,9 @@
 """Opening pipelines: embedded names, diffusers folders, Hub ids and single files."""
 
 import inspect
+import json
 import os
+import re
 import sys
 from functools import cache
 from importlib import import_module
@@ -18,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .. import catalog, machine
+from ..checks import without_values
 from ..errors import CheckpointError, EcodiffError, ModelNotFoundError, UnsupportedModelError, memory_advice
 from ..machine import free_bytes, megabytes
 from ..pipelines import denoiser_of
@@ -32,6 +35,8 @@ _OTHER_PARTS = ("first_stage_model.", "conditioner.", "cond_stage_model.", "text
 # huggingface_hub 1 speaks HTTP with httpx, 2 with httpx2: their errors have no base in common.
 NETWORK_ERRORS = tuple(import_module(name).HTTPError for name in ("httpx", "httpx2") if find_spec(name))
 
+_HUB_ID = re.compile(r"[^/.~][^/]*/[^/]+")
+_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".zip", ".json")
 _WORDS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -62,6 +67,7 @@ def load(
         if is_single_file(source):
             return _ready(_from_single_file(Path(source), dtype), device, offload)
         index = model_index(source)
+        refuse_quantised(source, index)
         components: dict[str, Any] = {}
         for name, entry in index.items():
             if isinstance(entry, list) and entry[0] is None:
@@ -99,6 +105,12 @@ def _from_files(source: str, dtype: torch.dtype, components: dict):
 
 def _ready(pipe: DiffusionPipeline, device: str, offload: bool):
     denoiser_of(pipe)
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and (missing := without_values(part, name)):
+            raise CheckpointError(
+                f"The weights of {missing} are not in the files. Was a download interrupted, or is a file "
+                "of another version? Get it again."
+            )
     parts = [part.eval() for part in pipe.components.values() if isinstance(part, nn.Module)]
     weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
     if offload and device != "cpu" and weights > free_bytes(torch.device(device)):
@@ -154,7 +166,12 @@ def model_index(source: str) -> dict:
             raise CheckpointError(
                 f"{source} has no model_index.json, so it is not a diffusers pipeline folder."
             )
-    elif os.path.isabs(source) or source.startswith((".", "~")) or source.count("/") != 1:
+    elif (
+        Path(source).suffix in _FILES
+        or os.path.isabs(source)
+        or source.startswith((".", "~"))
+        or source.count("/") != 1
+    ):
         names = ", ".join(catalog.MODELS)
         raise ModelNotFoundError(
             f"There is no model {source!r}. Give one of {names}; a diffusers folder; or a Hub id "
@@ -172,6 +189,19 @@ def model_index(source: str) -> dict:
         raise unreachable(source) from None
 
 
+def refuse_quantised(source: str, index: dict) -> None:
+    """Raise CheckpointError if the denoiser in a folder is stored quantised."""
+    for name in ("unet", "transformer"):
+        file = Path(source) / name / "config.json"
+        if name in index and file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
+            if found:
+                raise CheckpointError(
+                    f"The {name} of {source} is stored quantised ({found.get('quant_method', 'unknown')}). "
+                    "Give the full-precision model; what is pruned can be quantised afterwards."
+                )
+
+
 def empty_denoiser(source: str) -> nn.Module:
     """The denoiser of a model on the meta device: its shapes, without its weights.
 
@@ -187,6 +217,7 @@ def empty_denoiser(source: str) -> nn.Module:
     if is_single_file(source):
         return empty_denoiser(base_of(source))
     index = model_index(source)
+    refuse_quantised(source, index)
     name = next((n for n in ("unet", "transformer") if index.get(n, [None])[0]), None)
     if name is None:
         raise UnsupportedModelError(f"{source} has no `unet` and no `transformer` to prune.")

@@ -5,12 +5,14 @@ columns of A go: the translated LoRA on the pruned model is the LoRA on the dens
 """
 
 import inspect
+import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..architectures import find_groups
@@ -18,7 +20,7 @@ from ..errors import CheckpointError, PlanError
 from ..pipelines import denoiser_name, denoiser_of
 from ..pruning.plan import PrunePlan
 from ..pruning.slicing import kept_features, plan_of
-from ..storage import write_tensors
+from ..storage import check_header, reading, write_tensors
 from ..units import ALL_KINDS
 from .loading import empty_denoiser
 
@@ -95,7 +97,9 @@ def translate(
             raise PlanError(
                 f"The LoRA changes {layer!r}, which this model does not have, or only half of it."
             )
-        weight = modules[layer].weight
+        weight = getattr(modules[layer], "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim < 2:
+            raise PlanError(f"The LoRA changes {layer!r}, which is no layer with a matrix.")
         if down.shape[1] != weight.shape[1] or up.shape[0] != weight.shape[0]:
             raise PlanError(
                 f"The LoRA is for another model: {layer} is {tuple(weight.shape)} here, and the LoRA's "
@@ -121,40 +125,73 @@ def translate(
 
 
 def _read(path: Path, pipeline: type, name: str, plan: PrunePlan, dense: nn.Module) -> dict[str, Tensor]:
-    """A LoRA's tensors under the names that diffusers gives them, scales folded into B."""
+    """A LoRA's tensors in float32 under the names that diffusers gives them, scales folded into B."""
     if path.suffix != ".safetensors" or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
         raise CheckpointError(f"{path.name} is not a LoRA in a .safetensors file of at most 4 GiB.")
     loader = getattr(pipeline, "lora_state_dict", None)
     if loader is None:
         raise PlanError(f"{pipeline.__name__} does not load LoRAs.")
-    known = inspect.signature(loader).parameters
-    options = {"return_alphas": True} if "return_alphas" in known else {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            made_for = (file.metadata() or {}).get(DIGEST)
-        config = dense.config
-        read = loader(
-            str(path), unet_config=config, return_lora_metadata=True, use_safetensors=True, **options
+    check_header(path, most_bytes=16 << 20)
+    with reading(path.name):
+        stored, header = _stored(path, name)
+        if (made_for := header.get(DIGEST)) is not None:
+            fits = "It fits this model as it is." if made_for == plan.digest else "It fits no other size."
+            raise PlanError(f"{path.name} was made on a pruned model already. {fits}")
+        known = inspect.signature(loader).parameters
+        options = {"return_alphas": True} if "return_alphas" in known else {}
+        read = loader(stored, unet_config=dense.config, **options)
+        read = read if isinstance(read, tuple) else (read, None)
+        tensors, alphas = read[0], _alphas(read[1] or {})
+        settings = _settings(header)
+        own = {key.removeprefix(name + "."): v for key, v in tensors.items() if key.startswith(name + ".")}
+        own = {f"{name}.{key}": v for key, v in _peft_names(own).items()}
+        others = {key: v for key, v in tensors.items() if not key.startswith(name + ".")}
+        for key in own:
+            if not isinstance(own[key], Tensor) or own[key].ndim < 2:
+                raise CheckpointError(f"{path.name} holds something else than pairs of matrices.")
+        for found in (own, others):
+            for key in found:
+                if key.endswith((".lora_B.weight", ".up.weight")):
+                    found[key] = found[key] * _scale(_layer(key), found[key].shape[1], alphas, settings)
+        return own | others
+
+
+def _stored(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors in float32, and the header; names as diffusers' reader knows them."""
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+        stored = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+    if wrong := [key for key, tensor in stored.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(f"{path.name} holds values that are not numbers, in {wrong[0]!r:.100}.")
+    if any(key.endswith((".dora_scale", ".lora_magnitude_vector")) for key in stored):
+        raise CheckpointError(
+            f"{path.name} is a DoRA: its magnitudes are norms of the dense model's weights, which a pruned "
+            "layer does not have. Fuse it into the dense model, and prune that."
         )
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{path.name} is not a LoRA that diffusers can read: {error}") from None
-    if made_for is not None:
-        fits = "It fits this model as it is." if made_for == plan.digest else "It fits no other size."
-        raise PlanError(f"{path.name} was made on a pruned model already. {fits}")
-    read = read if isinstance(read, tuple) else (read,)
-    tensors, metadata = read[0], read[-1] if len(read) > 1 else None
-    alphas = {k.removeprefix(name + "."): v for k, v in ((read[1] if len(read) > 2 else None) or {}).items()}
-    alphas = {k.partition(".lora_")[0].removesuffix(".alpha"): v for k, v in _peft_names(alphas).items()}
-    own = {key.removeprefix(name + "."): v for key, v in tensors.items() if key.startswith(name + ".")}
-    own = _peft_names(own)
-    if any(not isinstance(v, Tensor) or v.ndim < 2 for v in own.values()):
-        raise CheckpointError(f"{path.name} holds something else than pairs of matrices.")
-    for key in [key for key in own if key.endswith(".lora_B.weight")]:
-        own[key] = own[key] * _scale(
-            key.removesuffix(".lora_B.weight"), own[key].shape[1], name, alphas, metadata
-        )
-    others = {key: value for key, value in tensors.items() if not key.startswith(name + ".")}
-    return {f"{name}.{key}": value for key, value in own.items()} | others
+    peft = "base_model.model."  # of PEFT's own save_pretrained
+    return {
+        f"{name}.{key.removeprefix(peft)}" if key.startswith(peft) else key: tensor
+        for key, tensor in stored.items()
+    }, header
+
+
+def _layer(key: str) -> str:
+    """The layer that a name of a LoRA's tensor or alpha is about, with its component."""
+    return re.split(r"\.lora|\.alpha$", key)[0]
+
+
+def _alphas(found: dict) -> dict[str, float]:
+    names = dict(zip(_peft_names(found), found.values(), strict=True))
+    return {_layer(key): float(value) for key, value in names.items()}
+
+
+def _settings(header: dict[str, str]) -> dict:
+    """What PEFT's settings in a file's header say, {component.setting: value}."""
+    text = header.get("lora_adapter_metadata")
+    found = json.loads(text) if text else {}
+    if not isinstance(found, dict):
+        raise CheckpointError("The settings in its header are no settings.")
+    return found
 
 
 def _peft_names(tensors: dict) -> dict:
@@ -162,15 +199,16 @@ def _peft_names(tensors: dict) -> dict:
     return convert_unet_state_dict_to_peft(tensors) if old else tensors
 
 
-def _scale(layer: str, rank: int, name: str, alphas: dict, metadata: dict | None) -> float:
+def _scale(layer: str, rank: int, alphas: dict[str, float], settings: dict) -> float:
     """alpha / rank, from wherever the file says it; 1 if it does not."""
     if layer in alphas:
-        return float(alphas[layer]) / rank
-    settings = {key.removeprefix(f"{name}."): value for key, value in (metadata or {}).items()}
-    if "lora_alpha" not in settings:
+        return alphas[layer] / rank
+    component, _, path = layer.partition(".")
+    own = {key.removeprefix(f"{component}."): value for key, value in settings.items()}
+    if "lora_alpha" not in own:
         return 1.0
-    alpha = (settings.get("alpha_pattern") or {}).get(layer, settings["lora_alpha"])
-    return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
+    alpha = (own.get("alpha_pattern") or {}).get(path, own["lora_alpha"])
+    return float(alpha) / (rank**0.5 if own.get("use_rslora") else rank)
 
 
 def save_lora(tensors: dict[str, Tensor], path: str | Path, plan: PrunePlan) -> Path:
@@ -195,6 +233,6 @@ def trained_lora(pipe: DiffusionPipeline, adapter: str = "default") -> dict[str,
     for key, value in get_peft_model_state_dict(denoiser, adapter_name=adapter).items():
         if key.endswith(".lora_B.weight"):
             layer = key.removesuffix(".lora_B.weight")
-            value = value * _scale(layer, value.shape[1], prefix, {}, settings)
+            value = value * _scale(f"{prefix}.{layer}", value.shape[1], {}, settings)
         found[f"{prefix}.{key}"] = value.detach().float().cpu().contiguous()
     return found

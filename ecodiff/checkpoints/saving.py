@@ -4,6 +4,8 @@ import copy
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import nn
 
+from ..checks import check_layers
 from ..errors import CheckpointError, UnsupportedModelError
 from ..pipelines import denoiser_name, denoiser_of
 from ..pruning.plan import PLAN_FILE
@@ -39,7 +42,8 @@ def save(
         UnsupportedModelError: the pipeline's denoiser has not been pruned.
         CheckpointError: the folder holds something else, or could not be written.
     """
-    folder = Path(folder)
+    check_layers(denoiser_of(pipe))
+    folder = Path(folder).resolve()  # a link means what it leads to
     plan = plan_of(denoiser_of(pipe))
     if plan is None:
         raise UnsupportedModelError(
@@ -53,16 +57,28 @@ def save(
     pipe.register_modules(**{denoiser_name(pipe): denoiser_of(pipe)})
     if dtype is not None and dtype != denoiser_of(pipe).dtype:
         pipe = _cast(pipe, dtype)
+    with whole_folder(folder) as partial:
+        pipe.save_pretrained(partial)
+        open_in_one_dtype(partial)
+        plan.save(partial / PLAN_FILE)
+        (partial / "README.md").write_text(card or model_card(pipe), encoding="utf-8")
+    return folder
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to, beside `folder`; moved there, in its place, once it is complete.
+
+    Raises:
+        CheckpointError: it could not be written; nothing is left, and what was there is as it was.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
         raise CheckpointError(f"Could not write {folder}: {error}.") from None
     try:
-        pipe.save_pretrained(partial)
-        open_in_one_dtype(partial)
-        plan.save(partial / PLAN_FILE)
-        (partial / "README.md").write_text(card or model_card(pipe), encoding="utf-8")
+        yield partial
         partial.chmod(0o755)
         if folder.exists():
             shutil.rmtree(folder)
@@ -73,7 +89,6 @@ def save(
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return folder
 
 
 def open_in_one_dtype(folder: Path) -> None:

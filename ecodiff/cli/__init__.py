@@ -6,6 +6,7 @@ A command's module says its arguments and does its work. What is heavy is import
 
 import argparse
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
@@ -41,7 +42,10 @@ def commands() -> dict[str, ModuleType]:
     return found
 
 
-def parser() -> argparse.ArgumentParser:
+COMMANDS = commands()
+
+
+def parser(found: Mapping[str, ModuleType] = COMMANDS) -> argparse.ArgumentParser:
     """The arguments of every command."""
     shown: dict[str, Any] = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     root = argparse.ArgumentParser(
@@ -50,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         **shown,
     )
     choices = root.add_subparsers(dest="command", required=True)
-    for name, module in commands().items():
+    for name, module in found.items():
         aliases = getattr(module, "ALIASES", ())
         sub = choices.add_parser(name, help=module.HELP, description=module.HELP, aliases=aliases, **shown)
         sub.add_argument("--json", action="store_true", help="print one JSON object as last line")

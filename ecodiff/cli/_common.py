@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from ..errors import EcodiffError, UnsupportedModelError
@@ -10,9 +11,37 @@ from ..errors import EcodiffError, UnsupportedModelError
 def drawing_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of commands that generate images."""
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", metavar="PNG", help="where to save the image")
     parser.add_argument("--steps", type=int, help="time steps (default: the model's)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
-    parser.add_argument("--out", metavar="PNG", help="where to save the image")
+    parser.add_argument("--size", type=int, help="pixels a side (default: the model's)")
+
+
+def sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that learn from trajectories."""
+    parser.add_argument("--steps", type=int, help="time steps of a trajectory (default: the model's)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
+    parser.add_argument("--size", type=int, help="pixels a side (default: the model's)")
+    parser.add_argument("--prompts", metavar="FILE", help="prompts to learn on, one a line")
+
+
+def read_prompts(path: str) -> list[str]:
+    """Prompts of a text file, one a line. Raises EcodiffError if there are none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EcodiffError(f"The prompts in {path} cannot be read: {error}.") from None
+    if not (prompts := [line.strip() for line in lines if line.strip()]):
+        raise EcodiffError(f"{path} has no prompts; write one a line.")
+    return prompts
+
+
+def say_cut_off(pipe, prompt: str) -> None:
+    """Tell on stderr what of a prompt the text encoders do not read."""
+    from ..pipelines import cut_off
+
+    if rest := cut_off(pipe, prompt):
+        print(f"The prompt is too long: its end, {rest!r}, is cut off and not drawn.", file=sys.stderr)
 
 
 def report(options: argparse.Namespace, rows: list[tuple[str, str]], result: dict) -> None:
@@ -58,9 +87,5 @@ def open_pruned(options: argparse.Namespace):
 def drawing_of(model: str, options: argparse.Namespace) -> dict:
     """Steps, guidance and size: as asked, else as the catalogue says (of the dense model)."""
     from .. import catalog
-    from ..pruning.plan import PLAN_FILE, PrunePlan
 
-    folder = Path(model)
-    if (folder / PLAN_FILE).is_file():
-        model = PrunePlan.load(folder / PLAN_FILE).metadata.get("model", model)
-    return catalog.find(model).drawing(options.steps, options.guidance)
+    return catalog.find(model).drawing(options.steps, options.guidance, options.size)

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from ._common import drawing_arguments, drawing_of, open_pruned, report, save_image
+from ..errors import EcodiffError
+from ._common import drawing_arguments, drawing_of, open_pruned, report, save_image, say_cut_off
 
 HELP = "measure a pruned model against its dense one"
 
@@ -26,7 +27,10 @@ def run(options: argparse.Namespace) -> int:
     small, base = open_pruned(options)
     pipe = load(base)
     defaults = drawing_of(base, options)
+    if options.count < 1:
+        raise EcodiffError(f"--count is {options.count}; give at least 1.")
     if options.prompt:
+        say_cut_off(pipe, options.prompt)
         dense, pruned = (generate(p, options.prompt, options.seed, **defaults) for p in (pipe, small))
         out = Path(options.out or f"ecodiff-compare-{options.seed}.png")
         pair = dense.image.copy().resize((2 * dense.image.width, dense.image.height))

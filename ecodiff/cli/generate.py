@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ._common import drawing_arguments, drawing_of, report, save_image
+from ._common import drawing_arguments, drawing_of, report, save_image, say_cut_off
 
 HELP = "generate an image"
 
@@ -21,6 +21,7 @@ def run(options: argparse.Namespace) -> int:
     from ..metrics.fidelity import generate
 
     pipe = load(options.model, offload=True)
+    say_cut_off(pipe, options.prompt)
     sample = generate(pipe, options.prompt, options.seed, **drawing_of(options.model, options))
     out = Path(options.out or f"ecodiff-{options.seed}.png")
     save_image(sample.image, out)

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from ..config import HEAL_RATE
+from ..errors import EcodiffError
 from ._common import open_pruned, report
 
 HELP = "train what is left towards the dense model for a while (LoRA, merged)"
@@ -34,6 +35,8 @@ def run(options: argparse.Namespace) -> int:
     from ..learning.heal import facts, heal
     from ..metrics.fidelity import compare
 
+    if options.count < 1:
+        raise EcodiffError(f"--count is {options.count}; give at least 1.")
     small, base = open_pruned(options)
     pipe, known = load(base), catalog.find(base)
     folder = Path(options.run or f"{options.out}.heal")

@@ -11,18 +11,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument("model", help="a pruned folder")
     parser.add_argument("lora", help="a .safetensors file in diffusers', PEFT's or kohya's naming")
+    parser.add_argument("--dense", help="the dense model (default: the one that the plan names)")
     parser.add_argument("--out", required=True, metavar="FILE", help="the translated LoRA, .safetensors")
 
 
 def run(options: argparse.Namespace) -> int:
     """A LoRA of the dense model, cut to fit a pruned folder."""
-    from ..checkpoints.loading import load
+    from ..checkpoints.loading import empty_denoiser, load
     from ..checkpoints.lora import save_lora, translate_lora
     from ..pipelines import denoiser_of
     from ..pruning.slicing import plan_of
 
     small = load(options.model)
-    tensors, made = translate_lora(options.lora, small)
+    dense = empty_denoiser(options.dense) if options.dense else None
+    tensors, made = translate_lora(options.lora, small, dense=dense)
     plan = plan_of(denoiser_of(small))
     assert plan is not None  # or nothing would have been translated
     out = save_lora(tensors, options.out, plan)

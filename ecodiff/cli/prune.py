@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from ..pruning.plan import PrunePlan
     from ..runs import Run
 
-from ._common import report
+from ._common import read_prompts, report, sampling_arguments
 
 HELP = "learn which units matter, remove the rest, save the model"
 
@@ -22,13 +23,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument("model", help="MODEL, or the folder of a finished run")
     parser.add_argument(
-        "--ratio", type=float, default=0.2, help="fraction of the denoiser's parameters to remove"
+        "--ratio",
+        type=float,
+        help="fraction of the denoiser's parameters to remove (default: 0.2, or the run's)",
     )
     parser.add_argument(
         "--preset",
-        default="balanced",
         metavar="NAME",
-        help="fast, balanced, paper or ecodiff; or a scoring method: wanda, taylor, magnitude-l2, ...",
+        help="fast, balanced (default), paper or ecodiff; or a scoring method: wanda, taylor, ...",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the pruned pipeline")
     parser.add_argument("--run", metavar="DIR", help="the run's folder; an unfinished one is resumed")
@@ -36,6 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--kinds", nargs="+", choices=ALL_KINDS, help="units to prune (default: heads ffn conv_ffn resnet)"
     )
     parser.add_argument("--seed", type=int, help="of prompts, noise and gates")
+    sampling_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument(
         "--no-compensate",
@@ -57,27 +60,32 @@ def run(options: argparse.Namespace) -> int:
     from ..pipelines import denoiser_of
     from ..pruning.plan import PLAN_FILE
     from ..pruning.slicing import variant
-    from ..runs import Run
 
     started = time.monotonic()
     source = Path(options.model)
     if (source / "run.json").is_file():
-        run = Run.open(source)
+        run = _opened(source, options)
         pipe = load(run.model)
     else:
         pipe = load(options.model)
         run = _open_or_create(options, pipe)
-        if not _learn(run, pipe, options):
-            return 130
-        if distributed.rank():
-            return 0  # the first process cuts and saves
+    if not run.finished and not _learn(run, pipe, options):
+        return 130
+    if distributed.rank():
+        return 0  # the first process cuts and saves
     made = run.plan(options.ratio)
     small = variant(pipe, made)
     updated = {}
     if options.compensate:
         print("compensating", file=sys.stderr)
         known = catalog.find(run.model)
-        updated = compensate_(small, pipe, known.prompts("calibration"), known.compensation())
+        # What was asked of learning holds for the repair too: the run says what that was.
+        asked = {
+            name: getattr(run.config, name) for name in ("inference_steps", "guidance_scale", "size", "extra")
+        }
+        asked = {} if run.imported else asked
+        prompts = run.prompts or known.prompts("calibration")
+        updated = compensate_(small, pipe, prompts, replace(known.compensation(), **asked))
     dtype = disk_dtype(run.model)
     out = save(small, options.out, dtype)
     dense, pruned = parameters(denoiser_of(pipe)), parameters(denoiser_of(small))
@@ -116,24 +124,41 @@ def _rows(result: dict, made: "PrunePlan", updated: dict[str, bool]) -> list[tup
     ]
 
 
+def _opened(folder: Path, options: argparse.Namespace) -> "Run":
+    """A run that is given by its folder: what it was learned with cannot be asked for again."""
+    from ..runs import Run
+
+    asked = ("preset", "kinds", "seed", "steps", "guidance", "size", "prompts", "run")
+    given = [f"--{name}" for name in asked if getattr(options, name) is not None]
+    if given:
+        raise EcodiffError(
+            f"{folder} is a run, which has its settings already; {', '.join(given)} cannot be changed. Leave "
+            "them out, or give the model to start a new run."
+        )
+    return Run.open(folder)
+
+
 def _open_or_create(options: argparse.Namespace, pipe) -> "Run":
     """The run that is asked for: a new one, or one that is resumed."""
     from .. import catalog
+    from ..checks import check_class
     from ..learning import distributed, scoring  # noqa: F401 - every method is a preset
     from ..pipelines import denoiser_of
     from ..pruning.scores import Scores
     from ..runs import Run, RunStore
 
+    check_class(type(pipe))
     model = catalog.find(options.model)
-    changes = {} if options.seed is None else {"seed": options.seed}
-    if options.kinds:
-        changes["kinds"] = tuple(options.kinds)
-    config = model.learn_config(options.preset, options.ratio, **changes)
+    asked = {"seed": options.seed, "kinds": tuple(options.kinds) if options.kinds else None}
+    asked |= {"inference_steps": options.steps, "guidance_scale": options.guidance, "size": options.size}
+    ratio, preset = 0.2 if options.ratio is None else options.ratio, options.preset or "balanced"
+    config = model.learn_config(preset, ratio, **{n: v for n, v in asked.items() if v is not None})
+    prompts = read_prompts(options.prompts) if options.prompts else model.prompts("calibration")
     # Refuse an impossible size before learning, not after.
-    Scores.unranked(denoiser_of(pipe), config.kinds).plan(ratio=options.ratio)
+    Scores.unranked(denoiser_of(pipe), config.kinds).plan(ratio=ratio)
     folder = distributed.agreed(Path(options.run) if options.run else RunStore().new_folder())
     if distributed.agreed(not (folder / "run.json").is_file()) and distributed.rank() == 0:
-        Run.create(folder, options.model, config, model.prompts("calibration"), options.preset)
+        Run.create(folder, options.model, config, prompts, preset)
     distributed.agreed(None)  # wait for it
     run = Run.open(folder)
     if run.config != config or run.model != options.model:

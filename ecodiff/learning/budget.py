@@ -13,6 +13,8 @@ from ..errors import BudgetError
 from ..metrics.cost import parameters, unit_macs, unit_milliseconds
 from ..pipelines import denoiser_of
 from ..pruning import gates
+from ..pruning.plan import PrunePlan
+from ..pruning.scores import Scores
 from ..units import PruneGroup, in_words
 
 OPEN = 6.0  # log-alpha at which a gate is as good as open; closed at minus that
@@ -47,6 +49,7 @@ class Budget:
         self.costs, total = self.macs or (self.params, parameters(denoiser))
         if config.cost == "ms":
             self.costs, total = unit_milliseconds(pipe, call, groups)
+        self.total = total
         shares = torch.tensor([self.costs[name] for name in self.names], dtype=torch.float32) / total
         self.shares = shares.repeat_interleave(torch.tensor(self.sizes))
         ceiling = float(self.shares.sum())
@@ -57,12 +60,9 @@ class Budget:
                 f"is not in {in_words(config.kinds)}); {config.ratio:.1%} was asked for."
             )
 
-    @property
-    def size(self) -> dict:
-        """What `Scores.plan` takes for this budget."""
-        if self.macs is None:
-            return {"ratio": self.config.ratio}
-        return {"macs": round((1 - self.config.ratio) * self.macs[1])}
+    def plan(self, scores: Scores) -> PrunePlan:
+        """The plan of the asked size, in whatever the budget counts."""
+        return scores.plan(ratio=self.config.ratio, costs=(self.costs, self.total))
 
     def by_group(self, values: Tensor) -> dict[str, Tensor]:
         """Values of all units (units,), by group."""

@@ -10,6 +10,7 @@ Everything that a step draws comes from its number, so it goes on anywhere, like
 import copy
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import cos, isfinite, pi
 from pathlib import Path
@@ -53,7 +54,8 @@ def heal(
     Raises:
         BudgetError: there are no prompts.
         PlanError: `small` is not pruned, or is of another model.
-        CheckpointError: the state in `folder` is of another cut or configuration.
+        CheckpointError: the state in `folder` is of another cut or of settings that differ in more than
+            steps.
         LearningError: the loss is not a number.
 
     Example:
@@ -69,7 +71,8 @@ def heal(
     lora, parameters = _add_lora(student, teacher, plan, config)
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.rate, weight_decay=0.0)
     file, step = folder and folder / "state.safetensors", 0
-    key, targets = json.dumps([plan.digest, repr(config)]), {}
+    # More steps go on from fewer; anything else that changes is another healing.
+    key, targets = json.dumps([plan.digest, repr(replace(config, steps=1))]), {}
     try:
         if file and file.exists():
             step = _load(file, key, parameters, optimizer)

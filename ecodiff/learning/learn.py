@@ -16,9 +16,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..architectures import find_groups
+from ..checks import check_pipeline
 from ..config import LearnConfig
 from ..errors import CheckpointError, LearningError
-from ..pipelines import denoiser_of
+from ..pipelines import denoiser_of, stream
 from ..pruning import gates
 from ..pruning.masking import masked
 from ..pruning.scores import Scores
@@ -62,6 +63,7 @@ def learn(
         CheckpointError: `state` belongs to another model.
         LearningError: the loss is not a number.
     """
+    check_pipeline(pipe)
     objective = Objective(pipe, prompts, config, on_step)
     groups = find_groups(denoiser_of(pipe), config.kinds)
     budget = Budget(pipe, config, groups, objective.call(0))
@@ -142,7 +144,7 @@ def _warm_up(state: LearnState, budget: Budget, objective: Objective, keep: Keep
         objective.pipe,
         find_groups(denoiser_of(objective.pipe), config.kinds),
         objective.call(objective.batch_of(state.step)),
-        seed=config.seed * 1_000_003 + state.step,
+        stream("probe", config.seed, state.step),
         checkpoint=keep,
         on_step=objective.count,
         rows=distributed.share(config.batch),
@@ -163,8 +165,7 @@ def _learn(state: LearnState, budget: Budget, objective: Objective, keep: Keep) 
     config, vectors = budget.config, state.vectors
     batch = objective.batch_of(state.step)
     log_alpha = vectors["log_alpha"].clone().requires_grad_()
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state.step)
-    noise = torch.rand(log_alpha.shape, generator=generator)
+    noise = torch.rand(log_alpha.shape, generator=stream("gates", config.seed, state.step))
     if config.penalty is None:
         gate = gates.sample(log_alpha, noise)
     else:
@@ -211,7 +212,7 @@ def _adam(vectors: dict[str, Tensor], gradient: Tensor, rate: float, updates: in
 def _gap(log_alpha: Tensor, budget: Budget, objective: Objective, batch: int) -> dict:
     """Loss with the gates' medians and with the plan that is cut from them, on one batch."""
     pipe, losses = objective.pipe, {}
-    plan = _ranked(denoiser_of(pipe), budget, log_alpha.exp()).plan(**budget.size)
+    plan = budget.plan(_ranked(denoiser_of(pipe), budget, log_alpha.exp()))
     relaxed = budget.by_group(gates.hard(log_alpha))
     hardened = {name: keep.float() for name, keep in plan.items()}
     for name, masks in (("relaxed", relaxed), ("hardened", hardened)):

@@ -6,9 +6,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from ..checks import check_class, check_options
 from ..config import LearnConfig
-from ..errors import BudgetError
-from ..pipelines import call_options, prompt_rows
+from ..errors import BudgetError, EcodiffError, exhausted
+from ..pipelines import call_options, denoiser_calls, prompt_rows, stream
 from . import distributed
 from .trajectory import trajectory
 
@@ -35,12 +36,23 @@ class Objective:
     ):
         if not prompts:
             raise BudgetError("Learning needs at least one prompt.")
+        check_class(type(pipe))
+        check_options(config.extra)
         self.pipe, self.config, self.on_step = pipe, config, on_step
-        shuffle = torch.Generator().manual_seed(config.seed)
-        order = torch.randperm(len(prompts), generator=shuffle).tolist()
+        order = torch.randperm(len(prompts), generator=stream("order", config.seed)).tolist()
         self.prompts = [prompts[index] for index in order]
         self.calls = self._counted = 0
         self._targets: dict[int, tuple[Tensor, Tensor]] = {}
+        self._try()
+
+    def _try(self) -> None:
+        """Begin one trajectory: what the pipeline refuses is told before anything is learned."""
+        try:
+            denoiser_calls(self.pipe, self.call(0), limit=0)
+        except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+            if isinstance(error, EcodiffError) or exhausted(error):
+                raise
+            raise BudgetError(f"{type(self.pipe).__name__} cannot run with these settings: {error}") from None
 
     def batch_of(self, step: int) -> int:
         """Which of the run's batches of (prompt, seed) pairs a step draws from."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..architectures import find_groups, unit_parameters
 from ..config import PRESETS
-from ..pipelines import denoiser_calls, denoiser_of, moved
+from ..pipelines import denoiser_calls, denoiser_of, moved, stream
 from ..pruning.masking import masked
 from ..units import ALL_KINDS, PruneGroup
 from .checkpointing import Keep
@@ -58,7 +58,7 @@ def method(name: str, source: str, cost: float) -> Callable:
 @method("random", "the floor that every method has to beat", cost=0)
 def random(pipe: DiffusionPipeline, calls: Sequence[dict] = (), seed: int = 0) -> Values:
     """Uniform noise: the floor that every method has to beat."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream("random", seed)
     return {g.name: torch.rand(g.size, generator=generator) for g in _groups(pipe)}
 
 
@@ -149,7 +149,7 @@ def taylor(pipe: DiffusionPipeline, calls: Iterable[dict], seed: int = 0, thresh
     for index, call in enumerate(calls):
         with trajectory(pipe, checkpoint=False) as run, torch.no_grad():
             z0 = run(**call)
-        noise = torch.randn(z0.shape, generator=torch.Generator().manual_seed(seed + index)).to(z0)
+        noise = torch.randn(z0.shape, generator=stream("noise", seed, index)).to(z0)
         steps = denoiser_calls(pipe, call)
         times, largest = pipe.scheduler.timesteps, 0.0
         for (args, kwargs), time in reversed(list(zip(steps, times, strict=True))):
@@ -216,7 +216,7 @@ def gauss_newton(pipe: DiffusionPipeline, calls: Iterable[dict], seed: int = 0) 
     groups = _groups(pipe)
     totals = {group.name: torch.zeros(group.size) for group in groups}
     for index, call in enumerate(calls):
-        squares = gauss_newton_sample(pipe, groups, call, seed + index)
+        squares = gauss_newton_sample(pipe, groups, call, stream("probe", seed, index))
         for name, square in squares.items():
             totals[name] += square
     return {g.name: totals[g.name] / unit_parameters(denoiser, g) for g in groups}
@@ -226,7 +226,7 @@ def gauss_newton_sample(
     pipe: DiffusionPipeline,
     groups: list[PruneGroup],
     call: dict,
-    seed: int,
+    generator: torch.Generator,
     checkpoint: bool | Keep = True,
     on_step=None,
     rows: slice | None = None,
@@ -245,7 +245,7 @@ def gauss_newton_sample(
     with masked(denoiser, gates), trajectory(pipe, checkpoint, on_step) as run:
         z0 = run(**call).float().flatten(1)
         rows = rows or slice(len(z0))
-        r = torch.randn(rows.stop, z0.shape[1], generator=torch.Generator().manual_seed(seed))
+        r = torch.randn(rows.stop, z0.shape[1], generator=generator)
         r = r[rows].to(z0.device)
         spread = z0.detach().var(1, keepdim=True) * z0.shape[1]
         found = torch.autograd.grad((r * z0 / spread.sqrt()).sum(), list(gates.values()), allow_unused=True)

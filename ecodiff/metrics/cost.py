@@ -8,6 +8,8 @@ from functools import partial
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..architectures import find_groups
 from ..machine import wait_for
@@ -43,70 +45,43 @@ def unit_macs(
 ) -> tuple[dict[str, int], int]:
     """Multiply-accumulates of one unit in one denoiser call, by group, and of the whole call.
 
-    Counted from the shapes that flow through Linears, 2-D convolutions and attention in a real
-    call; norms and activations are left out.
+    Counted by torch's FlopCounterMode, module by module, in a real call: half its FLOPs. Of a layer's, a
+    unit has its features' share; of what an attention does itself, a head has a head's share. Norms and
+    activations are not counted.
 
     Args:
         call: the pipeline's arguments; they fix the image size, the prompts and guidance.
     """
     denoiser = denoiser_of(pipe)
     groups = find_groups(denoiser, ALL_KINDS) if groups is None else list(groups)
-    rows: dict[str, int] = {}  # times that a module's weight is applied
-    tokens: dict[str, tuple[int, int]] = {}  # batch and sequence length of what a Linear read
-
-    def see(name: str):
-        def hook(module, inputs, output):
-            wide = output.shape[1 if isinstance(module, (nn.Conv2d, nn.Conv3d)) else -1]
-            rows[name] = rows.get(name, 0) + output.numel() // max(1, wide)
-            if inputs and inputs[0].ndim == 3:
-                tokens[name] = tuple(inputs[0].shape[:2])
-
-        return hook
-
-    weights = {  # of which each is applied to a row of what its module reads
-        name: [module.weight]
-        for name, module in denoiser.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d))
-    }
-    for slot in (slot for group in groups for slot in group.consumers if slot.bare):  # one expert a row
-        weights[slot.module] = [p[0] for p in denoiser.get_submodule(slot.module).parameters()]
-    handles = [denoiser.get_submodule(name).register_forward_hook(see(name)) for name in weights]
-    try:
-        args, kwargs = moved(denoiser_calls(pipe, call, limit=1)[0], denoiser.device)
-        rows.clear()
-        denoiser(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    total = sum(rows.get(name, 0) * sum(w.numel() for w in own) for name, own in weights.items())
+    args, kwargs = moved(denoiser_calls(pipe, call, limit=1)[0], denoiser.device)
+    macs = module_macs(denoiser, args, kwargs)
     by_unit = {}
     for group in groups:
         by_unit[group.name] = sum(
-            rows.get(slot.module, 0)
-            * slot.index.shape[1]
-            * ((slot.weight(denoiser)[0] if slot.bare else slot.weight(denoiser)).numel())
-            // slot.features(denoiser)
-            for slot in group.slots
-            if slot.module in weights
+            macs.get(slot.module, 0) * slot.index.shape[1] // slot.features(denoiser) for slot in group.slots
         )
         if group.kind == "heads":
-            attended = _attention_macs(group, tokens)
-            by_unit[group.name] += attended
-            total += attended * group.size
-    return by_unit, total
+            by_unit[group.name] += _attention_macs(group, macs) // group.size
+    return by_unit, macs[""]
 
 
-def _attention_macs(group: PruneGroup, tokens: dict[str, tuple[int, int]]) -> int:
-    """Of one head: queries times keys, and weights times values."""
-    width = group.consumers[0].index.shape[1]
-    batch, queries, keys = 1, 0, 0
-    for slot in group.producers:
-        read = tokens.get(slot.module)
-        if read and slot.module.endswith(("to_q", "add_q_proj")):
-            batch, queries = read[0], queries + read[1]
-        elif read and slot.module.endswith(("to_k", "add_k_proj")):
-            keys += read[1]
-    return 2 * batch * queries * keys * width
+def module_macs(denoiser: nn.Module, args: tuple, kwargs: dict) -> dict[str, int]:
+    """Multiply-accumulates of every module in one call, what is inside it included; "" is the whole."""
+    # As matrix products: of a fused attention on a CPU the counter knows nothing.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        denoiser(*args, **kwargs)
+    root = type(denoiser).__name__
+    counts = {name: sum(found.values()) // 2 for name, found in counter.get_flop_counts().items()}
+    inside = {n.removeprefix(f"{root}."): count for n, count in counts.items() if n.startswith(f"{root}.")}
+    return inside | {"": counts["Global"]}
+
+
+def _attention_macs(group: PruneGroup, macs: dict[str, int]) -> int:
+    """Of all heads of an attention: what it does besides its layers."""
+    inside = [name for name in macs if name.startswith(f"{group.name}.")]
+    outermost = [n for n in inside if not any(n.startswith(f"{other}.") for other in inside)]
+    return max(0, macs.get(group.name, 0) - sum(macs[name] for name in outermost))
 
 
 @torch.no_grad()

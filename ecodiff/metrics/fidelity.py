@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from ..config import check_seed
 from ..errors import BudgetError
 from ..machine import wait_for
 from ..pipelines import call_options, denoiser_of
@@ -58,6 +59,9 @@ def generate(
     Raises:
         BudgetError: the pipeline does not take these steps, this guidance or this size.
     """
+    check_seed(seed)
+    if steps is not None and steps < 1:
+        raise BudgetError(f"{steps} time steps cannot be drawn; give at least 1.")
     latents, ends, device = {}, [], denoiser_of(pipe).device
 
     def keep(pipe: DiffusionPipeline, index, timestep, kwargs):
@@ -140,6 +144,8 @@ def compare(
         "params_pruned", "ms_dense", "ms_pruned": median milliseconds an image, "step_ms_dense",
         "step_ms_pruned": of a time step}
     """
+    if not prompts or not seeds:
+        raise BudgetError("Comparing needs at least one prompt and one seed.")
     options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": size, "extra": extra}
     for warm in (pipe, small):
         generate(warm, prompts[0], 0, **options)

@@ -16,6 +16,7 @@ from functools import cache
 import diffusers
 import torch
 from diffusers import ModelMixin
+from diffusers.loaders import peft
 from diffusers.models.attention_processor import AttnAddedKVProcessor
 from torch import nn
 
@@ -69,9 +70,37 @@ def fit_processor(attention: nn.Module) -> None:
     before = type(processor).__name__
     if getattr(attention, "heads", getattr(attention, "num_heads", None)) == 0:
         joint = before.startswith(("CogView", "CogVideoX", "GlmImage"))
-        attention.processor = EmptiedAttnProcessor(joint, residual=before.startswith("AttnAddedKV"))
+        attention.emptied = EmptiedAttnProcessor(joint, residual=before.startswith("AttnAddedKV"))
+        attention.__class__ = emptied_class(type(attention))
     elif before == "AttnAddedKVProcessor2_0":  # it takes the heads' width for the residual's
         attention.processor = AttnAddedKVProcessor()
+
+
+@cache
+def emptied_class(base: type) -> type:
+    """An attention without heads: whatever processor it is given, it works as `EmptiedAttnProcessor` does.
+
+    It has no heads that could be sliced or projections that could be fused, and says so to nobody.
+    """
+
+    def forward(self, *args, **kwargs):
+        given, self.__dict__["processor"] = self.__dict__.get("processor"), self.emptied
+        try:
+            return base.forward(self, *args, **kwargs)
+        finally:
+            if given is None:
+                del self.__dict__["processor"]
+            else:
+                self.__dict__["processor"] = given
+
+    def nothing(self, *args, **kwargs):
+        return None
+
+    members = {"forward": forward, "__module__": NAME, "set_attention_slice": nothing}
+    members |= {"fuse_projections": nothing, "unfuse_projections": nothing}
+    # diffusers divides by it, and refuses a slice that is larger.
+    members["sliceable_head_dim"] = property(lambda self: 1, lambda self, value: None)
+    return type(f"Emptied{base.__name__}", (base,), members)
 
 
 def gather_rope(attention: nn.Module, heads: torch.Tensor, count: int) -> None:
@@ -110,7 +139,7 @@ def scatter(linear: nn.Linear, rows: torch.Tensor, width: int) -> None:
     """Make `linear`, in place, one whose outputs are `rows` of `width` features."""
     linear.__class__ = ScatteredLinear
     linear.register_buffer("rows", rows, persistent=False)
-    linear.width = width
+    linear.width = linear.out_features = width  # adapters are sized by it
 
 
 def unpacked(bits: list) -> torch.Tensor:
@@ -176,6 +205,23 @@ def set_features(module: nn.Module) -> None:
         module.in_channels = module.weight.shape[1] * (1 if module.groups == 1 else module.weight.shape[0])
 
 
+def refuse_ip_adapter(self, *args, **kwargs):
+    raise ValueError(
+        "This model is pruned: an IP-Adapter of the dense model has keys and values for heads that are gone. "
+        "Use it on the dense model."
+    )
+
+
+class _Sliced(type(ModelMixin)):
+    """Of pruned classes: equal to the class that was pruned, which diffusers' `from_pipe` asks for."""
+
+    def __eq__(cls, other):
+        return other is cls or other is cls.__mro__[1]
+
+    def __hash__(cls):
+        return hash(cls.__mro__[1])
+
+
 @cache
 def sliced_class(base: type[ModelMixin]) -> type[ModelMixin]:
     """The class of a pruned `base`: the same model with "ecodiff" as one more config entry."""
@@ -192,13 +238,26 @@ def sliced_class(base: type[ModelMixin]) -> type[ModelMixin]:
         if not os.path.exists(target) or not os.path.samefile(__file__, target):
             shutil.copyfile(__file__, target)
 
+    save_pretrained.__signature__ = inspect.signature(base.save_pretrained)  # diffusers asks what it takes
+
+    def set_adapters(self, *args, **kwargs):
+        # diffusers knows the blocks of a class that can be scaled by its name.
+        scaled = getattr(peft, "_SET_ADAPTER_SCALE_FN_MAPPING", {})
+        if base.__name__ in scaled:
+            scaled[f"Sliced{base.__name__}"] = scaled[base.__name__]
+        return base.set_adapters(self, *args, **kwargs)
+
     # from_config reads the names of the config's entries off this signature.
     signature = inspect.signature(base.__init__)
     extra = inspect.Parameter("ecodiff", inspect.Parameter.KEYWORD_ONLY, default=None)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     __init__.__signature__ = signature.replace(parameters=[*parameters, extra])
     members = {"__init__": __init__, "save_pretrained": save_pretrained, "__module__": NAME}
-    return type(f"Sliced{base.__name__}", (base,), members)
+    if hasattr(base, "_load_ip_adapter_weights"):
+        members["_load_ip_adapter_weights"] = refuse_ip_adapter
+    if hasattr(base, "set_adapters"):
+        members["set_adapters"] = set_adapters
+    return _Sliced(f"Sliced{base.__name__}", (base,), members)
 
 
 def __getattr__(name: str):

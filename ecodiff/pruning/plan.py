@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, PlanError
+from ..storage import PLAN_FILE as PLAN_FILE
 from ..storage import read_tensors, write_tensors
-
-PLAN_FILE = "ecodiff_plan.safetensors"
 
 PLAN_FORMAT = "ecodiff.plan.1"
 

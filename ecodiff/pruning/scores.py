@@ -85,9 +85,9 @@ class Scores:
     @property
     def removable(self) -> int:
         """Parameters that go if every unit goes that may."""
-        return self._removable(self.costs)
+        return int(self._removable(self.costs))
 
-    def _removable(self, costs: Mapping[str, int]) -> int:
+    def _removable(self, costs: Mapping[str, float]) -> float:
         return sum(costs[n] * (len(v) - self._floor(n)) for n, v in self.values.items())
 
     def _floor(self, name: str) -> int:
@@ -108,6 +108,7 @@ class Scores:
         latency_ms: float | None = None,
         measured: Callable[[PrunePlan], float] | None = None,
         align: bool = True,
+        costs: tuple[Mapping[str, float], float] | None = None,
     ) -> PrunePlan:
         """Cut the ranking at a size, given in one of these ways.
 
@@ -120,6 +121,7 @@ class Scores:
                 plan within it, by bisection over the ratio.
             align: remove FFN neurons in blocks, so that the widths that remain are multiples of 64
                 where a layer has at least 1024 neurons, else of 8: what matrix units like.
+            costs: what `ratio` counts, of one unit by group and in all; None: parameters.
 
         Raises:
             BudgetError: out of range; the message names the model's ceiling.
@@ -136,9 +138,13 @@ class Scores:
         elif bytes is not None:
             ratio = 1 - bytes / (self.total * self.itemsize)
         assert ratio is not None
+        if costs is not None:
+            return self._cut(ratio, *costs, "cost", align)
         return self._cut(ratio, self.costs, self.total, "parameters", align)
 
-    def _cut(self, ratio: float, costs: Mapping[str, int], total: int, unit: str, align: bool) -> PrunePlan:
+    def _cut(
+        self, ratio: float, costs: Mapping[str, float], total: float, unit: str, align: bool
+    ) -> PrunePlan:
         """Remove units, cheapest worth per `costs` first, until `ratio` of `total` is gone."""
         if not total or set(costs) != set(self.values):
             raise BudgetError(f"These scores do not know the {unit} of a unit (see measure.unit_macs).")
@@ -156,7 +162,7 @@ class Scores:
         moves = [move for name in self.values for move in self._moves(name, costs, align)]
         moves.sort(key=lambda move: move[0])
         keep = {name: torch.ones(len(v), dtype=torch.bool) for name, v in self.values.items()}
-        target, removed = ratio * total, 0
+        target, removed = ratio * total, 0.0
         for _, name, units in moves:
             cost = costs[name] * len(units)
             if removed + cost / 2 > target:  # stop where the size is nearest to what was asked
@@ -177,21 +183,23 @@ class Scores:
         """For example "heads or FFN neurons"."""
         return in_words(self.kinds.values())
 
-    def _moves(self, name: str, costs: Mapping[str, int], align: bool) -> Iterator[tuple[float, str, Tensor]]:
+    def _moves(
+        self, name: str, costs: Mapping[str, float], align: bool
+    ) -> Iterator[tuple[float, str, Tensor]]:
         """Units of a group in the order in which they go: (worth per cost, name, their numbers).
 
         Blocks are runs of the group's own ranking, so their mean worth rises too; the first one
         takes what does not fill a block.
         """
-        values = self.values[name] * (self.costs[name] / max(1, costs[name]))
+        values = self.values[name] * (self.costs[name] / (costs[name] or 1))
         ranked, order = values.sort(stable=True)
+        kind = KINDS[self.kinds[name]]
+        width = (64 if len(values) >= 1024 else min(8, len(values))) if align and kind.aligned else 1
         left = len(values) - self._floor(name)
         ranked, order = ranked[:left], order[:left]
-        width = 1
-        if align and KINDS[self.kinds[name]].aligned:
-            width = 64 if len(values) >= 1024 else min(8, len(values))
-        first = len(ranked) % width
-        sizes = [first] * (first > 0) + [width] * (len(ranked) // width)
+        first = min(len(values) % width, left)
+        blocks, last = divmod(left - first, width)  # the last one leaves what the floor keeps
+        sizes = [first] * (first > 0) + [width] * blocks + [last] * (last > 0)
         for worth, members in zip(ranked.split(sizes), order.split(sizes), strict=True):
             yield float(worth.mean()), name, members
 

@@ -8,9 +8,11 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
+from .. import catalog
 from ..architectures import find_groups
+from ..checks import check_calls, check_layers
 from ..errors import PlanError
-from ..pipelines import denoiser_name
+from ..pipelines import denoiser_name, denoiser_of
 from ..units import ALL_KINDS, PruneGroup
 from .ecodiff_sliced_v1 import (
     FORMAT,
@@ -141,10 +143,21 @@ def _describe(denoiser: ModelMixin, plan: PrunePlan, groups: list[PruneGroup], c
     for name, found in (("scattered", scattered), ("ropes", ropes)):
         description[name] = {path: _packed_rows(*kept) for path, kept in found.items()}
     whole = _composed(PrunePlan.unpacked(description["plan"]["units"]), plan)
-    description["plan"] = {"units": whole.packed(), "metadata": plan.metadata}
+    metadata = _in_units_of_the_dense(plan.metadata, before["plan"].get("metadata", {}) if before else {})
+    description["plan"] = {"units": whole.packed(), "metadata": metadata}
     if before is None:
         denoiser.__class__ = sliced_class(type(denoiser))  # type: ignore[arg-type]
     denoiser.register_to_config(ecodiff=description)
+
+
+def _in_units_of_the_dense(metadata: dict, before: dict) -> dict:
+    """What is said of a cut of a cut: the model, its size and the ratio are of the dense model."""
+    found = metadata | {
+        name: before[name] for name in ("model", "params_dense", "macs_dense") if name in before
+    }
+    if "params_dense" in found and "params_pruned" in found:
+        found["ratio"] = round(1 - found["params_pruned"] / found["params_dense"], 6)
+    return found
 
 
 def _packed_rows(rows: Tensor, width: int) -> list:
@@ -171,21 +184,32 @@ def plan_of(denoiser: nn.Module) -> PrunePlan | None:
 
 
 def variant(pipe: DiffusionPipeline, plan: PrunePlan | Mapping[str, Tensor]):
-    """A pruned pipeline beside the dense one. Everything that is not cut is shared with `pipe`.
+    """A pruned pipeline beside the dense one. Weights that are not cut are shared with `pipe`.
 
-    The scheduler, which has state, is a new one. Takes milliseconds and the memory of the cut
-    layers. To quantize or train the one and not the other, `copy.deepcopy` its denoiser first.
+    What has state (scheduler, tokenizers) is the variant's own, so both can draw at once. Takes
+    milliseconds and the memory of the cut layers. To quantize or train the one and not the other,
+    `copy.deepcopy` its denoiser first.
 
     Raises:
         PlanError: the plan does not fit the pipeline's denoiser.
+        UnsupportedModelError: the pipeline carries what cannot be pruned (see `checks`).
     """
-    name = denoiser_name(pipe)
-    dense = getattr(pipe, name)
+    name, dense = denoiser_name(pipe), denoiser_of(pipe)
+    check_layers(dense)
+    check_calls(dense)
+    plan = plan if isinstance(plan, PrunePlan) else PrunePlan(plan)
+    if "model" not in plan.metadata and (source := pipe.config.get("_name_or_path")):
+        known = catalog.find(source)
+        plan = PrunePlan(plan, plan.metadata | {"model": known.base or known.name})
     shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
     pruned = slice_(copy.deepcopy(dense, shared), plan)
-    new = {name: pruned}
-    if getattr(pipe, "scheduler", None) is not None:  # from_config would lose what a pipeline mended in it
-        new["scheduler"] = copy.deepcopy(pipe.scheduler)
+    # Not from_config: a pipeline may have mended its scheduler.
+    parts = pipe.components.items()
+    own = {
+        n: copy.deepcopy(part)
+        for n, part in parts
+        if hasattr(part, "save_pretrained") and not isinstance(part, nn.Module)
+    }
     small = copy.copy(pipe)
-    small.register_modules(**new)
+    small.register_modules(**{name: pruned}, **own)
     return small

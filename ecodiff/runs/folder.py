@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..config import LearnConfig
-from ..errors import CheckpointError, RunError
+from ..errors import BudgetError, CheckpointError, RunError
 from ..learning.state import LearnState
 from ..pruning.plan import PrunePlan
 from ..pruning.scores import Scores
@@ -100,18 +100,35 @@ class Run:
         """The ranking as far as it is learned. Raises CheckpointError if there is none yet."""
         return Scores.load(self.folder / "scores.safetensors")
 
-    def plan(self, ratio: float) -> PrunePlan:
-        """What stays at a size. Milliseconds: nothing is learned again. A plan that was brought has one size.
+    @property
+    def size(self) -> float | None:
+        """The one ratio of a run made of a plan; None where any can be cut."""
+        file = self.folder / "plan.safetensors"
+        return PrunePlan.load(file).metadata["ratio"] if file.exists() else None
+
+    def plan(self, ratio: float | None = None) -> PrunePlan:
+        """What stays at a size. Milliseconds: nothing is learned again.
+
+        Args:
+            ratio: fraction of the denoiser's parameters to remove; None: what the run was learned for,
+                or the size of its plan.
 
         Raises:
             RunError: nothing is learned yet.
-            BudgetError: the ratio is out of range.
+            BudgetError: the ratio is out of range, or not the one of the plan that the run was made of.
         """
-        if (brought := self.folder / "plan.safetensors").exists():
-            return PrunePlan.load(brought)
+        if (file := self.folder / "plan.safetensors").exists():
+            own = PrunePlan.load(file)
+            size = own.metadata["ratio"]
+            if ratio is not None and abs(ratio - size) > 0.005:
+                raise BudgetError(
+                    f"This run was made of a plan, which has one size: {size:.1%} of the denoiser removed. "
+                    f"{ratio:.1%} was asked for; ask for {size:.3f}, or learn a run of your own."
+                )
+            return own
         if not (self.folder / "scores.safetensors").exists():
             raise RunError("This run has no scores yet. Let it learn for a few steps first.")
-        plan = self.scores().plan(ratio=ratio)
+        plan = self.scores().plan(ratio=self.config.ratio if ratio is None else ratio)
         plan.metadata |= {"model": self.model}
         return plan
 

@@ -86,7 +86,7 @@ def _judged(
     if result["after"] < result["before"]:
         plain = denoiser_of(variant(dense, plan)).state_dict()
         weights = {n: w for n, w in denoiser_of(small).state_dict().items() if not w.equal(plain[n])}
-        file = kept / f"{plan.digest}.safetensors"
+        file = kept / f"{plan.digest}.healed.safetensors"
         write_tensors(file, weights, {})
         about = result | {"facts": facts(config, was, now, len(prompts))}
         write_json(kept / f"{plan.digest}.json", about)

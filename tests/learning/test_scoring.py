@@ -8,7 +8,7 @@ from ecodiff.learning import scoring
 from ecodiff.learning.budget import Budget
 from ecodiff.learning.learn import learn
 from ecodiff.learning.state import LearnState
-from ecodiff.pipelines import denoiser_of
+from ecodiff.pipelines import denoiser_of, stream
 from ecodiff.pruning import masking
 from ecodiff.units import ALL_KINDS
 from tests.conftest import PROMPT, short
@@ -48,7 +48,7 @@ def test_gauss_newton_is_the_norm_of_the_jacobian(tiny_sdxl):
     dense, step = z0(1.0), 1e-2
     slope = ((z0(1 + step) - z0(1 - step)) / (2 * step)).flatten(1)
     wanted = float((slope.square().sum(1) / dense.flatten(1).var(1) / slope.shape[1]).mean())
-    draws = [scoring.gauss_newton_sample(tiny_sdxl, [group], call(), seed) for seed in range(60)]
+    draws = [scoring.gauss_newton_sample(tiny_sdxl, [group], call(), stream("probe", seed)) for seed in range(60)]
     found = float(torch.stack([draw[group.name][0] for draw in draws]).mean())
     assert found == pytest.approx(wanted, rel=0.4)
 

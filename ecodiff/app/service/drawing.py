@@ -15,6 +15,7 @@ from .learning import unit_costs
 MAX_SIZES, MAX_PROMPTS = 4, 32  # of one call of `sizes`
 
 MAX_HEALING = 2000  # steps
+MAX_STEPS = 100  # time steps of an image
 
 
 def plan(run: str, ratio: float) -> PrunePlan:
@@ -97,7 +98,9 @@ def compare(
     known = catalog.find(made.metadata["model"])
     if not prompt.strip():
         raise BudgetError("Write a prompt first: what should be drawn?")
-    options = known.drawing(int(steps) if steps else None, guidance_scale)
+    if steps is not None and not 1 <= steps <= MAX_STEPS:
+        raise BudgetError(f"An image takes 1 to {MAX_STEPS} time steps here, not {steps}.")
+    options = known.drawing(steps, guidance_scale)
     kept = str(server().store.open(run).folder / "variants")
     (samples,) = results(DrawImages(known.name, [made], [(prompt, int(seed))], options, compensate, kept))
     facts |= asdict(fidelity(*samples))

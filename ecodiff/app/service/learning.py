@@ -13,6 +13,8 @@ from torch import nn
 from ... import catalog, machine
 from ...architectures import find_groups, unrecognised
 from ...checkpoints import hub, loading
+from ...checks import check_class
+from ...config import LearnConfig
 from ...errors import BudgetError, ModelNotFoundError, RunError
 from ...learning import memory
 from ...pruning.scores import Scores
@@ -87,6 +89,11 @@ def predict(model: str, ratio: float) -> dict:
     }
 
 
+def kinds_of(preset: str) -> tuple[str, ...]:
+    """The kinds of units that a preset prunes."""
+    return LearnConfig.preset(preset).kinds
+
+
 def _checked(ratio: float, scores: Scores) -> float:
     if not 0 < ratio <= scores.ceiling:
         raise BudgetError(
@@ -113,7 +120,8 @@ def start(
         kinds: which units may go, of "heads", "ffn", "resnet", "modulation"; None: the preset's.
     """
     known = _known(model)
-    changes = {"kinds": tuple(kinds)} if kinds and set(kinds) != set(PRESET_KINDS) else {}
+    changes = {"kinds": tuple(kinds)} if kinds else {}
+    check_class(loading.classes(known.name)[0])
     config = known.learn_config(preset, ratio, seed=int(seed), **changes)
     _checked(ratio, unit_costs(known.name, config.kinds)[0])
     if os.environ.get("SPACE_ID"):
@@ -123,7 +131,11 @@ def start(
     run = Run.create(server().store.new_folder(), model, config, prompts, preset)
     limits.admit(run)
     if not machine.zerogpu():
-        server().worker.submit(run)
+        try:
+            server().worker.submit(run)
+        except RunError:  # refused: nothing is left of it
+            server().store.delete(run)
+            raise
     return status(run.id)
 
 

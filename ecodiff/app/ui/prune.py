@@ -41,6 +41,8 @@ def build(browser: Browser) -> Tab:
     watching = hidden | {"concurrency_limit": None}
     for event in (form["model"].change, form["ratio"].release, form["ratio"].change):
         event(predict, asked[:2], predicted, show_progress="minimal", **private)
+    # The published method prunes heads and neurons only: what will be pruned is what is ticked.
+    form["preset"].change(preset_kinds, form["preset"], form["kinds"], **hidden)
     turn = gr.State(0)
     begun = form["start"].click(begin, [*asked, runs], [runs, current, size], **private)
     panel["stop"].click(end, current, None, queue=False, **private)
@@ -69,7 +71,7 @@ def _form() -> dict[str, gr.components.Component]:
     ratio = percent_box()
     preset = gr.Radio(PRESETS, value="fast", label="Learn for")
     with gr.Accordion("Advanced", open=False):
-        kinds = gr.CheckboxGroup(KINDS, value=list(PRESET_KINDS), label="What may go")
+        kinds = gr.CheckboxGroup(KINDS, value=list(PRESET_KINDS), label="Units to prune")
         seed = seed_box()
     start = gr.Button("Prune", variant="primary", size="lg")
     if service.zerogpu():
@@ -127,6 +129,11 @@ def _results() -> dict[str, gr.components.Component]:
     }
 
 
+def preset_kinds(preset):
+    """The kinds of units that a preset prunes."""
+    return list(service.kinds_of(preset))
+
+
 def predict(model, percent):
     """What a size will leave, or why it cannot be."""
     try:
@@ -139,7 +146,7 @@ def predict(model, percent):
 def begin(model, percent, preset, seed, kinds, runs):
     """Start a run and remember its id in the browser."""
     if not kinds:
-        raise gr.Error("Choose what may go, under Advanced.", duration=8)
+        raise gr.Error("Choose units to prune, under Advanced.", duration=8)
     made = service.start(model, percent / 100, preset, seed, kinds)["run"]
     return [*(runs or []), made], made, percent
 
