@@ -30,7 +30,7 @@ from ecodiff import catalog
 from ecodiff.config import CompensateConfig
 from ecodiff.learning.calibration import Calibration
 from ecodiff.learning.compensate import compensate_
-from ecodiff.learning.scoring import METHODS
+from ecodiff.learning.methods import METHODS
 from ecodiff.metrics.cost import parameters
 from ecodiff.metrics.fidelity import Sample, fidelity
 from ecodiff.pipelines import call_options, denoiser_of, prompt_rows
@@ -41,7 +41,7 @@ CACHE = Path.home() / ".cache" / "ecodiff" / "data"
 BATCH, CALIBRATION = 8, 64  # trajectories of the one-shot scores
 MEASURES = ("latent_error", "psnr", "ssim", "top1", "top5")
 PUBLISHED = ("ecodiff", "obs-diff")  # besides METHODS
-OURS = ("fast", "balanced", "paper", "gauss-newton")
+OURS = ("fast", "balanced", "paper", "gauss-newton", "surgeon")
 NAMES = (*METHODS, *PUBLISHED, *OURS[:3])
 SOURCES = {name: method.source for name, method in METHODS.items()} | {
     "obs-diff": "Zhu et al. 2026, structured",

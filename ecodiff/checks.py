@@ -42,12 +42,13 @@ def check_layers(denoiser: nn.Module) -> None:
 
 
 def check_calls(denoiser: nn.Module) -> None:
-    """Raise UnsupportedModelError if calls of the denoiser are adapted, cached, cast, offloaded or replaced."""
+    """Raise UnsupportedModelError if calls of the denoiser are cached, cast, offloaded or replaced."""
     for path, module in denoiser.named_modules():
         where = path or "the whole model"
         if type(getattr(module, "processor", None)).__name__.startswith("IPAdapter"):
             raise UnsupportedModelError(
-                f"This {type(denoiser).__name__} carries an IP-Adapter (on {path}). Unload it first: pipe.unload_ip_adapter()."
+                f"This {type(denoiser).__name__} carries an IP-Adapter (on {path}). "
+                "Unload it first: pipe.unload_ip_adapter()."
             )
         hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
         if hooks:

@@ -90,7 +90,7 @@ def check_header(path: Path, most_bytes: int = MAX_HEADER_BYTES, most: int = MAX
     with reading(path.name), path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > min(most_bytes, path.stat().st_size):
-            raise CheckpointError(f"{path.name} is no safetensors file of a size that is read here.")
+            raise CheckpointError(f"{path.name} is truncated, or not a safetensors file.")
         if file.read(size).count(b"data_offsets") > most:
             raise CheckpointError(f"{path.name} holds more than {most} tensors.")
 

@@ -10,7 +10,7 @@ from ecodiff import units
 from ecodiff.architectures.registry import ADAPTERS
 from ecodiff.checkpoints.formats import FORMATS
 from ecodiff.cli import commands
-from ecodiff.learning.scoring import METHODS
+from ecodiff.learning.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ecodiff"

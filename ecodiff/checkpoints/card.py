@@ -22,7 +22,8 @@ from diffusers import DiffusionPipeline
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.{known.dtype} if device == "cuda" else torch.float32
-pipe = DiffusionPipeline.from_pretrained({folder!r}, torch_dtype=dtype, trust_remote_code=True).to(device)
+pipe = DiffusionPipeline.from_pretrained("{folder}", torch_dtype=dtype, trust_remote_code=True)
+pipe.to(device)
 image = pipe("a red apple"{options}).images[0]
 image.save("image.png")"""
 

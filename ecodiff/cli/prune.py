@@ -142,7 +142,7 @@ def _open_or_create(options: argparse.Namespace, pipe) -> "Run":
     """The run that is asked for: a new one, or one that is resumed."""
     from .. import catalog
     from ..checks import check_class
-    from ..learning import distributed, scoring  # noqa: F401 - every method is a preset
+    from ..learning import distributed, methods  # noqa: F401 - every method is a preset
     from ..pipelines import denoiser_of
     from ..pruning.scores import Scores
     from ..runs import Run, RunStore

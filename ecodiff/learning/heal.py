@@ -83,7 +83,7 @@ def heal(
                 with trajectory(pipe, False, on_step) as run, torch.no_grad():
                     targets[batch] = run(**call()).float()
             optimizer.param_groups[0]["lr"] = config.rate * 0.5 * (1 + cos(pi * step / config.steps))
-            loss = _step(small, call(), targets[batch], list(parameters.values()), optimizer, on_step)
+            loss = _step(small, call(), targets[batch], optimizer, on_step)
             step += 1
             if file and (step == config.steps or step % max(1, config.steps // 20) == 0):
                 _save(file, key, step, parameters, optimizer)
@@ -146,8 +146,9 @@ def _call(pipe: DiffusionPipeline, prompts: Sequence[str], batch: int, config: H
     return prompt_rows(prompts, rows, config.seed, options)
 
 
-def _step(small: DiffusionPipeline, call: dict, target: Tensor, parameters, optimizer, on_step) -> float:
+def _step(small: DiffusionPipeline, call: dict, target: Tensor, optimizer, on_step) -> float:
     """One step of AdamW on a batch of trajectories; returns its loss."""
+    parameters = optimizer.param_groups[0]["params"]
     with trajectory(small, True, on_step, trained=parameters) as run:
         z0 = run(**call)
         loss = (z0.float() - target).square().mean() / target.var()

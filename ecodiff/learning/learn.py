@@ -27,8 +27,9 @@ from . import distributed
 from .budget import OPEN, Budget
 from .checkpointing import Keep, gradients
 from .memory import Retry
+from .methods import METHODS
 from .objective import Objective
-from .scoring import METHODS, gauss_newton_sample
+from .scoring import gauss_newton_sample
 from .state import LearnState
 from .trajectory import trajectory
 

@@ -159,7 +159,7 @@ class Scores:
                 f"At most {ceiling:.1%} of this model's {unit} can be removed: the rest is not in "
                 f"{self.kinds_in_words}. {ratio:.1%} is too much."
             )
-        moves = [move for name in self.values for move in self._moves(name, costs, align)]
+        moves = [move for name in self.values for move in _moves(self, name, costs, align)]
         moves.sort(key=lambda move: move[0])
         keep = {name: torch.ones(len(v), dtype=torch.bool) for name, v in self.values.items()}
         target, removed = ratio * total, 0.0
@@ -183,26 +183,6 @@ class Scores:
         """For example "heads or FFN neurons"."""
         return in_words(self.kinds.values())
 
-    def _moves(
-        self, name: str, costs: Mapping[str, float], align: bool
-    ) -> Iterator[tuple[float, str, Tensor]]:
-        """Units of a group in the order in which they go: (worth per cost, name, their numbers).
-
-        Blocks are runs of the group's own ranking, so their mean worth rises too; the first one
-        takes what does not fill a block.
-        """
-        values = self.values[name] * (self.costs[name] / (costs[name] or 1))
-        ranked, order = values.sort(stable=True)
-        kind = KINDS[self.kinds[name]]
-        width = (64 if len(values) >= 1024 else min(8, len(values))) if align and kind.aligned else 1
-        left = len(values) - self._floor(name)
-        ranked, order = ranked[:left], order[:left]
-        first = min(len(values) % width, left)
-        blocks, last = divmod(left - first, width)  # the last one leaves what the floor keeps
-        sizes = [first] * (first > 0) + [width] * blocks + [last] * (last > 0)
-        for worth, members in zip(ranked.split(sizes), order.split(sizes), strict=True):
-            yield float(worth.mean()), name, members
-
     def save(self, path: str | Path) -> Path:
         """Write the scores: safetensors, float32, costs and metadata in the header."""
         header = {
@@ -222,6 +202,27 @@ class Scores:
             return cls(ordered, **{name: about[name] for name in (*_ABOUT, "floors") if name in about})
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a valid scores file: {error}") from None
+
+
+def _moves(
+    scores: Scores, name: str, costs: Mapping[str, float], align: bool
+) -> Iterator[tuple[float, str, Tensor]]:
+    """Units of a group in the order in which they go: (worth per cost, name, their numbers).
+
+    Blocks are runs of the group's own ranking, so their mean worth rises too; the first one
+    takes what does not fill a block.
+    """
+    values = scores.values[name] * (scores.costs[name] / (costs[name] or 1))
+    ranked, order = values.sort(stable=True)
+    kind = KINDS[scores.kinds[name]]
+    width = (64 if len(values) >= 1024 else min(8, len(values))) if align and kind.aligned else 1
+    left = len(values) - scores._floor(name)
+    ranked, order = ranked[:left], order[:left]
+    first = min(len(values) % width, left)
+    blocks, last = divmod(left - first, width)  # the last one leaves what the floor keeps
+    sizes = [first] * (first > 0) + [width] * blocks + [last] * (last > 0)
+    for worth, members in zip(ranked.split(sizes), order.split(sizes), strict=True):
+        yield float(worth.mean()), name, members
 
 
 def _fastest(scores: Scores, latency_ms: float, measured, align: bool) -> PrunePlan:

@@ -9,7 +9,7 @@ from ecodiff import catalog, machine
 from ecodiff.app import devices, server, service, tasks, worker
 from ecodiff.app.service.learning import unit_costs
 from ecodiff.checkpoints import loading
-from ecodiff.errors import OutOfMemoryError, RunError
+from ecodiff.errors import BudgetError, OutOfMemoryError, RunError
 from ecodiff.learning import calibration
 from ecodiff.metrics import fidelity
 from ecodiff.metrics.fidelity import generate
@@ -152,3 +152,38 @@ def test_every_call_records_something_or_says_why_not(run, monkeypatch, tmp_path
     with pytest.raises(RunError, match="could not be kept"):
         list(tasks.results(tasks.LearnRun(str(run.folder))))
     assert service.status(run.id)["stage"] == "finished" and "disk" in service.status(run.id)["error"]
+
+
+def test_stopped_runs_do_not_fill_the_queue(store, monkeypatch):
+    """What is stopped while it waits, or refused, leaves nothing behind."""
+    monkeypatch.setattr(worker.Worker, "_work", lambda self, device: None)  # nobody works: all of them wait
+    known = catalog.find("emoji-turbo")
+    for _ in range(3 * worker.MAX_WAITING):
+        started = service.start("emoji-turbo", 0.2, "fast")
+        service.stop(started["run"])
+        service.delete(started["run"])
+    runs = [service.start(known.name, 0.2, "fast")["run"] for _ in range(worker.MAX_WAITING)]
+    before = {run.id for run in store.runs()}
+    with pytest.raises(RunError, match="waiting already"):
+        service.start(known.name, 0.2, "fast")
+    assert {run.id for run in store.runs()} == before == set(runs)
+    assert len(server.server().worker._jobs) <= worker.MAX_KEPT + worker.MAX_WAITING
+
+
+def test_a_failure_after_the_end_is_no_failed_run(run, monkeypatch):
+    def broken(self, run, device):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(worker.Worker, "_prepare", broken)
+    job = server.server().worker.submit(run)
+    while job.active:
+        threading.Event().wait(0.05)
+    threading.Event().wait(0.2)
+    assert job.stage == "finished" and not run.error
+
+
+@pytest.mark.parametrize("steps", [0, -3, 101, 5000])
+def test_time_steps_have_a_limit_at_the_service(run, steps):
+    learned(run)
+    with pytest.raises(BudgetError, match="1 to 100"):
+        service.compare(run.id, 0.2, PROMPT, steps=steps)

@@ -138,8 +138,10 @@ def test_the_main_job(client, tmp_path):
     for brought in (file, path):  # the plan, and the zip of the pruned model
         again = client.predict("emoji-sdxl", [handle_file(brought)], api_name="/bring")
         assert again["stage"] == "finished" and again["preset"] == "imported"
-        cut = client.predict(again["run"], 0.9, api_name="/cut")
-        assert (cut["digest"], cut["ratio"]) == (plan.digest, cuts[0]["ratio"]), "a plan has one size"
+        cut = client.predict(again["run"], again["size"], api_name="/cut")
+        assert (cut["digest"], cut["ratio"]) == (plan.digest, cuts[0]["ratio"])
+        with pytest.raises(AppError, match="one size"):
+            client.predict(again["run"], 0.9, api_name="/cut")
     with pytest.raises(AppError, match="does not fit the model"):
         client.predict("emoji-flux", [handle_file(file)], api_name="/bring")
     assert client.predict(run, " my \n apple ", api_name="/rename")["name"] == "my apple"

@@ -126,7 +126,7 @@ def test_a_run_in_many_calls_whose_workers_are_killed(model, reference, tmp_path
         brought = client.predict(model, [handle_file(plan)], api_name="/bring")
         assert brought["stage"] == "finished"
         assert client.predict(brought["run"], api_name="/prune_step")["stage"] == "finished"
-        assert client.predict(brought["run"], 0.2, api_name="/cut")["digest"] == first["digest"]
+        assert client.predict(brought["run"], brought["size"], api_name="/cut")["digest"] == first["digest"]
         # Measured by now, so less than a full call is asked for.
         assert float(asked("/schedule")[-1]["durationSeconds"]) < machine.UNKNOWN_SECONDS
 
@@ -154,8 +154,9 @@ def test_stop_resume_two_visitors_and_no_quota(model, reference, tmp_path):
 def test_healing_goes_on_call_after_call(model, tiny_sdxl, tmp_path):
     plan = PrunePlan(some_plan(tiny_sdxl)).save(tmp_path / "plan.safetensors")
     with space(tmp_path, **ONE_STEP) as (client, asked):
-        run = client.predict(model, [handle_file(plan)], api_name="/bring")["run"]
-        found = [client.predict(run, 0.2, 3, api_name="/heal") for _ in range(3)]
+        made = client.predict(model, [handle_file(plan)], api_name="/bring")
+        run, size = made["run"], made["size"]
+        found = [client.predict(run, size, 3, api_name="/heal") for _ in range(3)]
         assert [f["step"] for f in found] == [1, 2, 3]
         assert [f["stage"] for f in found[:2]] == ["interrupted"] * 2
         assert found[2]["stage"] in ("healed", "unchanged") and found[2]["before"] > 0

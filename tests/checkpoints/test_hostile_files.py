@@ -25,6 +25,7 @@ from ecodiff.runs.folder import Run
 from ecodiff.units import ALL_KINDS
 from tests.checkpoints.test_folders import some_plan
 from tests.checkpoints.test_lora import kohya_file, peft_file
+from tests.conftest import PIPELINES
 
 CASES = {"plan": 1500, "scores": 1500, "run": 1200, "lora": 350, "kohya": 350, "zip": 300, "masks": 300}
 MEMORY = 400 << 20  # bytes that all of them may add to the process
@@ -137,7 +138,6 @@ def rezipped(data: bytes, rng: random.Random) -> bytes:
 
 @pytest.fixture(scope="module")
 def world():
-    from tests.conftest import PIPELINES
 
     pipe = PIPELINES["sdxl"]()
     return pipe, denoiser_of(pipe), some_plan(pipe)
@@ -220,3 +220,66 @@ def test_a_strangers_file_does_no_harm(kind, world, tmp_path):
     assert sorted(inside.rglob("*")) == before, "something was written"
     assert sorted(p for p in tmp_path.rglob("*") if inside not in (p, *p.parents)) == outside
     assert taken < CASES[kind], "nothing was refused"
+
+
+def test_what_is_too_much_is_refused_before_it_is_listed(tmp_path):
+    """Counts are read off the file's own first or last bytes: no time and no memory is spent on the rest."""
+    import time
+
+    header = {f"g{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(200_000)}
+    text = json.dumps(header).encode()
+    (tmp_path / "plan.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    (tmp_path / "lora.safetensors").write_bytes((tmp_path / "plan.safetensors").read_bytes())
+    with zipfile.ZipFile(tmp_path / "many.zip", "w") as archive:
+        for i in range(20_000):
+            archive.writestr(f"{i}", b"")
+    pipe = PIPELINES["sdxl"]()
+    plan, started = some_plan(pipe), time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for read in (
+        lambda: ecodiff.PrunePlan.load(tmp_path / "plan.safetensors"),
+        lambda: Scores.load(tmp_path / "plan.safetensors"),
+        lambda: importers.import_files([tmp_path / "many.zip"], denoiser_of(pipe)),
+        lambda: translate_lora(tmp_path / "lora.safetensors", pipe, plan),
+    ):
+        with pytest.raises(EcodiffError):
+            read()
+    assert time.monotonic() - started < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_streams_that_break_in_the_middle(tmp_path, method):
+    pipe = PIPELINES["sdxl"]()
+    file = some_plan(pipe).save(tmp_path / "ecodiff_plan.safetensors")
+    with zipfile.ZipFile(tmp_path / "whole.zip", "w", method) as archive:
+        archive.write(file, "small/ecodiff_plan.safetensors")
+    data = bytearray((tmp_path / "whole.zip").read_bytes())
+    refused = 0
+    for at in range(60, len(data) - 200, 37):
+        broken = bytes(data[:at]) + bytes(b ^ 0xFF for b in data[at : at + 20]) + bytes(data[at + 20 :])
+        (tmp_path / "broken.zip").write_bytes(broken)
+        try:
+            importers.import_files([tmp_path / "broken.zip"], denoiser_of(pipe))
+        except EcodiffError as error:
+            refused += 1
+            assert str(tmp_path) not in str(error) and len(str(error)) < 500
+    assert refused > 5
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [torch.zeros(4, device="meta")],
+        lambda: [torch.zeros(4).to_sparse()],
+        lambda: [torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])],
+        lambda: [torch.zeros(4, dtype=torch.complex64)],
+        lambda: {"a": "words"},
+    ],
+)
+def test_masks_that_are_no_plain_tensors(tmp_path, make):
+    pipe = PIPELINES["sdxl"]()
+    torch.save(make(), tmp_path / "masks.pt")
+    with pytest.raises(EcodiffError) as refused:
+        importers.import_files([tmp_path / "masks.pt"], denoiser_of(pipe))
+    assert str(tmp_path) not in str(refused.value)

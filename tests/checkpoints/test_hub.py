@@ -64,7 +64,10 @@ def test_a_folder_goes_there_and_its_plan_comes_back(command, stand_in, small, t
     for path in there - {"README.md"}:
         assert files[path] == (small / path).read_bytes(), path
     card = files["README.md"].decode()
-    assert 'from_pretrained("ann/little", trust_remote_code=True)' in card and "THIS FOLDER" not in card
+    assert (
+        'from_pretrained("ann/little", torch_dtype=dtype, trust_remote_code=True)' in card
+        and "THIS FOLDER" not in card
+    )
     assert stand_in.private["ann/little"], "private unless somebody asks for more"
 
     code, said = command("bring", "emoji-turbo", "ann/little", "--run", tmp_path / "run")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import ecodiff
 from ecodiff.checkpoints.lora import save_lora, trained_lora, translate_lora
@@ -115,7 +115,7 @@ def test_files_that_are_no_loras(tiny_sdxl, tmp_path):
     plan = some_plan(tiny_sdxl)
     noise = tmp_path / "noise.safetensors"
     noise.write_bytes(b"\xff" * 100)
-    with pytest.raises(CheckpointError, match="not a LoRA"):
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
         translate_lora(noise, tiny_sdxl, plan)
     with pytest.raises(CheckpointError, match="not a LoRA"):
         translate_lora(tmp_path / "pickle.bin", tiny_sdxl, plan)
@@ -127,3 +127,99 @@ def test_files_that_are_no_loras(tiny_sdxl, tmp_path):
             translate_lora(tmp_path / "wrong.safetensors", tiny_sdxl, plan)
     with pytest.raises(PlanError, match="not pruned"):
         translate_lora(noise, tiny_sdxl)
+
+
+def text_encoder_layers(pipe):
+    for prefix, encoder in (("lora_te1", pipe.text_encoder), ("lora_te2", pipe.text_encoder_2)):
+        for name, module in encoder.named_modules():
+            if name.endswith(("self_attn.q_proj", "mlp.fc1")):
+                yield f"{prefix}_text_model_{name.removeprefix('text_model.').replace('.', '_')}", module
+
+
+def test_alpha_counts_on_text_encoders_too(tiny_sdxl, tmp_path):
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, module in text_encoder_layers(tiny_sdxl):
+        outs, ins = module.weight.shape
+        tensors[f"{name}.lora_down.weight"] = torch.randn(8, ins, generator=generator)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(outs, 8, generator=generator)
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    kohya = load_file(kohya_file(tiny_sdxl, tmp_path / "unet.safetensors"))
+    save_file(kohya | tensors, tmp_path / "both.safetensors")
+    plan = some_plan(tiny_sdxl)
+    small = ecodiff.variant(tiny_sdxl, plan)
+
+    def embedding(pipe):
+        with torch.no_grad():
+            return pipe.encode_prompt("red apple", device="cpu", do_classifier_free_guidance=False)[0]
+
+    plain = embedding(tiny_sdxl)
+    tensors, report = translate_lora(tmp_path / "both.safetensors", small, dense=tiny_sdxl.unet)
+    assert report.others
+    tiny_sdxl.load_lora_weights(str(tmp_path / "both.safetensors"))
+    wanted = embedding(tiny_sdxl)
+    tiny_sdxl.unload_lora_weights()
+    small.load_lora_weights(str(save_lora(tensors, tmp_path / "small.safetensors", plan)))
+    assert (wanted - plain).abs().max() > 1e-3
+    torch.testing.assert_close(embedding(small), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_float8_bfloat16_and_pefts_own_names(tiny_sdxl, tmp_path):
+    plan = some_plan(tiny_sdxl)
+    kohya = load_file(kohya_file(tiny_sdxl, tmp_path / "a.safetensors"))
+    for dtype in (torch.float8_e4m3fn, torch.bfloat16):
+        low = {n: v.to(dtype) if v.ndim else v for n, v in kohya.items()}
+        save_file(low, tmp_path / "low.safetensors")
+        save_file({n: v.float() for n, v in low.items()}, tmp_path / "same.safetensors")
+        found, same = (
+            translate_lora(tmp_path / f"{n}.safetensors", tiny_sdxl, plan)[0] for n in ("low", "same")
+        )
+        assert all(torch.equal(found[name], same[name]) for name in same), "computed in float32"
+    plain = load_file(peft_file(tiny_sdxl, tmp_path / "b.safetensors"))
+    save_file(
+        {f"base_model.model.{n.removeprefix('unet.')}": v for n, v in plain.items()},
+        tmp_path / "c.safetensors",
+    )
+    found, same = (translate_lora(tmp_path / f"{n}.safetensors", tiny_sdxl, plan)[0] for n in "cb")
+    assert found.keys() == same.keys() and all(torch.equal(found[name], same[name]) for name in same)
+
+
+LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error", "words"),
+    [
+        ({f"{LAYER}.lora_A.weight": torch.full((2, 32), float("nan"))}, CheckpointError, "not numbers"),
+        ({f"{LAYER}.lora_B.weight": torch.full((32, 2), float("inf"))}, CheckpointError, "not numbers"),
+        ({"lora_unet_mid_block.dora_scale": torch.ones(3, 1)}, CheckpointError, "DoRA"),
+        (
+            {
+                "unet.mid_block.lora_A.weight": torch.ones(2, 9),
+                "unet.mid_block.lora_B.weight": torch.ones(9, 2),
+            },
+            PlanError,
+            "no layer with a matrix",
+        ),
+        (
+            {
+                "unet.mid_block.resnets.0.norm1.lora_A.weight": torch.ones(2, 32),
+                "unet.mid_block.resnets.0.norm1.lora_B.weight": torch.ones(32, 2),
+            },
+            PlanError,
+            "no layer with a matrix",
+        ),
+    ],
+)
+def test_what_cannot_be_translated_is_refused_in_words(tiny_sdxl, tmp_path, tensors, error, words):
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(error, match=words):
+        translate_lora(tmp_path / "lora.safetensors", tiny_sdxl, some_plan(tiny_sdxl))
+
+
+@pytest.mark.parametrize("alpha", ["[1, 2]", '"many"', "{}"])
+def test_settings_that_are_no_numbers(tiny_sdxl, tmp_path, alpha):
+    tensors = load_file(peft_file(tiny_sdxl, tmp_path / "a.safetensors"))
+    header = {"lora_adapter_metadata": f'{{"unet.lora_alpha": {alpha}}}'}
+    save_file(tensors, tmp_path / "b.safetensors", metadata=header)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        translate_lora(tmp_path / "b.safetensors", tiny_sdxl, some_plan(tiny_sdxl))

@@ -10,7 +10,7 @@ import ecodiff
 from ecodiff import catalog
 from ecodiff.app import server, service
 from ecodiff.config import HealConfig
-from ecodiff.errors import CheckpointError, PlanError, RunError
+from ecodiff.errors import BudgetError, CheckpointError, PlanError, RunError
 from ecodiff.learning.heal import _add_lora, heal
 from ecodiff.learning.trajectory import trajectory
 from ecodiff.metrics.fidelity import generate
@@ -88,7 +88,9 @@ def test_it_comes_closer_goes_on_anywhere_and_leaves_the_dense_model_alone(tiny_
     folder = ecodiff.save(whole, tmp_path / "healed")
     torch.testing.assert_close(latents(ecodiff.load(folder)), latents(whole), rtol=1e-4, atol=1e-4)
     with pytest.raises(CheckpointError, match="other settings"):
-        next(heal(ecodiff.variant(tiny_sdxl, plan), tiny_sdxl, PROMPTS, CONFIG, tmp_path))
+        next(heal(ecodiff.variant(tiny_sdxl, plan), tiny_sdxl, PROMPTS, replace(config, rank=3), tmp_path))
+    more = ecodiff.variant(tiny_sdxl, plan)
+    assert len(list(heal(more, tiny_sdxl, PROMPTS, replace(config, steps=config.steps + 2), tmp_path))) == 2
     (tmp_path / "state.safetensors").write_bytes(b"half a file")
     with pytest.raises(CheckpointError, match="cannot be read"):
         next(heal(ecodiff.variant(tiny_sdxl, plan), tiny_sdxl, PROMPTS, config, tmp_path))
@@ -116,23 +118,26 @@ def test_a_run_is_healed_stopped_and_gone_on_with(tmp_path, monkeypatch):
     groups = ecodiff.find_groups(ecodiff.load("emoji-turbo").unet)
     plan = ecodiff.PrunePlan({g.name: torch.rand(g.size, generator=generator) > 0.3 for g in groups})
     run = service.import_("emoji-turbo", [plan.save(tmp_path / "plan.safetensors")])["run"]
-    compensated = service.compare(run, 0.2, "red apple")
-    before = service.export(run, 0.2)["name"]
+    size = service.status(run)["size"]
+    with pytest.raises(BudgetError, match="has one size"):
+        service.cut(run, 0.9)
+    compensated = service.compare(run, size, "red apple")
+    before = service.export(run, size)["name"]
 
-    going = service.heal(run, 0.2, 4)
+    going = service.heal(run, size, 4)
     assert [next(going)["step"], next(going)["step"]] == [1, 2]
     with pytest.raises(RunError, match="being worked on"):
-        list(service.heal(run, 0.2, 4))
+        list(service.heal(run, size, 4))
     service.stop(run)
     assert [found["stage"] for found in going] == ["stopped"]
-    found = list(service.heal(run, 0.2, 4))
+    found = list(service.heal(run, size, 4))
     assert [f["step"] for f in found] == [3, 4, 4], "it goes on where it was stopped"
 
     assert found[-1]["stage"] == "healed" and found[-1]["after"] < found[-1]["before"]
-    drawn = service.compare(run, 0.2, "red apple")
+    drawn = service.compare(run, size, "red apple")
     assert not drawn[1].latents.equal(compensated[1].latents), "images are the healed model's now"
     assert drawn[0].latents.equal(compensated[0].latents)
-    made = service.export(run, 0.2)
+    made = service.export(run, size)
     assert made["name"] != before and "healed4" in made["name"]
     folder = Path(made["path"]).with_suffix("")
     assert "4 steps, LoRA of rank 16, merged" in (folder / "README.md").read_text()
@@ -140,3 +145,7 @@ def test_a_run_is_healed_stopped_and_gone_on_with(tmp_path, monkeypatch):
     again = ecodiff.load(folder)
     latents_ = generate(again, "red apple", 0, **catalog.find("emoji-turbo").drawing()).latents
     torch.testing.assert_close(latents_, drawn[1].latents, atol=0.05, rtol=0.05)  # saved as float16
+
+    assert [f["stage"] for f in service.heal(run, size, 4)][-1] in ("healed", "unchanged"), "once more"
+    assert service.compare(run, size, "red apple")[1].latents.equal(drawn[1].latents), "merged once"
+    assert [f["step"] for f in service.heal(run, size, 5)][:1] == [5], "more steps go on"

@@ -7,6 +7,7 @@ import ecodiff
 from ecodiff.learning import scoring
 from ecodiff.learning.budget import Budget
 from ecodiff.learning.learn import learn
+from ecodiff.learning.methods import METHODS
 from ecodiff.learning.state import LearnState
 from ecodiff.pipelines import denoiser_of, stream
 from ecodiff.pruning import masking
@@ -48,14 +49,16 @@ def test_gauss_newton_is_the_norm_of_the_jacobian(tiny_sdxl):
     dense, step = z0(1.0), 1e-2
     slope = ((z0(1 + step) - z0(1 - step)) / (2 * step)).flatten(1)
     wanted = float((slope.square().sum(1) / dense.flatten(1).var(1) / slope.shape[1]).mean())
-    draws = [scoring.gauss_newton_sample(tiny_sdxl, [group], call(), stream("probe", seed)) for seed in range(60)]
+    draws = [
+        scoring.gauss_newton_sample(tiny_sdxl, [group], call(), stream("probe", seed)) for seed in range(60)
+    ]
     found = float(torch.stack([draw[group.name][0] for draw in draws]).mean())
     assert found == pytest.approx(wanted, rel=0.4)
 
 
-@pytest.mark.parametrize("name", scoring.METHODS)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_ranks_every_unit(pipe, name):
-    found = scoring.METHODS[name]
+    found = METHODS[name]
     values = found.score(pipe, [call() | short(pipe)], 0)
     groups = ecodiff.find_groups(denoiser_of(pipe), ALL_KINDS)
     assert {name: len(v) for name, v in values.items()} == {g.name: g.size for g in groups}
@@ -64,7 +67,7 @@ def test_every_method_ranks_every_unit(pipe, name):
     assert found.source and found.cost >= 0
 
 
-@pytest.mark.parametrize("name", scoring.METHODS)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_a_preset_of_one_step(tiny_sdxl, name):
     config = replace(ecodiff.LearnConfig.preset(name), warm_steps=1, batch=1, inference_steps=2)
     states = []

@@ -152,3 +152,25 @@ def test_hostile_files_are_refused(tmp_path):
             pytest.fail(f"{what} was accepted")
     with pytest.raises(CheckpointError, match="no plan file"):
         ecodiff.PrunePlan.load(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("kind", ["ffn", "conv_ffn"])
+@pytest.mark.parametrize("size", [40, 768, 1024, 1100])
+def test_what_stays_is_a_multiple_of_what_hardware_likes(kind, size):
+    """A floor of one unit is not left out of the count: widths would be 1 modulo 64."""
+    scores = Scores({"a": torch.rand(size)}, {"a": kind}, {"a": 10}, 20 * size)
+    width = 64 if size >= 1024 else 8
+    for ratio in (0.05, 0.1, 0.2, 0.3, 0.4):
+        kept = int(scores.plan(ratio=ratio)["a"].sum())
+        assert kept % width == 0 or kept == size
+    assert int(scores.plan(ratio=scores.ceiling)["a"].sum()) == (1 if kind == "conv_ffn" else 0)
+
+
+def test_a_ratio_can_be_of_any_cost(scores):
+    """A budget in milliseconds is cut by milliseconds."""
+    slow = next(iter(scores.values))
+    costs = {name: 100.0 if name == slow else 1.0 for name in scores.values}
+    total = 2.0 * sum(costs[name] * len(values) for name, values in scores.values.items())
+    plan = scores.plan(ratio=0.25, costs=(costs, total), align=False)
+    gone = sum(costs[name] * int((~keep).sum()) for name, keep in plan.items())
+    assert gone / total == pytest.approx(0.25, abs=0.02)

@@ -1,17 +1,20 @@
 """Runs end with the same scores, bit for bit, however they are interrupted."""
 
+import itertools
 import multiprocessing
-import random
+import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
 
 import ecodiff
-from ecodiff.errors import BudgetError, CheckpointError, LearningError, RunError
+from ecodiff import storage
+from ecodiff.errors import BudgetError, CheckpointError, EcodiffError, LearningError, RunError
 from ecodiff.learning.learn import learn
 from ecodiff.learning.state import LearnState
 from ecodiff.runs import loop
@@ -174,34 +177,108 @@ def test_old_runs_are_swept(tmp_path):
         store.open(run.id)
 
 
-def test_killed_at_twenty_random_moments(tiny_sdxl, tmp_path):
+SMALL = ecodiff.LearnConfig(
+    ratio=0.2, warm_steps=1, steps=2, batch=1, trajectories=2, inference_steps=2, size=16, checkpoint=None
+)
+
+
+class Nth:
+    """Fails at the n-th of what it counts."""
+
+    def __init__(self, n: int, fail):
+        self.n, self.fail, self.count = n, fail, 0
+
+    def __call__(self, *args) -> None:
+        self.count += 1
+        if self.count == self.n:
+            self.fail()
+
+    @property
+    def reached(self) -> bool:
+        return self.count >= self.n
+
+
+def raising(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+def left_over(run) -> list[str]:
+    known = {"run.json", "state.safetensors", "scores.safetensors", "ERROR", "MEMORY", ".lock"}
+    return [file.name for file in run.folder.iterdir() if file.name not in known]
+
+
+@pytest.fixture
+def small_reference(tiny_sdxl):
+    return ecodiff.learn_masks(tiny_sdxl, PROMPTS, SMALL)
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        raising(RuntimeError("something nobody thought of")),
+        raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")),
+        raising(KeyboardInterrupt()),
+    ],
+)
+def test_the_nth_denoiser_call_fails(tiny_sdxl, small_reference, tmp_path, monkeypatch, fail):
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
+    for n in itertools.count(1):
+        run, nth = Run.create(tmp_path / str(n), "tiny", SMALL, PROMPTS), Nth(n, fail)
+        hook = tiny_sdxl.unet.register_forward_pre_hook(nth)
+        with suppress(RuntimeError, EcodiffError, KeyboardInterrupt):
+            advance(run, tiny_sdxl)
+        hook.remove()
+        assert not left_over(run)
+        assert advance(run, tiny_sdxl) and same(run.scores(), small_reference), f"call {n}"
+        if not nth.reached:
+            break
+    assert n > 3
+
+
+def test_the_nth_write_fails(tiny_sdxl, small_reference, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
+    write = storage.save_file
+    for n in itertools.count(1):
+        run = Run.create(tmp_path / str(n), "tiny", SMALL, PROMPTS)
+        nth = Nth(n, raising(OSError(28, "No space left on device")))
+        monkeypatch.setattr(storage, "save_file", lambda *a, nth=nth, **k: (nth(), write(*a, **k)))
+        with suppress(CheckpointError):
+            advance(run, tiny_sdxl)
+        monkeypatch.setattr(storage, "save_file", write)
+        assert not left_over(run)
+        assert advance(run, tiny_sdxl) and same(run.scores(), small_reference), f"write {n}"
+        if not nth.reached:
+            break
+    assert n > 6
+
+
+def test_killed_at_the_nth_denoiser_call(tiny_sdxl, small_reference, tmp_path, monkeypatch):
     """Forked children: a fresh process a life would take minutes to import everything."""
-    config = ecodiff.LearnConfig(**vars(CONFIG) | {"warm_steps": 3, "steps": 5, "inference_steps": 8})
-    fork, chance = multiprocessing.get_context("fork"), random.Random(0)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
+    threads, fork = torch.get_num_threads(), multiprocessing.get_context("fork")
+    torch.set_num_threads(1)  # the parent's threads are not in the fork
+    try:
+        run, steps = Run.create(tmp_path / "run", "tiny", SMALL, PROMPTS), []
+        for n in itertools.chain(range(1, 7), range(6, 40)):  # a life that learns nothing new is no life
 
-    def live(run):
-        torch.set_num_threads(1)  # the parent's threads are not in the fork
-        loop.SAVE_SECONDS = 0
-        advance(run, tiny_sdxl)
+            def live(n=n):
+                tiny_sdxl.unet.register_forward_pre_hook(Nth(n, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+                advance(run, tiny_sdxl)
 
-    def finish(run) -> ecodiff.Scores:
-        child = fork.Process(target=live, args=(run,))
-        child.start()
-        child.join()
-        return run.scores()
-
-    alone = finish(Run.create(tmp_path / "alone", "tiny", config, PROMPTS))
-    run, steps = Run.create(tmp_path / "killed", "tiny", config, PROMPTS), []
-    for _ in range(20):
-        child = fork.Process(target=live, args=(run,))
-        child.start()
-        child.join(chance.uniform(0.05, 1.0))
-        child.kill()
-        child.join()
-        state = run.state()
-        steps.append(state.step if state else 0)
-    assert steps == sorted(steps), "a kill lost what was saved"
-    assert same(finish(run), alone)
+            child = fork.Process(target=live)
+            child.start()
+            child.join()
+            state = run.state()
+            steps.append(state.step if state else 0)
+            if run.finished:
+                break
+        assert steps == sorted(steps), "a kill lost what was saved"
+        assert run.finished and same(run.scores(), small_reference)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_full_disk_is_said_before_anything_is_lost(tmp_path, monkeypatch):

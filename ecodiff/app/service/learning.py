@@ -185,6 +185,7 @@ def status(run: str) -> dict:
 
     Returns:
         {"run", "model", "preset", "name", "created", "expires": seconds since 1970, or None, "ratio",
+        "size": the one ratio of a run made of a plan, or None where any can be cut,
         "stage", "step", "steps", "ahead",
         "seconds_left": measured, or None, "error", "memory", "history": one dict a step}; stage is queued,
         loading, learning, calibrating, finished, stopped, failed, or interrupted (nothing works on it: the
@@ -203,6 +204,7 @@ def status(run: str) -> dict:
         "created": opened.created,
         "expires": opened.touched + EXPIRY_SECONDS if os.environ.get("SPACE_ID") else None,
         "ratio": opened.config.ratio,
+        "size": opened.size,
         "stage": stage,
         "step": step,
         "steps": opened.config.total_steps,

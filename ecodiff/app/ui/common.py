@@ -140,6 +140,14 @@ def choices(runs: list[str], scored: bool = False) -> list[tuple[str, str]]:
     return [(label(s), s["run"]) for s in mine(runs) if s["step"] or not scored]
 
 
+def lock_size(run: str | None) -> dict:
+    """The size of a run that was made of a plan cannot be moved; that of others can."""
+    size = service.status(run)["size"] if run else None
+    if size is None:
+        return gr.update(interactive=True)
+    return gr.update(value=round(100 * size), interactive=False)
+
+
 def choose(runs: list[str], current: str, chosen: str | None) -> tuple[dict, dict]:
     """Updates of a dropdown of runs and of the text for when there is none.
 

@@ -9,7 +9,7 @@ from PIL import Image
 from ... import catalog
 from .. import service
 from . import show
-from .common import COMPENSATE, Browser, Tab, choices, choose, lenient, percent_box, seed_box, told
+from .common import COMPENSATE, Browser, Tab, choices, choose, lenient, lock_size, percent_box, seed_box, told
 
 COPY = "() => navigator.clipboard.writeText(document.querySelector('#figures a').href)"
 
@@ -67,6 +67,7 @@ def build(browser: Browser) -> Tab:
     run.input(told(defaults), run, [steps, guidance], api_visibility="private", show_progress="hidden")
 
     parts = {"ratio": ratio, "compensate": compensate, "settings": settings}
+    run.change(told(lock_size), run, ratio, api_visibility="private", show_progress="hidden")
     return Tab(refresh, [runs, current, run], [run, empty, steps, guidance], parts)
 
 

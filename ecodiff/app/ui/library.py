@@ -5,7 +5,7 @@ import gradio as gr
 from ...errors import EcodiffError
 from .. import service
 from . import show
-from .common import MODELS, Browser, Tab, choices, label, lenient, mine, percent_box, told, when
+from .common import MODELS, Browser, Tab, choices, label, lenient, lock_size, mine, percent_box, told, when
 
 
 def build(browser: Browser) -> Tab:
@@ -60,6 +60,7 @@ def build(browser: Browser) -> Tab:
     rename.click(give_name, [run, name, runs], listed, **private)
     sure = "(run, runs) => confirm('Delete this run and its files?') ? [run, runs] : [null, runs]"
     delete.click(remove, [run, runs], [runs, *listed], js=sure, **private)
+    run.change(told(lock_size), run, size, show_progress="hidden", **private)
     make.click(files, [run, size], [plan, model, about, code], **private)
     translate.click(fit_lora, [run, size, lora], [report, fitting], **private)
     preview.click(preview_lora, [run, size, lora, lora_prompt], [pair, *shown], **private)

@@ -1,0 +1,101 @@
+"""Pruned pipelines under what people call next in stock diffusers."""
+
+import diffusers
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+import ecodiff
+from ecodiff.pipelines import denoiser_of
+from tests.checkpoints.test_folders import some_plan
+from tests.conftest import PIPELINES, flux, latents
+
+CALLS = {
+    "enable_attention_slicing": lambda p: p.enable_attention_slicing(),
+    "enable_attention_slicing(max)": lambda p: p.enable_attention_slicing("max"),
+    "slicing on and off": lambda p: (p.enable_attention_slicing(), p.disable_attention_slicing()),
+    "set_default_attn_processor": lambda p: p.unet.set_default_attn_processor(),
+    "set_attn_processor": lambda p: p.unet.set_attn_processor(AttnProcessor2_0()),
+    "set_attn_processor, plain": lambda p: p.unet.set_attn_processor(AttnProcessor()),
+    "the same processors": lambda p: p.unet.set_attn_processor(p.unet.attn_processors),
+    "fuse_qkv_projections": lambda p: p.fuse_qkv_projections(),
+    "fuse and unfuse": lambda p: (p.fuse_qkv_projections(), p.unfuse_qkv_projections()),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_an_emptied_attention_stays_what_it_is(tiny_sdxl, call):
+    plan = dict(some_plan(tiny_sdxl))
+    for name in [n for n in plan if "attn" in n][:2]:
+        plan[name][:] = False
+    small = ecodiff.variant(tiny_sdxl, plan)
+    before = latents(small)
+    CALLS[call](small)
+    torch.testing.assert_close(latents(small), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        ("sdxl", "StableDiffusionXLImg2ImgPipeline"),
+        ("sdxl", "StableDiffusionXLInpaintPipeline"),
+        ("flux-dev", "FluxImg2ImgPipeline"),
+        ("sd3.5", "StableDiffusion3Img2ImgPipeline"),
+    ],
+)
+def test_from_pipe_takes_the_pruned_model_over(build, name):
+    pipe = PIPELINES[build]()
+    small = ecodiff.variant(pipe, some_plan(pipe))
+    made = getattr(diffusers, name).from_pipe(small)
+    assert denoiser_of(made) is denoiser_of(small)
+    dense, pruned = type(denoiser_of(pipe)), type(denoiser_of(small))
+    assert pruned == dense and pruned is not dense
+
+
+def test_variant_and_shards_are_written_as_asked(tiny_sdxl, tmp_path):
+    small = ecodiff.variant(tiny_sdxl, some_plan(tiny_sdxl))
+    small.save_pretrained(tmp_path, variant="fp16", max_shard_size="50KB")
+    files = [file.name for file in (tmp_path / "unet").glob("*.safetensors")]
+    assert len(files) > 1 and all(".fp16" in file for file in files)
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path, variant="fp16", trust_remote_code=True)
+    again.set_progress_bar_config(disable=True)
+    small.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(latents(again), latents(small), rtol=1e-3, atol=1e-3)
+
+
+def test_adapters_are_scaled_and_fit_where_rows_are_scattered():
+    from peft import LoraConfig
+
+    pipe = flux(guidance_embeds=True)
+    pipe.set_progress_bar_config(disable=True)
+    small = ecodiff.variant(pipe, some_plan(pipe))
+    small.transformer.add_adapter(
+        LoraConfig(r=2, target_modules=["norm1.linear", "to_q"], init_lora_weights=False), "style"
+    )
+    whole = latents(small)
+    small.transformer.set_adapters("style", 0.0)
+    assert not torch.equal(latents(small), whole)
+
+
+def test_an_ip_adapter_of_the_dense_model_is_refused_in_words(tiny_sdxl):
+    small = ecodiff.variant(tiny_sdxl, some_plan(tiny_sdxl))
+    with pytest.raises(ValueError, match="pruned: an IP-Adapter of the dense model"):
+        small.unet._load_ip_adapter_weights([{}])
+
+
+def test_a_prior_keeps_its_heads_and_runs():
+    torch.manual_seed(0)
+    prior = diffusers.PriorTransformer(
+        num_attention_heads=4, attention_head_dim=8, num_layers=2, embedding_dim=16, num_embeddings=7,
+        additional_embeddings=4,
+    ).eval()  # fmt: skip
+    groups = ecodiff.find_groups(prior)
+    assert {group.kind for group in groups} == {"ffn"}
+    given = {"timestep": 1, "proj_embedding": torch.randn(2, 16), "attention_mask": torch.ones(2, 7)}
+    given |= {"hidden_states": torch.randn(2, 16), "encoder_hidden_states": torch.randn(2, 7, 16)}
+    plan = ecodiff.PrunePlan({g.name: torch.arange(g.size) >= g.size // 2 for g in groups})
+    with torch.no_grad(), ecodiff.masked(prior, plan):
+        masked = prior(**given, return_dict=False)[0]
+    with torch.no_grad():
+        sliced = ecodiff.slice_(prior, plan)(**given, return_dict=False)[0]
+    torch.testing.assert_close(sliced, masked, rtol=1e-4, atol=1e-5)
