@@ -344,7 +344,7 @@ def test_the_page_by_keyboard(browser, url):
     go("Stop")
     page.keyboard.press("Enter")
     page.get_by_text("Nothing is lost").wait_for(timeout=60_000)
-    for tab, first in (("Compare", "Pruned model"), ("Sizes", "Pruned model"), ("Library", "Bring a plan")):
+    for tab, first in (("Compare", "Pruned model"), ("Sizes", "Pruned model"), ("Library", "Import a plan")):
         go(tab)
         page.keyboard.press("Enter")
         go(first)

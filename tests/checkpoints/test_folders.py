@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import ecodiff
+from ecodiff import catalog, cli
 from ecodiff.checkpoints.loading import disk_dtype
 from ecodiff.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from ecodiff.pipelines import denoiser_of
@@ -180,3 +182,61 @@ def test_foreign_and_missing_models(tmp_path):
         ecodiff.load("no-such-model")
     with pytest.raises(ModelNotFoundError, match="no network"):
         ecodiff.load("somebody/something")  # tests run offline
+
+
+@pytest.mark.parametrize("name", ["emoji-turbo", "emoji-flux"])
+def test_what_the_card_says_to_run_runs(name, tmp_path):
+    """In a process without ecodiff, with the model's own steps, guidance and size."""
+    pipe = ecodiff.load(name)
+    folder = ecodiff.save(ecodiff.variant(pipe, some_plan(pipe)), tmp_path / "small")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    code = card.partition("```python\n")[2].partition("```")[0].replace("THIS FOLDER", str(folder))
+    assert f"# {name}, pruned" in card and 'license: "mit"' in card
+    known = catalog.find(name)
+    assert f"num_inference_steps={known.steps}, guidance_scale={known.guidance_scale}" in code
+    blocked = "import sys\nsys.modules['ecodiff'] = None\n" + code
+    done = subprocess.run(
+        [sys.executable, "-c", blocked], capture_output=True, cwd=tmp_path, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    with Image.open(tmp_path / "image.png") as image:
+        assert image.size == (64, 64)
+
+
+def test_weights_that_are_missing_are_named(tiny_sdxl, tmp_path):
+    tiny_sdxl.save_pretrained(tmp_path / "dense")
+    ecodiff.save(ecodiff.variant(tiny_sdxl, some_plan(tiny_sdxl)), tmp_path / "pruned")
+    for folder in ("dense", "pruned"):
+        file = tmp_path / folder / "unet" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        tensors.pop("mid_block.resnets.0.conv1.weight")
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"mid_block\.resnets\.0\.conv1\.weight"):
+            ecodiff.load(tmp_path / folder)
+
+
+def test_a_folder_that_is_stored_quantised(tiny_sdxl, tmp_path, capsys):
+    tiny_sdxl.save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "unet" / "config.json"
+    config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="bitsandbytes"):
+        ecodiff.load(tmp_path / "dense")
+    assert cli.main(["info", str(tmp_path / "dense")]) == 1
+    assert "full-precision" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["models/sdxl.safetensors", "style.gguf", "a/b.ckpt", "./nothing", "~/nothing"]
+)
+def test_a_local_file_that_is_missing_is_not_asked_for_on_the_hub(name):
+    with pytest.raises(ModelNotFoundError, match="There is no model"):
+        ecodiff.load(name)
+
+
+def test_out_may_be_a_link(tiny_sdxl, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    small = ecodiff.variant(tiny_sdxl, some_plan(tiny_sdxl))
+    ecodiff.save(small, tmp_path / "link")
+    assert (tmp_path / "real" / "model_index.json").is_file() and (tmp_path / "link").is_symlink()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ... import catalog
 from ...checkpoints import hub, loading
+from ...checkpoints.card import snippet
 from ...checkpoints.formats import find_format
 from ...checkpoints.lora import save_lora, translate
 from ...errors import BudgetError, CheckpointError
@@ -26,7 +27,7 @@ def export(run: str, ratio: float, compensate: bool = True, format: str = "diffu
         format: one of `checkpoints.formats.FORMATS`.
 
     Returns:
-        {"path", "name", "bytes", "sha256", "folder"}
+        {"path", "name", "bytes", "sha256", "folder", "code": Python that opens it and draws}
     """
     find_format(format)
     made, opened = plan(run, ratio), server().store.open(run)
@@ -51,6 +52,7 @@ def export(run: str, ratio: float, compensate: bool = True, format: str = "diffu
         "folder": name,
         "bytes": path.stat().st_size,
         "sha256": digest.hexdigest(),
+        "code": snippet(catalog.find(model), name),
     }
 
 

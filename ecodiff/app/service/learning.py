@@ -13,10 +13,12 @@ from torch import nn
 from ... import catalog, machine
 from ...architectures import find_groups, unrecognised
 from ...checkpoints import hub, loading
+from ...checkpoints.formats import FORMATS
 from ...checks import check_class
 from ...config import LearnConfig
 from ...errors import BudgetError, ModelNotFoundError, RunError
 from ...learning import memory
+from ...learning.methods import METHODS
 from ...pruning.scores import Scores
 from ...runs.folder import Run
 from ...runs.importing import import_run
@@ -87,6 +89,16 @@ def predict(model: str, ratio: float) -> dict:
         "memory": memory.estimate(denoiser, **footprint) | {"here": machine.capacity(device)},
         "left_alone": unrecognised(denoiser, find_groups(denoiser, ALL_KINDS)),
     }
+
+
+def methods() -> list[tuple[str, str]]:
+    """Other ways to rank units than a preset's: (what it is, its name), as `start` takes for a preset."""
+    return [(f"{method.name}: {method.source}", method.name) for method in METHODS.values()]
+
+
+def formats() -> list[tuple[str, str]]:
+    """Ways to export: (what it is, its name), as `export` takes."""
+    return [(f"{entry.name}: {entry.words}", entry.name) for entry in FORMATS.values()]
 
 
 def kinds_of(preset: str) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ PRESETS = [
     ("EcoDiff as published, to compare with", "ecodiff"),
 ]
 
-COMPENSATE = "What stays takes over from what went: closer images, same size"
+COMPENSATE = "Repairs the weights that stay, in closed form: closer images, same size"
 
 KINDS = [(kind.word[0].upper() + kind.word[1:], name) for name, kind in units.KINDS.items()]
 

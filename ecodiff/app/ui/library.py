@@ -26,6 +26,7 @@ def build(browser: Browser) -> Tab:
                 delete = gr.Button("Delete", size="sm", variant="stop")
         with gr.Row():
             size = percent_box()
+            chosen = gr.Dropdown(service.formats(), value="diffusers", label="Format", min_width=240)
             make = gr.Button("Make the files", variant="primary")
         with gr.Row():
             plan = gr.DownloadButton("Plan file", interactive=False)
@@ -61,7 +62,7 @@ def build(browser: Browser) -> Tab:
     sure = "(run, runs) => confirm('Delete this run and its files?') ? [run, runs] : [null, runs]"
     delete.click(remove, [run, runs], [runs, *listed], js=sure, **private)
     run.change(told(lock_size), run, size, show_progress="hidden", **private)
-    make.click(files, [run, size], [plan, model, about, code], **private)
+    make.click(files, [run, size, chosen], [plan, model, about, code], **private)
     translate.click(fit_lora, [run, size, lora], [report, fitting], **private)
     preview.click(preview_lora, [run, size, lora, lora_prompt], [pair, *shown], **private)
     opened = add.click(open_run, [known, runs], runs, **private)
@@ -106,7 +107,7 @@ def _pushing(run: gr.Dropdown, size: gr.Slider) -> None:
 
 def _bringing() -> tuple[gr.Dropdown, gr.File, gr.Textbox, gr.Button]:
     """Where what others learned is handed in."""
-    with gr.Accordion("Bring a plan, a pruned model or EcoDiff's masks", open=False):
+    with gr.Accordion("Import a plan, a pruned model or EcoDiff's masks", open=False):
         gr.Markdown(
             "A plan file, the zip of a pruned model, or the `.pt` masks that EcoDiff's authors publish (of "
             "heads, of neurons, or both). Only the plan in it is used: weights are cut from the dense model."
@@ -181,16 +182,16 @@ def remove(run, runs):
 
 
 @told
-def files(run, percent):
+def files(run, percent, chosen):
     """The plan and the pruned folder, as downloads."""
     if not run:
         raise gr.Error("Choose a run first.", duration=8)
-    made = service.export(run, percent / 100)
+    made = service.export(run, percent / 100, format=chosen)
     return (
         gr.DownloadButton(value=service.plan_file(run, percent / 100), interactive=True),
         gr.DownloadButton(f"{made['name']}", value=made["path"], interactive=True),
         f"{service.megabytes(made['bytes'])} · SHA-256 `{made['sha256']}` · run id `{run}`",
-        gr.Code(show.snippet(made["folder"]), visible=True),
+        gr.Code(made["code"], visible=True),
     )
 
 

@@ -34,7 +34,7 @@ def build(browser: Browser) -> Tab:
     watched = [*panel.values(), results["column"]]
     cut_out = [results[name] for name in ("figures", "layers", "download", "packed", "code")]
     size, compensate = results["size"], results["compensate"]
-    asked = [form[name] for name in ("model", "ratio", "preset", "seed", "kinds")]
+    asked = [form[name] for name in ("model", "ratio", "preset", "seed", "kinds", "method")]
 
     private = {"api_visibility": "private"}
     hidden = private | {"show_progress": "hidden"}
@@ -72,12 +72,19 @@ def _form() -> dict[str, gr.components.Component]:
     preset = gr.Radio(PRESETS, value="fast", label="Learn for")
     with gr.Accordion("Advanced", open=False):
         kinds = gr.CheckboxGroup(KINDS, value=list(PRESET_KINDS), label="Units to prune")
+        method = gr.Dropdown(
+            [("As the preset says", ""), *service.methods()],
+            value="",
+            label="Ranking",
+            info="Another published way to rank units, in one step",
+        )
         seed = seed_box()
     start = gr.Button("Prune", variant="primary", size="lg")
     if service.zerogpu():
         gr.Markdown("A large model? On a GPU of your own it learns without a quota:")
         gr.DuplicateButton("Duplicate this Space", size="sm")
-    return {"model": model, "ratio": ratio, "preset": preset, "kinds": kinds, "seed": seed, "start": start}
+    form = {"model": model, "ratio": ratio, "preset": preset, "kinds": kinds, "method": method}
+    return form | {"seed": seed, "start": start}
 
 
 def _panel() -> dict[str, gr.components.Component]:
@@ -143,11 +150,11 @@ def predict(model, percent):
 
 
 @told
-def begin(model, percent, preset, seed, kinds, runs):
+def begin(model, percent, preset, seed, kinds, method, runs):
     """Start a run and remember its id in the browser."""
     if not kinds:
         raise gr.Error("Choose units to prune, under Advanced.", duration=8)
-    made = service.start(model, percent / 100, preset, seed, kinds)["run"]
+    made = service.start(model, percent / 100, method or preset, seed, kinds)["run"]
     return [*(runs or []), made], made, percent
 
 
@@ -248,7 +255,7 @@ def make(run, percent, compensate):
         gr.DownloadButton(f"Download {made['name']}", value=made["path"], interactive=True),
         f"**{made['name']}** · {service.megabytes(made['bytes'])} · SHA-256 `{made['sha256']}`"
         "\n\nUnpack it, then:",
-        gr.Code(show.snippet(made["folder"]), visible=True),
+        gr.Code(made["code"], visible=True),
     )
 
 

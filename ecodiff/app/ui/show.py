@@ -247,15 +247,6 @@ def layers(kept: dict[str, float]) -> str:
     return f'<div class="eco-layers">{lines}</div>'
 
 
-def snippet(name: str) -> str:
-    """The three lines that load a downloaded checkpoint."""
-    return (
-        "from diffusers import DiffusionPipeline\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)\n'
-        'image = pipe("a red apple").images[0]'
-    )
-
-
 def measured(found: dict) -> list[dict[str, str]]:
     """What benchmarks/fidelity.py measured, a row a method: latent error by size."""
     ratios = sorted({row["ratio"] for row in found["rows"]})
