@@ -93,10 +93,9 @@ def free_bytes(device: torch.device) -> int:
 
 def release() -> None:
     """Give memory that torch keeps for itself back to the device."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    elif torch.backends.mps.is_available():
-        torch.mps.empty_cache()
+    from accelerate.utils.memory import clear_device_cache
+
+    clear_device_cache()
 
 
 def capacity(device: torch.device) -> int:

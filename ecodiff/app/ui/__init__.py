@@ -58,8 +58,8 @@ def _wire(demo: gr.Blocks, tabs: gr.Tabs, browser: Browser, pruning: Tab, compar
     p["see"].click(compare.come, [runs, current, p["size"], p["compensate"]], arrived, **PRIVATE)
     demo.load(prune.predict, [p["model"], p["ratio"]], p["predicted"], **PRIVATE)
     demo.load(compare.follow, runs, [tabs, runs, *c["settings"]], **PRIVATE)
-    seen = demo.load(prune.watch, current, p["watched"], concurrency_limit=None, **PRIVATE)
-    seen.then(prune.recut, [current, p["size"]], p["cut_out"], **PRIVATE)
+    seen = demo.load(p["watch"], current, p["watched"], concurrency_limit=None, **PRIVATE)
+    seen.then(p["recut"], [current, p["size"]], p["cut_out"], **PRIVATE)
 
 
 def launch(demo: gr.Blocks, **options):

@@ -93,6 +93,27 @@ def told(function: Callable) -> Callable:
     return generator if inspect.isgeneratorfunction(function) else wrapper
 
 
+def placed(function: Callable, components: dict[str, gr.components.Component]) -> Callable:
+    """A handler that returns (or yields) updates by name as one that gives them by component.
+
+    Components that are not named stay as they are.
+    """
+
+    def at(updates: dict[str, Any]) -> dict:
+        return {components[name]: update for name, update in updates.items()}
+
+    @functools.wraps(function)
+    def wrapper(*args):
+        return at(function(*args))
+
+    @functools.wraps(function)
+    def generator(*args):
+        for updates in function(*args):
+            yield at(updates)
+
+    return generator if inspect.isgeneratorfunction(function) else wrapper
+
+
 def lenient(box: gr.Slider | gr.Number) -> gr.Slider | gr.Number:
     """Take a number as the box will show it once it is left: within bounds, and the least if it is empty.
 

@@ -9,11 +9,21 @@ from ...errors import EcodiffError, RunError
 from ...units import PRESET_KINDS
 from .. import service
 from . import show
-from .common import COMPENSATE, KINDS, MODELS, PRESETS, Browser, Tab, percent_box, readable, seed_box, told
+from .common import (
+    COMPENSATE,
+    KINDS,
+    MODELS,
+    PRESETS,
+    Browser,
+    Tab,
+    percent_box,
+    placed,
+    readable,
+    seed_box,
+    told,
+)
 
 POLL_SECONDS = 0.7
-
-WATCHED, CUT_OUT = 8, 5  # components that `view` and `recut` update
 
 
 def build(browser: Browser) -> Tab:
@@ -31,6 +41,8 @@ def build(browser: Browser) -> Tab:
             panel = _panel()
     results = _results()
 
+    turn = gr.State(0)
+    named = form | panel | results | {"turn": turn}
     watched = [*panel.values(), results["column"]]
     cut_out = [results[name] for name in ("figures", "layers", "download", "packed", "code")]
     size, compensate = results["size"], results["compensate"]
@@ -43,20 +55,21 @@ def build(browser: Browser) -> Tab:
         event(predict, asked[:2], predicted, show_progress="minimal", **private)
     # The published method prunes heads and neurons only: what will be pruned is what is ticked.
     form["preset"].change(preset_kinds, form["preset"], form["kinds"], **hidden)
-    turn = gr.State(0)
     begun = form["start"].click(begin, [*asked, runs], [runs, current, size], **private)
     panel["stop"].click(end, current, None, queue=False, **private)
     resumed = panel["resume"].click(go_on, current, None, **private)
+    cutting = placed(recut, named)
     for event in (begun.success, resumed.success, turn.change):
-        ended = event(drive, [current, turn], [*watched, turn], **watching)
-        ended.then(recut, [current, size], cut_out, **hidden)
-    size.release(recut, [current, size], cut_out, **hidden)
-    compensate.change(recut, [current, size], cut_out, **hidden)
+        ended = event(placed(drive, named), [current, turn], [*watched, turn], **watching)
+        ended.then(cutting, [current, size], cut_out, **hidden)
+    size.release(cutting, [current, size], cut_out, **hidden)
+    compensate.change(cutting, [current, size], cut_out, **hidden)
     files = [results[name] for name in ("download", "packed", "code")]
-    results["pack"].click(make, [current, size, compensate], files, **private)
+    results["pack"].click(placed(make, named), [current, size, compensate], files, **private)
     parts = {name: form[name] for name in ("model", "ratio")} | {"predicted": predicted}
     parts |= {name: results[name] for name in ("size", "compensate", "see")}
-    return Tab(parts=parts | {"watched": watched, "cut_out": cut_out})
+    parts |= {"watched": watched, "cut_out": cut_out, "watch": placed(watch, named), "recut": cutting}
+    return Tab(parts=parts)
 
 
 def _form() -> dict[str, gr.components.Component]:
@@ -170,26 +183,23 @@ def view(found):
     )
     active = found["stage"] in service.ACTIVE
     can_resume = found["stage"] in ("stopped", "failed", "interrupted")
-    return (
-        gr.update(visible=True),
-        show.progress(found),
-        gr.update(value="Stop", interactive=active),  # without a value its text is lost
-        gr.update(
-            value="Resume",
-            interactive=can_resume,
-            variant="primary" if can_resume else "secondary",
-        ),
-        gr.update(visible=len(rows) > 1),
-        table,
-        table,
-        gr.update(visible=found["step"] > 0 and not active),
-    )
+    resume = {"interactive": can_resume, "variant": "primary" if can_resume else "secondary"}
+    return {
+        "panel": gr.update(visible=True),
+        "status": show.progress(found),
+        "stop": gr.update(value="Stop", interactive=active),  # without a value its text is lost
+        "resume": gr.update(value="Resume", **resume),
+        "charts": gr.update(visible=len(rows) > 1),
+        "loss": table,
+        "removed": table,
+        "column": gr.update(visible=found["step"] > 0 and not active),
+    }
 
 
 @told
 def watch(run):
     """Updates of the panel for as long as the run goes on."""
-    nothing = (gr.update(visible=False), *(gr.skip() for _ in range(WATCHED - 1)))
+    nothing = {"panel": gr.update(visible=False)}
     if not run:
         yield nothing
         return
@@ -215,48 +225,47 @@ def drive(run, turn):
     An event that ends while there is more to do changes `turn`, which starts the next one.
     """
     if not service.zerogpu():
-        for update in watch(run):
-            yield *update, gr.skip()
+        yield from watch(run)
         return
     before = service.status(run)["step"]
     try:
         for found in service.learn(run):
-            yield *view(found), gr.skip()
+            yield view(found)
     except gr.Error as error:  # of ZeroGPU: the call was ended, or there is no quota
         found, why = service.status(run), readable(error).message
         if "aborted" not in why or found["step"] == before:
-            yield *view(service.fail(run, why)), gr.skip()
+            yield view(service.fail(run, why))
             return
     if found["stage"] in ("interrupted", "calibrating"):
         stage = "learning" if found["stage"] == "interrupted" else "calibrating"
-        yield *view(found | {"stage": stage}), turn + 1
+        yield view(found | {"stage": stage}) | {"turn": turn + 1}
 
 
 @told
 def recut(run, percent):
     """What is left at another size; a download that was made is of the size before."""
     if not run:
-        return tuple(gr.skip() for _ in range(CUT_OUT))
+        return {}
     facts = service.cut(run, percent / 100)
-    return (
-        show.size(facts),
-        show.layers(facts["kept"]),
-        gr.DownloadButton("Download", value=None, interactive=False),
-        "",
-        gr.Code(visible=False),
-    )
+    return {
+        "figures": show.size(facts),
+        "layers": show.layers(facts["kept"]),
+        "download": gr.DownloadButton("Download", value=None, interactive=False),
+        "packed": "",
+        "code": gr.Code(visible=False),
+    }
 
 
 @told
 def make(run, percent, compensate):
     """The pruned folder as a file."""
     made = service.export(run, percent / 100, compensate)
-    return (
-        gr.DownloadButton(f"Download {made['name']}", value=made["path"], interactive=True),
-        f"**{made['name']}** · {service.megabytes(made['bytes'])} · SHA-256 `{made['sha256']}`"
-        "\n\nUnpack it, then:",
-        gr.Code(made["code"], visible=True),
-    )
+    about = f"**{made['name']}** · {service.megabytes(made['bytes'])} · SHA-256 `{made['sha256']}`"
+    return {
+        "download": gr.DownloadButton(f"Download {made['name']}", value=made["path"], interactive=True),
+        "packed": f"{about}\n\nUnpack it, then:",
+        "code": gr.Code(made["code"], visible=True),
+    }
 
 
 @told
