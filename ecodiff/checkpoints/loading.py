@@ -15,7 +15,9 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
+from huggingface_hub import hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.file_download import get_hf_file_metadata
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -35,6 +37,7 @@ _OTHER_PARTS = ("first_stage_model.", "conditioner.", "cond_stage_model.", "text
 # huggingface_hub 1 speaks HTTP with httpx, 2 with httpx2: their errors have no base in common.
 NETWORK_ERRORS = tuple(import_module(name).HTTPError for name in ("httpx", "httpx2") if find_spec(name))
 
+PROBE_SECONDS = 5
 _HUB_ID = re.compile(r"[^/.~][^/]*/[^/]+")
 _FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".zip", ".json")
 _WORDS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -177,6 +180,8 @@ def model_index(source: str) -> dict:
             f"There is no model {source!r}. Give one of {names}; a diffusers folder; or a Hub id "
             "such as stabilityai/stable-diffusion-xl-base-1.0."
         )
+    if not os.path.isdir(source):
+        probe(source)
     try:
         return DiffusionPipeline.load_config(source)
     except HFValidationError as error:
@@ -187,6 +192,22 @@ def model_index(source: str) -> dict:
         if os.path.isdir(source):
             raise damaged(source, error) from None
         raise unreachable(source) from None
+
+
+def probe(repo: str) -> None:
+    """Ask the Hub once, for a few seconds, before its client asks for most of a minute.
+
+    Raises:
+        ModelNotFoundError: it cannot be reached, and the repository is not in the cache.
+    """
+    if isinstance(try_to_load_from_cache(repo, "model_index.json"), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, "model_index.json"), timeout=PROBE_SECONDS)
+    except NETWORK_ERRORS:
+        raise unreachable(repo) from None
+    except (OSError, ValueError):  # it answered: what is wrong is told by who reads the file
+        return
 
 
 def refuse_quantised(source: str, index: dict) -> None:

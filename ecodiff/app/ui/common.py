@@ -13,6 +13,7 @@ from gradio.context import LocalContext
 from ... import catalog, units
 from ...errors import EcodiffError
 from .. import limits, service
+from ..server import server
 
 MODELS = [(model.title, model.name) for model in catalog.MODELS.values()]
 
@@ -54,7 +55,8 @@ class Tab:
 def readable(error: Exception) -> gr.Error:
     """An error as the page shows it. Of what a ZeroGPU worker did not expect, only a class name is left."""
     if not isinstance(error, gr.Error):
-        return gr.Error(str(error), duration=15, print_exception=False)
+        said = str(error).replace(str(server().store.root), "…")  # where runs are is the server's affair
+        return gr.Error(said, duration=15, print_exception=False)
     if error.message.isidentifier():
         error.message = (
             f"The GPU worker failed ({error.message}), which ecodiff did not expect. Nothing is lost: "

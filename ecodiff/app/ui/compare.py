@@ -11,7 +11,14 @@ from .. import service
 from . import show
 from .common import COMPENSATE, Browser, Tab, choices, choose, lenient, lock_size, percent_box, seed_box, told
 
-COPY = "() => navigator.clipboard.writeText(document.querySelector('#figures a').href)"
+# The clipboard is there on https and on this machine only; on plain http a selection is copied.
+COPY = """() => {
+  const link = document.querySelector('#figures a').href;
+  if (navigator.clipboard) return navigator.clipboard.writeText(link).then(() => []);
+  const box = Object.assign(document.createElement('textarea'), {value: link});
+  document.body.append(box); box.select(); document.execCommand('copy'); box.remove();
+  return [];
+}"""
 
 QUERY = ("run", "size", "prompt", "seed", "steps", "guidance", "compensate")  # of a link
 
