@@ -123,12 +123,16 @@ def supported(denoiser: str) -> list[dict]:
     return [row for row in SUPPORTED if row["denoiser"] == denoiser.removeprefix("Sliced")]
 
 
-def find(name: str | Path) -> Model:
+def find(name: "str | Path | Model") -> Model:
     """What a name stands for: a folder, a model of the catalogue, or any Hub id with cautious defaults.
+
+    A name is resolved once, where it comes in; a Model is what it is.
 
     A folder's settings are those of the model that it was pruned from or is a copy of; else they are read
     off its own files. A folder that is called like a model of the catalogue is the folder.
     """
+    if isinstance(name, Model):
+        return name
     name = str(name)
     by_source = {model.source: model for model in MODELS.values()}
     if name in by_source:

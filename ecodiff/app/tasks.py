@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import spaces
 from diffusers import DiffusionPipeline
 
-from .. import catalog, machine
+from .. import machine
 from ..checkpoints import loading
 from ..checkpoints.card import model_card
 from ..checkpoints.formats import find_format
@@ -78,7 +78,7 @@ class LearnRun:
             yield from self._record(run, pipe, started)
 
     def _record(self, run: Run, pipe: DiffusionPipeline, started: float) -> Iterator[dict]:
-        known, folder = catalog.find(run.model), server().devices.recordings(run.model)
+        known, folder = run.known, server().devices.recordings(run.model)
         config, prompts, slowest = known.compensation(), known.prompts("calibration"), 0.0
         batches = calibration.missing(config, folder)
         while batches:  # each call adds one at least, or says why not: else the page would call for ever

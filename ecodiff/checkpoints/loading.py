@@ -44,7 +44,10 @@ _WORDS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 def load(
-    model: str | Path, dtype: torch.dtype | None = None, device: str | None = None, offload: bool = False
+    model: str | Path | catalog.Model,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    offload: bool = False,
 ):
     """Open a pipeline: an embedded model's name, a diffusers folder (dense or pruned), a Hub id, or a
     single .safetensors file in the layout of the original authors.
@@ -61,10 +64,10 @@ def load(
         CheckpointError: the folder is incomplete or damaged.
         UnsupportedModelError: it is not a diffusion pipeline.
     """
-    known = catalog.find(str(model))
+    known = catalog.find(model)
     device = device or machine.device()
     if dtype is None:
-        dtype = torch.float32 if device == "cpu" else working_dtype(known.source)
+        dtype = torch.float32 if device == "cpu" else working_dtype(known)
     source = known.source
     try:
         if is_single_file(source):
@@ -223,14 +226,14 @@ def refuse_quantised(source: str, index: dict) -> None:
                 )
 
 
-def empty_denoiser(source: str) -> nn.Module:
+def empty_denoiser(model: str | catalog.Model) -> nn.Module:
     """The denoiser of a model on the meta device: its shapes, without its weights.
 
     Raises:
         ModelNotFoundError, CheckpointError, UnsupportedModelError
     """
     # Not accelerate's init_empty_weights: that changes nn.Module for all threads, and for forks of theirs.
-    known = catalog.find(source)
+    known = catalog.find(model)
     if known.denoiser:
         with torch.device("meta"):
             return getattr(diffusers, known.denoiser["_class_name"]).from_config(known.denoiser)
@@ -257,9 +260,9 @@ def empty_denoiser(source: str) -> nn.Module:
         raise unreachable(source) from None
 
 
-def classes(source: str) -> tuple[Any, str]:
+def classes(model: str | catalog.Model) -> tuple[Any, str]:
     """The class of a model's pipeline, and the name of the denoiser in it; loads no weights."""
-    source = catalog.find(source).source
+    source = catalog.find(model).source
     index = model_index(base_of(source) if is_single_file(source) else source)
     pipeline = getattr(diffusers, str(index.get("_class_name")), None)
     if not (isinstance(pipeline, type) and issubclass(pipeline, DiffusionPipeline)):
@@ -267,30 +270,29 @@ def classes(source: str) -> tuple[Any, str]:
     return pipeline, "unet" if index.get("unet", [None])[0] else "transformer"
 
 
-def disk_dtype(source: str) -> torch.dtype:
+def disk_dtype(model: str | catalog.Model) -> torch.dtype:
     """In which type a model's files hold the denoiser's weights, or `working_dtype` if they are not here."""
-    source = catalog.find(source).source
+    known = catalog.find(model)
     for name in ("unet", "transformer"):
-        files = (Path(source) / name).glob("*.safetensors")
+        files = (Path(known.source) / name).glob("*.safetensors")
         for file in sorted(files, key=lambda file: ".fp16" not in file.name):
             with safe_open(file, framework="pt") as weights:
                 return weights.get_tensor(next(iter(weights.keys()))).dtype
-    return _sixteen_bits(source)
+    return _sixteen_bits(known)
 
 
-def working_dtype(source: str) -> torch.dtype:
+def working_dtype(model: str | catalog.Model) -> torch.dtype:
     """In which type a model works on a GPU: that of its files, if it has 16 bits."""
-    known = catalog.find(source)
-    found = _WORDS[known.dtype] if known.name in catalog.MODELS else disk_dtype(source)
-    return found if found.itemsize == 2 else _sixteen_bits(source)
+    known = catalog.find(model)
+    found = _WORDS[known.dtype] if known.name in catalog.MODELS else disk_dtype(known)
+    return found if found.itemsize == 2 else _sixteen_bits(known)
 
 
-def _sixteen_bits(source: str) -> torch.dtype:
+def _sixteen_bits(known: catalog.Model) -> torch.dtype:
     """The catalogue's type; else UNets are at home in float16, and transformers need bfloat16's range."""
-    known = catalog.find(source)
     if known.name in catalog.MODELS:
         return _WORDS[known.dtype]
-    return torch.float16 if classes(source)[1] == "unet" else torch.bfloat16
+    return torch.float16 if classes(known)[1] == "unet" else torch.bfloat16
 
 
 def unreachable(source: str) -> ModelNotFoundError:

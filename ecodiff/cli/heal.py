@@ -38,7 +38,8 @@ def run(options: argparse.Namespace) -> int:
     if options.count < 1:
         raise EcodiffError(f"--count is {options.count}; give at least 1.")
     small, base = open_pruned(options)
-    pipe, known = load(base), catalog.find(base)
+    known = catalog.find(base)
+    pipe = load(known)
     folder = Path(options.run or f"{options.out}.heal")
     config = known.heal_config(steps=options.steps, rank=options.rank, rate=options.rate)
     prompts = known.prompts("heldout")[: options.count]
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
             return 130
     after = compare(pipe, small, prompts, **known.drawing())["mean"]
     text = model_card(small, facts(config, before, after, len(prompts)))
-    out = save(small, options.out, disk_dtype(base), text)
+    out = save(small, options.out, disk_dtype(known), text)
     rows = [
         ("latent error", f"{before['latent_error']:.4f} -> {after['latent_error']:.4f}"),
         ("PSNR", f"{before['psnr']:.1f} -> {after['psnr']:.1f} dB"),

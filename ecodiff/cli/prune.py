@@ -51,7 +51,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Learn (or resume, or take a finished run), cut, save."""
-    from .. import catalog
     from ..checkpoints.loading import disk_dtype, load
     from ..checkpoints.saving import folder_bytes, save
     from ..learning import distributed
@@ -65,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     source = Path(options.model)
     if (source / "run.json").is_file():
         run = _opened(source, options)
-        pipe = load(run.model)
+        pipe = load(run.known)
     else:
         pipe = load(options.model)
         run = _open_or_create(options, pipe)
@@ -78,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     updated = {}
     if options.compensate:
         print("compensating", file=sys.stderr)
-        known = catalog.find(run.model)
+        known = run.known
         # What was asked of learning holds for the repair too: the run says what that was.
         asked = {
             name: getattr(run.config, name) for name in ("inference_steps", "guidance_scale", "size", "extra")
@@ -86,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
         asked = {} if run.imported else asked
         prompts = run.prompts or known.prompts("calibration")
         updated = compensate_(small, pipe, prompts, replace(known.compensation(), **asked))
-    dtype = disk_dtype(run.model)
+    dtype = disk_dtype(run.known)
     out = save(small, options.out, dtype)
     dense, pruned = parameters(denoiser_of(pipe)), parameters(denoiser_of(small))
     result = {

@@ -80,8 +80,7 @@ def heal(
             batch = step % (config.trajectories // config.batch)
             call = partial(_call, pipe, prompts, batch, config)
             if batch not in targets:
-                with trajectory(pipe, False, on_step) as run, torch.no_grad():
-                    targets[batch] = run(**call()).float()
+                targets[batch] = _target(pipe, call(), on_step)
             optimizer.param_groups[0]["lr"] = config.rate * 0.5 * (1 + cos(pi * step / config.steps))
             loss = _step(small, call(), targets[batch], optimizer, on_step)
             step += 1
@@ -95,6 +94,11 @@ def heal(
         lora.unload()
         student.__dict__.pop("peft_config", None)  # older versions of peft leave it
         student.requires_grad_(False)
+
+
+def _target(pipe: DiffusionPipeline, call: dict, on_step) -> Tensor:
+    with trajectory(pipe, False, on_step) as run, torch.no_grad():
+        return run(**call).float()
 
 
 def _checked(prompts: Sequence[str], plan: PrunePlan | None, teacher: nn.Module) -> PrunePlan:

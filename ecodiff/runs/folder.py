@@ -13,10 +13,12 @@ import contextlib
 import json
 import time
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .. import catalog
 from ..config import LearnConfig
 from ..errors import BudgetError, CheckpointError, RunError
 from ..learning.state import LearnState
@@ -80,6 +82,11 @@ class Run:
             raise RunError(f"{folder} is not a run: it has no run.json.") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RunError(f"The run in {folder} cannot be read: {error}.") from None
+
+    @cached_property
+    def known(self) -> catalog.Model:
+        """The dense model that it is about."""
+        return catalog.find(self.model)
 
     @property
     def touched(self) -> float:

@@ -10,7 +10,6 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from filelock import FileLock, Timeout
 
-from .. import catalog
 from ..errors import RunError
 from ..learning.heal import facts, heal
 from ..metrics.fidelity import compare
@@ -46,7 +45,7 @@ def heal_run(
         RunError: another process is working on the run.
     """
     begun, slowest = time.monotonic(), 0.0
-    known = catalog.find(run.model)
+    known = run.known
     config, state = known.heal_config(steps=steps), run.folder / "healing" / plan.digest
     try:
         with FileLock(run.folder / ".lock", timeout=0):
@@ -79,7 +78,7 @@ def _judged(
     small: DiffusionPipeline,
 ) -> dict:
     """Compare before and after on held-out prompts; keep the healed weights if they are closer."""
-    known, kept = catalog.find(run.model), run.folder / "variants"
+    known, kept = run.known, run.folder / "variants"
     prompts = known.prompts("heldout")[:HEALED_PROMPTS]
     was, now = (compare(dense, pipe, prompts, **known.drawing())["mean"] for pipe in (before, small))
     result = {"before": was["latent_error"], "after": now["latent_error"], "steps": config.steps}

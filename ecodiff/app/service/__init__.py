@@ -6,7 +6,19 @@ The id of a run is its only key: whoever has it may watch, cut, compare and down
 from ...checkpoints.hub import offers_sign_in
 from ...machine import megabytes, zerogpu
 from ..worker import ACTIVE
-from .drawing import MAX_HEALING, MAX_PROMPTS, MAX_SIZES, compare, cut, heal, means, plan, sizes, survey
+from .drawing import (
+    MAX_HEALING,
+    MAX_PROMPTS,
+    MAX_SIZES,
+    compare,
+    cut,
+    defaults,
+    heal,
+    means,
+    plan,
+    sizes,
+    survey,
+)
 from .files import export, lora, lora_images, plan_file, push
 from .learning import (
     EXPIRY_SECONDS,
@@ -35,6 +47,7 @@ __all__ = [
     "Seed",
     "compare",
     "cut",
+    "defaults",
     "delete",
     "export",
     "fail",

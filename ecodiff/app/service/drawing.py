@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from statistics import fmean
 
-from ... import catalog
 from ...errors import BudgetError, RunError
 from ...metrics.fidelity import Sample, fidelity
 from ...pruning.plan import PrunePlan
@@ -95,13 +94,14 @@ def compare(
         median; peak_dense, peak_pruned: bytes on the GPU at most, weights and all, or None
     """
     made, facts = plan(run, ratio), cut(run, ratio)
-    known = catalog.find(made.metadata["model"])
+    opened = server().store.open(run)
+    known = opened.known
     if not prompt.strip():
         raise BudgetError("Write a prompt first: what should be drawn?")
     if steps is not None and not 1 <= steps <= MAX_STEPS:
         raise BudgetError(f"An image takes 1 to {MAX_STEPS} time steps here, not {steps}.")
     options = known.drawing(steps, guidance_scale)
-    kept = str(server().store.open(run).folder / "variants")
+    kept = str(opened.folder / "variants")
     (samples,) = results(DrawImages(known.name, [made], [(prompt, int(seed))], options, compensate, kept))
     facts |= asdict(fidelity(*samples))
     for name, sample in zip(("dense", "pruned"), samples, strict=True):
@@ -126,14 +126,21 @@ def sizes(
     if not 1 <= len(ratios) <= MAX_SIZES or not 1 <= int(count) <= MAX_PROMPTS:
         raise BudgetError(f"Choose 1 to {MAX_SIZES} sizes and 1 to {MAX_PROMPTS} prompts.")
     plans = [plan(run, ratio) for ratio in sorted(ratios)]
-    known = catalog.find(plans[0].metadata["model"])
+    opened = server().store.open(run)
+    known = opened.known
     asked = list(zip(known.prompts("heldout")[: int(count)], range(int(count)), strict=False))
-    kept = str(server().store.open(run).folder / "variants")
+    kept = str(opened.folder / "variants")
     drawn = results(DrawImages(known.name, plans, asked, known.drawing(), compensate, kept))
     for (prompt, seed), samples in zip(asked, drawn, strict=False):
         measured = [asdict(fidelity(samples[0], pruned)) for pruned in samples[1:]]
         found = {name: [row[name] for row in measured] for name in measured[0]}
         yield samples, {"prompt": prompt, "seed": seed, "ratios": sorted(ratios), **found}
+
+
+def defaults(run: str) -> dict:
+    """How a run's model draws by default: {"steps", "guidance_scale": 0 without guidance}."""
+    known = server().store.open(run).known
+    return {"steps": known.steps, "guidance_scale": known.guidance_scale or 0}
 
 
 def survey(run: str, ratios: list[float], count: int = 8, compensate: bool = True) -> dict:

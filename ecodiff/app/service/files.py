@@ -4,7 +4,6 @@ import hashlib
 import zipfile
 from pathlib import Path
 
-from ... import catalog
 from ...checkpoints import hub, loading
 from ...checkpoints.card import snippet
 from ...checkpoints.formats import find_format
@@ -52,7 +51,7 @@ def export(run: str, ratio: float, compensate: bool = True, format: str = "diffu
         "folder": name,
         "bytes": path.stat().st_size,
         "sha256": digest.hexdigest(),
-        "code": snippet(catalog.find(model), name),
+        "code": snippet(opened.known, name),
     }
 
 
@@ -77,10 +76,11 @@ def lora(run: str, ratio: float, file: str) -> dict:
     Returns:
         {"path", "name", "report": what was done, in words, "dropped": {layer: why}}
     """
-    made, folder = plan(run, ratio), server().store.open(run).folder / "loras"
+    made, opened = plan(run, ratio), server().store.open(run)
+    folder = opened.folder / "loras"
     limits.require_bytes()
-    known = catalog.find(made.metadata["model"])
-    pipeline, component = loading.classes(known.name)
+    known = opened.known
+    pipeline, component = loading.classes(known)
     tensors, report = translate(file, pipeline, component, made, empty_denoiser(known.name))
     name = f"{Path(file).stem[:60]}-eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}.safetensors"
     path = save_lora(tensors, folder / name, made)
@@ -99,7 +99,7 @@ def lora_images(run: str, ratio: float, file: str, prompt: str, seed: int = 0) -
     if not prompt.strip():
         raise BudgetError("Write a prompt first: what should be drawn?")
     fitting, made = lora(run, ratio, file), plan(run, ratio)
-    known = catalog.find(made.metadata["model"])
+    known = server().store.open(run).known
     asked = (str(server().store.open(run).folder / "variants"), (file, fitting["path"]), prompt, int(seed))
     return tuple(results(DrawLoras(known.name, made, *asked, known.drawing())))
 

@@ -101,7 +101,7 @@ def follow(runs, request: gr.Request):
     if "run" not in query:
         return tuple(gr.skip() for _ in range(2 + len(QUERY)))
     run = query["run"]
-    known = catalog.find(service.status(run)["model"])
+    known = service.defaults(run)
     runs = list(dict.fromkeys([*(runs or []), run]))
     return (
         gr.Tabs(selected="compare"),
@@ -110,8 +110,8 @@ def follow(runs, request: gr.Request):
         int(_number(query, "size", 1, 90, 20)),
         query.get("prompt", EXAMPLES[0])[:400],
         int(_number(query, "seed", 0, 2**31 - 1, 0)),
-        int(_number(query, "steps", 1, 100, known.steps)),
-        _number(query, "guidance", 0, 15, known.guidance_scale or 0),
+        int(_number(query, "steps", 1, 100, known["steps"])),
+        _number(query, "guidance", 0, 15, known["guidance_scale"]),
         query.get("compensate") != "0",
     )
 
@@ -141,5 +141,5 @@ def defaults(run):
     """Time steps and guidance of the run's model: a distilled model draws in few steps, without it."""
     if not run:
         return gr.skip(), gr.skip()
-    known = catalog.find(service.status(run)["model"])
-    return known.steps, known.guidance_scale or 0
+    known = service.defaults(run)
+    return known["steps"], known["guidance_scale"]

@@ -33,21 +33,7 @@ def build(browser: Browser) -> Tab:
             model = gr.DownloadButton("Pruned pipeline", interactive=False)
         about = gr.Markdown()
         code = gr.Code(language="python", label="Load it", visible=False, interactive=False)
-        with gr.Accordion("Use a LoRA of the dense model", open=False):
-            gr.Markdown("A LoRA that was made for the dense model, cut to fit this run at this size.")
-            lora = gr.File(label="LoRA (.safetensors)", file_types=[".safetensors"], height=150)
-            lora_prompt = gr.Textbox(
-                label="Prompt of a preview", max_length=500, info="With the words that wake the LoRA"
-            )
-            with gr.Row():
-                translate, preview = gr.Button("Cut it to fit"), gr.Button("Preview")
-            report = gr.Markdown()
-            with gr.Row(visible=False) as pair:
-                shown = [
-                    gr.Image(label=label, interactive=False, format="png", height=260, min_width=240)
-                    for label in ("Dense, with the LoRA", "Pruned, with the LoRA cut to fit")
-                ]
-            fitting = gr.DownloadButton("Translated LoRA", interactive=False)
+        _loras(run, size)
         _healing(run, size)
         if service.offers_sign_in():
             _pushing(run, size)
@@ -63,13 +49,33 @@ def build(browser: Browser) -> Tab:
     delete.click(remove, [run, runs], [runs, *listed], js=sure, **private)
     run.change(told(lock_size), run, size, show_progress="hidden", **private)
     make.click(files, [run, size, chosen], [plan, model, about, code], **private)
-    translate.click(fit_lora, [run, size, lora], [report, fitting], **private)
-    preview.click(preview_lora, [run, size, lora, lora_prompt], [pair, *shown], **private)
     opened = add.click(open_run, [known, runs], runs, **private)
     opened.success(refresh, [runs, run], listed, **private)
     taken = take.click(bring, [dense, brought, repo, runs], runs, **private)
     taken.success(refresh, [runs, run], listed, **private)
     return Tab(refresh, [runs, run], listed)
+
+
+def _loras(run: gr.Dropdown, size: gr.Slider) -> None:
+    """Where a LoRA of the dense model is cut to fit."""
+    with gr.Accordion("Use a LoRA of the dense model", open=False):
+        gr.Markdown("A LoRA that was made for the dense model, cut to fit this run at this size.")
+        lora = gr.File(label="LoRA (.safetensors)", file_types=[".safetensors"], height=150)
+        lora_prompt = gr.Textbox(
+            label="Prompt of a preview", max_length=500, info="With the words that wake the LoRA"
+        )
+        with gr.Row():
+            translate, preview = gr.Button("Cut it to fit"), gr.Button("Preview")
+        report = gr.Markdown()
+        with gr.Row(visible=False) as pair:
+            shown = [
+                gr.Image(label=label, interactive=False, format="png", height=260, min_width=240)
+                for label in ("Dense, with the LoRA", "Pruned, with the LoRA cut to fit")
+            ]
+        fitting = gr.DownloadButton("Translated LoRA", interactive=False)
+    private = {"api_visibility": "private"}
+    translate.click(fit_lora, [run, size, lora], [report, fitting], **private)
+    preview.click(preview_lora, [run, size, lora, lora_prompt], [pair, *shown], **private)
 
 
 def _healing(run: gr.Dropdown, size: gr.Slider) -> None:
