@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import torch
 from gradio_client import Client
-from server import serve
+from benchmarks.server import serve
 
 from ecodiff import catalog
 from ecodiff.checkpoints import loading
