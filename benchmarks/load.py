@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 import torch
 from gradio_client import Client
-from benchmarks.server import serve
 
+from benchmarks.server import serve
 from ecodiff import catalog
 from ecodiff.checkpoints import loading
 from ecodiff.runs.folder import Run

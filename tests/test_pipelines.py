@@ -29,7 +29,8 @@ def test_streams_of_different_purposes_have_nothing_to_do_with_each_other():
 def test_every_seed_that_draws_also_learns(tiny_sdxl, seed):
     generate(tiny_sdxl, "cat", seed, steps=1, size=16)
     settings = {"warm_steps": 1, "steps": 1, "batch": 1, "trajectories": 1, "inference_steps": 1, "size": 16}
-    ecodiff.learn_masks(tiny_sdxl, ["cat"], ecodiff.LearnConfig(seed=seed, **settings))
+    scores = ecodiff.learn_masks(tiny_sdxl, ["cat"], ecodiff.LearnConfig(seed=seed, **settings))
+    assert scores.metadata["learn"]["seed"] == seed
 
 
 @pytest.mark.parametrize("seed", [-1, 1 << 64, 1.5])

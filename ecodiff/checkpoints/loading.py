@@ -296,6 +296,7 @@ def _sixteen_bits(known: catalog.Model) -> torch.dtype:
 
 
 def unreachable(source: str) -> ModelNotFoundError:
+    """The error of a repository that cannot be had."""
     return ModelNotFoundError(
         f"Could not get {source} from the Hugging Face Hub: no network, no such repository, or no "
         "access (a gated model needs its licence accepted and a token). Check the id and the "
@@ -304,5 +305,6 @@ def unreachable(source: str) -> ModelNotFoundError:
 
 
 def damaged(source: str, error: Exception) -> CheckpointError:
+    """The error of a folder that cannot be opened."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     return CheckpointError(f"{source} could not be opened as a diffusers pipeline: {reason}")

@@ -206,6 +206,7 @@ def set_features(module: nn.Module) -> None:
 
 
 def refuse_ip_adapter(self, *args, **kwargs):
+    """In place of diffusers' loader of IP-Adapters, which would fail later and in other words."""
     raise ValueError(
         "This model is pruned: an IP-Adapter of the dense model has keys and values for heads that are gone. "
         "Use it on the dense model."

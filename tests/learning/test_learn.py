@@ -17,10 +17,6 @@ from tests.conftest import PROMPT, short
 CALL = {"prompt": [PROMPT, "cat"], "num_inference_steps": 3}
 
 
-def call(seed=0):
-    return CALL | {"generator": [torch.Generator().manual_seed(seed + i) for i in range(2)]}
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_a_preset_of_one_step(tiny_sdxl, name):
     config = replace(ecodiff.LearnConfig.preset(name), warm_steps=1, batch=1, inference_steps=2)
