@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import ecodiff
+from ecodiff import cli
 from ecodiff.checks import check_class, needs_an_image
 from ecodiff.errors import BudgetError, UnsupportedModelError
 from ecodiff.pipelines import denoiser_of
@@ -113,3 +114,17 @@ def test_two_threads_draw_at_once(tiny_sdxl):
     assert small.tokenizer is not tiny_sdxl.tokenizer and small.scheduler is not tiny_sdxl.scheduler
     assert small.vae is tiny_sdxl.vae and small.text_encoder is tiny_sdxl.text_encoder
     assert denoiser_of(small) is not denoiser_of(tiny_sdxl)
+
+
+def test_info_says_so_too(tmp_path, capsys):
+    from diffusers import StableDiffusionInpaintPipeline
+
+    parts = PIPELINES["sd-1.5"]().components
+    parts.pop("image_encoder", None)
+    made = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    made.save_pretrained(tmp_path / "inpaint")
+    assert cli.main(["info", str(tmp_path / "inpaint")]) == 0
+    assert "needs an image" in capsys.readouterr().out
+    out = ["--out", str(tmp_path / "out"), "--run", str(tmp_path / "run")]
+    assert cli.main(["prune", str(tmp_path / "inpaint"), *out]) == 1
+    assert "needs an image" in capsys.readouterr().err and not (tmp_path / "run").exists()

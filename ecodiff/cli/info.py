@@ -1,6 +1,7 @@
 """`info`: show what can be pruned, without downloading weights."""
 
 import argparse
+from pathlib import Path
 
 from ._common import report
 
@@ -16,7 +17,8 @@ def run(options: argparse.Namespace) -> int:
     """What a model is made of and what of it can be pruned, from its configuration alone."""
     from .. import catalog
     from ..architectures import find_groups, unit_parameters, unrecognised
-    from ..checkpoints.loading import empty_denoiser
+    from ..checkpoints.loading import classes, empty_denoiser
+    from ..checks import needs_an_image
     from ..metrics.cost import parameters
     from ..pruning.scores import Scores
     from ..pruning.slicing import plan_of
@@ -60,6 +62,9 @@ def run(options: argparse.Namespace) -> int:
     if (known := catalog.find(options.model)).denoiser:
         more, lines = _of_the_catalogue(denoiser, known)
         facts, rows = facts | more, rows + lines
+    if Path(known.source).is_dir() and needs_an_image(pipeline := classes(known)[0]):
+        facts["needs_an_image"] = True
+        rows.append(("note", f"{pipeline.__name__} needs an image besides a prompt: it cannot be learned on"))
     if plan is not None:
         rows.append(("pruned by plan", plan.digest))
     if scores.ceiling >= 0.2:

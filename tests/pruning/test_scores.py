@@ -1,6 +1,5 @@
 """Scores: cut at a size, in whatever it is given."""
 
-
 import pytest
 import torch
 
