@@ -18,8 +18,8 @@ drawing, learned = catalog.Model.drawing, catalog.Model.learn_config
 catalog.Model.drawing = lambda self, *_: drawing(self) | {"steps": 4}
 catalog.Model.learn_config = lambda self, *a, **k: learned(self, *a, **k | {"inference_steps": 4})
 full = catalog.Model.compensation
-small = {"trajectories": 8, "heldout": 4, "batch": 4, "calls": 2, "inference_steps": 4}
-catalog.Model.compensation = lambda self: dataclasses.replace(full(self), **small)
+few = {"trajectories": 8, "heldout": 4, "batch": 4, "calls": 2, "inference_steps": 4}
+catalog.Model.compensation = lambda self: dataclasses.replace(full(self), **few)
 """
 
 

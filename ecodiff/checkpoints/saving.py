@@ -43,7 +43,8 @@ def save(
         CheckpointError: the folder holds something else, or could not be written.
     """
     check_layers(denoiser_of(pipe))
-    folder = Path(folder).resolve()  # a link means what it leads to
+    asked = Path(folder)
+    folder = asked.resolve()  # a link means what it leads to
     plan = plan_of(denoiser_of(pipe))
     if plan is None:
         raise UnsupportedModelError(
@@ -62,7 +63,7 @@ def save(
         open_in_one_dtype(partial)
         plan.save(partial / PLAN_FILE)
         (partial / "README.md").write_text(card or model_card(pipe), encoding="utf-8")
-    return folder
+    return asked
 
 
 @contextmanager
