@@ -197,6 +197,8 @@ def single_stream(path: str, module: Layer) -> Iterator[PruneGroup]:
     if not inner or mlp.out_features not in (hidden, 2 * hidden):
         return
     yield from _heads(f"{path}.attn", attn, [f"{path}.proj_out"], inner)
+    if not hidden:  # it was emptied
+        return
     yield PruneGroup(
         name=f"{path}.proj_mlp",
         kind="ffn",

@@ -19,7 +19,7 @@ def feed_forward(path: str, module: Layer) -> Iterator[PruneGroup]:
     if not isinstance(proj, nn.Linear) or not isinstance(out, nn.Linear):
         return
     hidden = out.in_features
-    if proj.out_features not in (hidden, 2 * hidden):
+    if not hidden or proj.out_features not in (hidden, 2 * hidden):
         return
     yield PruneGroup(
         name=path,
@@ -53,6 +53,8 @@ def named_feed_forward(path: str, module: Layer) -> Iterator[PruneGroup]:
         if not all(isinstance(linear, nn.Linear) for linear in linears):
             continue
         hidden = linears[-1].in_features
+        if not hidden:  # it was emptied
+            continue
         copies = {linear.out_features / hidden for linear in linears[:-1]}
         if copies in ({1.0}, {2.0}):
             index = units(hidden, copies=int(copies.pop()))
@@ -71,7 +73,7 @@ def packed_experts(path: str, module: Layer) -> Iterator[PruneGroup]:
     if not isinstance(up, nn.Parameter) or not isinstance(down, nn.Parameter) or up.ndim != 3:
         return
     hidden = down.shape[1]
-    if up.shape[2] != 2 * hidden:
+    if not hidden or up.shape[2] != 2 * hidden:
         return
     yield PruneGroup(
         name=path,

@@ -84,6 +84,7 @@ def _all_groups(denoiser: nn.Module) -> list[PruneGroup]:
     if now != before:
         check_layers(denoiser)
         groups = [g for path, m in _repeated(denoiser) for adapter in ADAPTERS for g in adapter(path, m)]
+        groups = [group for group in groups if group.size]  # what was emptied has nothing left to give
         if type(denoiser).__name__.endswith(HEADS_OF_THE_CONFIG):
             groups = [group for group in groups if group.kind != "heads"]
         _FOUND[denoiser] = now, groups

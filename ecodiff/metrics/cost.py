@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..architectures import find_groups
 from ..machine import wait_for
-from ..pipelines import denoiser_calls, denoiser_of, moved
+from ..pipelines import denoiser_calls, denoiser_of, frozen, moved
 from ..units import ALL_KINDS, PruneGroup
 
 
@@ -55,11 +55,14 @@ def unit_macs(
     denoiser = denoiser_of(pipe)
     groups = find_groups(denoiser, ALL_KINDS) if groups is None else list(groups)
     args, kwargs = moved(denoiser_calls(pipe, call, limit=1)[0], denoiser.device)
-    macs = module_macs(denoiser, args, kwargs)
+    with frozen(pipe):  # the counter hooks into what has gradients
+        macs = module_macs(denoiser, args, kwargs)
     by_unit = {}
     for group in groups:
+        # Of experts packed in two tensors of one module, the module's are counted once; scales have none.
+        slots = [slot for slot in group.slots if not slot.bare or slot in group.consumers]
         by_unit[group.name] = sum(
-            macs.get(slot.module, 0) * slot.index.shape[1] // slot.features(denoiser) for slot in group.slots
+            macs.get(slot.module, 0) * slot.index.shape[1] // slot.features(denoiser) for slot in slots
         )
         if group.kind == "heads":
             by_unit[group.name] += _attention_macs(group, macs) // group.size

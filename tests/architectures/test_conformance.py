@@ -142,6 +142,11 @@ def test_two_steps_are_learned_through_a_pipeline_never_seen(name):
     assert [step for step, _ in heal(small, pipe, ["red apple"], once)] == [1]
     by_unit, total = unit_macs(pipe, prompt_rows(["red apple"], range(batch), 0, {}))
     assert 0 < sum(by_unit[name] * len(keep) for name, keep in plan.items()) <= total
+    removed = sum(by_unit[name] * int((~keep).sum()) for name, keep in plan.items())
+    cut = ecodiff.variant(pipe, plan)
+    cut.given = pipe.given
+    left = unit_macs(cut, prompt_rows(["red apple"], range(batch), 0, {}))[1]
+    assert left == pytest.approx(total - removed, rel=0.05, abs=0.005 * total), "the cut model's, counted"
 
 
 @pytest.mark.parametrize("name", BUILDERS)

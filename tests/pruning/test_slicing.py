@@ -125,3 +125,16 @@ def test_a_plan_of_another_model_is_refused(tiny_sdxl):
     for plan in ({name: torch.ones(99, dtype=torch.bool)}, {"other": torch.ones(4, dtype=torch.bool)}):
         with pytest.raises(PlanError, match="does not fit"):
             ecodiff.variant(tiny_sdxl, plan)
+
+
+def test_a_model_with_emptied_layers_is_cut_again(pipe):
+    """All feed-forwards gone, then heads: what was emptied has no units, and nothing divides by it."""
+    groups = ecodiff.find_groups(denoiser_of(pipe))
+    gone = {g.name: torch.zeros(g.size, dtype=torch.bool) for g in groups if g.kind == "ffn"}
+    small = ecodiff.variant(pipe, gone)
+    left = ecodiff.find_groups(denoiser_of(small))
+    assert {g.name for g in left} == {g.name for g in groups} - set(gone)
+    half = {g.name: torch.arange(g.size) >= g.size // 2 for g in left}
+    with torch.no_grad(), ecodiff.masked(denoiser_of(small), {n: k.float() for n, k in half.items()}):
+        masked = latents(small)
+    torch.testing.assert_close(latents(ecodiff.variant(small, half)), masked, rtol=1e-3, atol=1e-3)
