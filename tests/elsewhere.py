@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import ecodiff
-from ecodiff import machine
 from ecodiff.checkpoints import loading
 from ecodiff.config import CompensateConfig, HealConfig
 from ecodiff.learning.heal import heal
@@ -211,7 +210,7 @@ def row_job(row) -> None:
 
 def offloaded(pipe, expected: Sample) -> None:
     """A model that does not fit: its parts are there only while they work, and it draws the same."""
-    machine.free_bytes = lambda device: 1
+    loading.free_bytes = lambda device: 1
     pipe = loading._ready(pipe, f"{NAME}:0", offload=True)
     assert pipe.unet.device.type == "cpu"
     seen = []
