@@ -245,7 +245,7 @@ def drive(run, turn):
 def recut(run, percent):
     """What is left at another size; a download that was made is of the size before."""
     if not run:
-        return {}
+        return {"packed": gr.skip()}  # Gradio takes an empty dict for a value
     facts = service.cut(run, percent / 100)
     return {
         "figures": show.size(facts),
