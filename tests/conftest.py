@@ -6,6 +6,8 @@ from functools import cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core each: before torch counts them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
