@@ -85,17 +85,18 @@ class Recognition:
 def rank(method: str, pipe, model: catalog.Model, ratio: float, seed: int) -> tuple[ecodiff.Scores, int]:
     """Scores by a method's name, and what they cost in trajectories."""
     prompts, denoiser = model.prompts("calibration"), denoiser_of(pipe)
-    if method not in METHODS:
+    if method not in METHODS or method in OURS:
         config = model.learn_config(method, ratio, seed=seed)
         scores = ecodiff.learn_masks(pipe, prompts, config)
         dense = min(config.steps * config.batch, config.trajectories)
-        return scores, 4 * config.total_steps * config.batch + dense
+        steps = config.warm_steps + config.steps
+        return scores, 4 * steps * config.batch + dense
     options = call_options(pipe, model.learn_steps, model.guidance_scale, model.size, model.extra)
     calls = [
         prompt_rows(prompts, range(first, first + 4), seed, options) for first in range(0, CALIBRATION, 4)
     ]
     chosen = METHODS[method]
-    found = chosen.score(pipe, calls, seed)
+    found = chosen(pipe, calls, seed, prompts)
     values = {group.name: found[group.name] for group in ecodiff.find_groups(denoiser)}
     cost = chosen.cost * CALIBRATION
     return ecodiff.Scores.of(denoiser, values, method=method), cost

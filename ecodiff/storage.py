@@ -17,7 +17,7 @@ from .errors import CheckpointError, EcodiffError
 PLAN_FILE = "ecodiff_plan.safetensors"  # in a pruned folder
 MAX_HEADER_BYTES = 4 << 20  # a plan of FLUX.1 has 20 KB
 MAX_TENSORS = 20_000
-MAX_FILE_BYTES = 64 << 20  # FLUX.1 has 2 M units: 4 MB of scores, 250 kB of plan
+MAX_FILE_BYTES = 128 << 20  # FLUX.1 has 2 M units: 4 MB of scores, 250 kB of plan; directions 75 MB
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Path:

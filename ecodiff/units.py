@@ -21,7 +21,7 @@ class UnitKind:
             cannot run.
         aligned: widths that remain are rounded to what matrix units like.
         published: the paper prunes it.
-        preset: the presets prune it; modulation rows buy memory, but no time.
+        preset: all presets prune it; modulation buys memory, but no time.
     """
 
     name: Kind
@@ -40,11 +40,17 @@ KINDS: dict[Kind, UnitKind] = {
         UnitKind("conv_ffn", "FFN channels", floor=1, aligned=True, published=True),
         UnitKind("resnet", "ResNet channels", floor=1),
         UnitKind("modulation", "modulation rows", preset=False),
+        UnitKind("modulation_directions", "modulation directions", floor=1, aligned=True, preset=False),
     )
 }
 ALL_KINDS: tuple[Kind, ...] = tuple(KINDS)
 PUBLISHED_KINDS: tuple[Kind, ...] = tuple(name for name, kind in KINDS.items() if kind.published)
 PRESET_KINDS: tuple[Kind, ...] = tuple(name for name, kind in KINDS.items() if kind.preset)
+
+
+BASIS = (
+    "modulation_basis"  # the projection that AdaLN Linears share, in a denoiser that was cut to directions
+)
 
 
 def in_words(kinds: Iterable[str]) -> str:
@@ -104,6 +110,13 @@ class PruneGroup:
     norms: tuple[Slot, ...] = ()  # norms across units: their means run over what the mask keeps
     rope_by_head: bool = False  # each head has rotary positions of its own
     least: int = 0  # diffusers' code cannot do with fewer
+    # Activations whose output all consumers read, and which is projected onto the directions that stay.
+    activations: tuple[str, ...] = ()
+
+    @property
+    def setup(self) -> int:
+        """Parameters that are added as soon as one unit goes: those of a projection of full rank."""
+        return self.size**2 if self.activations and not self.producers else 0
 
     @property
     def floor(self) -> int:

@@ -25,6 +25,7 @@ Layer = Any  # a module of any class: adapters look at its structure
 HEADS_OF_THE_CONFIG = ("PriorTransformer",)
 Adapter = Callable[[str, Layer], Iterator[PruneGroup]]
 ADAPTERS: list[Adapter] = []
+WHOLE: list[Callable[[Layer], Iterator[PruneGroup]]] = []  # those that look at the whole denoiser
 
 
 def adapter(function: Adapter) -> Adapter:
@@ -34,6 +35,12 @@ def adapter(function: Adapter) -> Adapter:
     themselves, so a new family is one new file.
     """
     ADAPTERS.append(function)
+    return function
+
+
+def whole(function: Callable[[Layer], Iterator[PruneGroup]]) -> Callable[[Layer], Iterator[PruneGroup]]:
+    """Register how units that run through the whole denoiser are recognised: gets it, yields its groups."""
+    WHOLE.append(function)
     return function
 
 
@@ -53,7 +60,8 @@ def find_groups(denoiser: nn.Module, kinds: Iterable[Kind] = PUBLISHED_KINDS) ->
     Args:
         denoiser: `pipe.unet` or `pipe.transformer`, on any device (also "meta").
         kinds: which units to look for: "heads", "ffn" and "conv_ffn" are the paper's; "resnet" (inner
-            channels of a UNet's ResNets) and "modulation" (rows of AdaLN) are not.
+            channels of a UNet's ResNets), "modulation" (rows of AdaLN) and "modulation_directions"
+            (of what all AdaLN layers read) are not.
 
     Raises:
         UnsupportedModelError: nothing was recognised.
@@ -84,6 +92,7 @@ def _all_groups(denoiser: nn.Module) -> list[PruneGroup]:
     if now != before:
         check_layers(denoiser)
         groups = [g for path, m in _repeated(denoiser) for adapter in ADAPTERS for g in adapter(path, m)]
+        groups += [group for adapter in WHOLE for group in adapter(denoiser)]
         groups = [group for group in groups if group.size]  # what was emptied has nothing left to give
         if type(denoiser).__name__.endswith(HEADS_OF_THE_CONFIG):
             groups = [group for group in groups if group.kind != "heads"]
@@ -126,8 +135,11 @@ def blocks(groups: Iterable[PruneGroup]) -> dict[str, list[str]]:
 
 
 def unit_parameters(denoiser: nn.Module, group: PruneGroup) -> int:
-    """Parameters that go with one unit: its producer rows (and biases) and consumer columns."""
-    return sum(
+    """Parameters that go with one unit: its producer rows (and biases) and consumer columns.
+
+    Where they are added as soon as one goes (`PruneGroup.setup`), also those that go again.
+    """
+    return group.setup // max(1, group.size) + sum(
         slot.index.shape[1] * (_per_feature(denoiser, slot) + _bias_per_feature(denoiser, slot))
         for slot in group.slots
     )

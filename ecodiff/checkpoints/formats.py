@@ -15,7 +15,7 @@ from ..errors import CheckpointError, PlanError
 from ..pipelines import denoiser_name, denoiser_of
 from ..pruning.slicing import kept_features, plan_of
 from ..storage import write_tensors
-from ..units import ALL_KINDS
+from ..units import ALL_KINDS, BASIS
 from .saving import open_in_one_dtype, save, whole_folder
 
 
@@ -81,9 +81,13 @@ def filled(denoiser: ModelMixin) -> ModelMixin:
             raise PlanError(f"{group.name} has a norm across its heads: it cannot be filled with zeros.")
     kept, shapes = kept_features(dense, plan), {n: p.shape for n, p in dense.named_parameters()}
     tensors = denoiser.state_dict()
+    basis: Any = getattr(denoiser, BASIS, None)
+    directed = {s.module for g in find_groups(dense, ALL_KINDS) if g.activations for s in g.consumers}
     for name, shape in shapes.items():
         module, _, leaf = name.rpartition(".")
         tensor = tensors[name]
+        if basis is not None and module in directed and leaf == "weight":  # the factors are multiplied out
+            tensor = (tensor.float() @ basis.weight.float()).to(tensor.dtype)
         for axis, side in enumerate(("out", "in")):
             rows = kept.get((module, side))
             if rows is None or rows.all() or axis >= tensor.ndim or (leaf == "bias" and side == "in"):

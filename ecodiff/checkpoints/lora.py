@@ -89,6 +89,7 @@ def translate(
     kept, modules = kept_features(dense, plan), dict(dense.named_modules())
     groups = [g for g in find_groups(dense, ALL_KINDS) if g.name in plan and not plan[g.name].all()]
     scattered = {slot.module for group in groups for slot in group.slots if slot.scattered}
+    lifts = {slot.module: plan.basis(g.name)[1] for g in groups if g.activations for slot in g.consumers}
     found, report = {}, LoraReport()
     for path in dict.fromkeys(key.rpartition(".lora_")[0] for key in tensors if key.startswith(name + ".")):
         down, up = (tensors.get(f"{path}.lora_{side}.weight") for side in "AB")
@@ -112,9 +113,11 @@ def translate(
         if any(rows is not None and not rows.any() for rows in (inputs, outputs)):
             report.dropped[layer] = "nothing of the layer is left"
             continue
-        shrunk = any(rows is not None and not rows.all() for rows in (inputs, outputs))
+        shrunk = layer in lifts or any(rows is not None and not rows.all() for rows in (inputs, outputs))
         (report.cut if shrunk else report.unchanged).append(layer)
         down = down if inputs is None else down[:, inputs]
+        if layer in lifts:  # B A s, s = Y z
+            down = down @ lifts[layer].to(down)
         up = up if outputs is None else up[outputs]
         found[f"{path}.lora_A.weight"], found[f"{path}.lora_B.weight"] = down.contiguous(), up.contiguous()
     others = {key: value for key, value in tensors.items() if not key.startswith(name + ".")}

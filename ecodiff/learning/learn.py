@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
-from math import inf, isfinite
+from math import inf, isfinite, isqrt
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,6 +22,7 @@ from ..errors import CheckpointError, LearningError
 from ..pipelines import denoiser_of, stream
 from ..pruning import gates
 from ..pruning.masking import masked
+from ..pruning.plan import PARTS
 from ..pruning.scores import Scores
 from . import distributed
 from .budget import OPEN, Budget
@@ -70,7 +71,7 @@ def learn(
     budget = Budget(pipe, config, groups, objective.call(0))
     retry = Retry(pipe, groups, objective, config.checkpoint, on_plan)
     state = state or LearnState.start(sum(budget.sizes))
-    if any(v.shape != budget.shares.shape for v in state.vectors.values()):
+    if any(v.shape != budget.shares.shape for name, v in state.vectors.items() if "." not in name):
         raise CheckpointError("The saved state has another number of units than this model.")
     while state.step < config.total_steps:
         with device_lock or nullcontext():
@@ -132,7 +133,10 @@ def _score(state: LearnState, budget: Budget, objective: Objective) -> dict:
     """All of another method's scores at once, as saliency."""
     config = budget.config
     calls = [objective.call(batch) for batch in range(config.warm_steps)]
-    found = METHODS[str(config.method)].score(objective.pipe, calls, config.seed)
+    found = METHODS[str(config.method)](objective.pipe, calls, config.seed, objective.prompts)
+    for name in set(budget.names) & set(found.bases):
+        for part, matrix in zip(PARTS, found.bases[name], strict=True):
+            state.vectors[f"{name}.{part}"] = matrix.flatten()
     values = torch.cat([found[name] for name in budget.names])
     state.vectors["saliency"] = distributed.mean(values)
     return {}
@@ -227,7 +231,8 @@ def scores(denoiser: torch.nn.Module, budget: Budget, state: LearnState) -> Scor
     """The ranking so far. Log-alphas become worths: the exponential keeps their order."""
     config = budget.config
     if config.method is not None:
-        return _ranked(denoiser, budget, state.vectors["saliency"], method=config.method, steps=state.step)
+        worth, steps = state.vectors["saliency"], state.step
+        return _ranked(denoiser, budget, worth, _bases(state), method=config.method, steps=steps)
     worth = budget.worth(_saliency(state, config))
     if state.step <= config.warm_steps:
         return _ranked(denoiser, budget, worth, method="gauss-newton", steps=state.step)
@@ -239,6 +244,18 @@ def scores(denoiser: torch.nn.Module, budget: Budget, state: LearnState) -> Scor
     return _ranked(denoiser, budget, log_alpha.exp(), method=method, steps=state.step)
 
 
-def _ranked(denoiser: torch.nn.Module, budget: Budget, worth: Tensor, **facts) -> Scores:
+def _bases(state: LearnState) -> dict[str, tuple[Tensor, Tensor]]:
+    """(Z, Y) of groups of directions."""
+    found = {}
+    for name in {key.partition(".")[0] for key in state.vectors if "." in key}:
+        z, y = (state.vectors[f"{name}.{part}"] for part in PARTS)
+        size = isqrt(len(z))
+        found[name] = (z.view(size, size), y.view(size, size))
+    return found
+
+
+def _ranked(
+    denoiser: torch.nn.Module, budget: Budget, worth: Tensor, bases: dict | None = None, **facts
+) -> Scores:
     values = budget.by_group(budget.per_parameter(worth))
-    return Scores.of(denoiser, values, budget.macs, **facts, learn=asdict(budget.config))
+    return Scores.of(denoiser, values, budget.macs, bases, **facts, learn=asdict(budget.config))

@@ -4,8 +4,9 @@ Every method gives {group name: float32 (group.size,)}, higher is more important
 groups; `Scores.of(denoiser, values)` makes a ranking of it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from diffusers import DiffusionPipeline
@@ -15,11 +16,15 @@ from ..architectures import find_groups, unit_parameters
 from ..config import PRESETS
 from ..pipelines import denoiser_calls, denoiser_of, moved, stream
 from ..pruning.masking import masked
-from ..units import ALL_KINDS, PruneGroup
+from ..units import ALL_KINDS, PRESET_KINDS, PruneGroup
 from .checkpointing import Keep
 from .trajectory import trajectory
 
-Values = dict[str, Tensor]
+
+class Values(dict[str, Tensor]):
+    """{group: float32 (units,)}, and of groups of directions (Z, Y), if the method finds directions."""
+
+    bases: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -32,38 +37,51 @@ class Method:
         cost: dense trajectories that it takes for each one that it is given.
         score: (pipe, calls, seed) to {group name: (units,)}; calls are arguments of the pipeline, one
             dict a batch of trajectories.
+        wide: it is also given all calibration prompts, as `prompts`.
     """
 
     name: str
     source: str
     cost: float
-    score: Callable[..., Values]
+    score: Callable[..., dict[str, Tensor]]
+    wide: bool = False
+
+    def __call__(
+        self, pipe: DiffusionPipeline, calls: Sequence[dict], seed: int, prompts: Sequence[str]
+    ) -> Values:
+        """The scores of all units."""
+        found = self.score(pipe, calls, seed, **{"prompts": prompts} if self.wide else {})
+        return found if isinstance(found, Values) else Values(found)
 
 
 METHODS: dict[str, Method] = {}
 BATCHES = 4  # of calibration trajectories that a method is given
 
 
-def method(name: str, source: str, cost: float) -> Callable:
-    """Register a function (pipe, calls, seed) -> values as a scoring method."""
+def method(
+    name: str, source: str, cost: float, wide: bool = False, kinds: tuple[str, ...] = PRESET_KINDS
+) -> Callable:
+    """Register a function (pipe, calls, seed) -> values as a scoring method, by default for `kinds`."""
 
-    def register(score: Callable[..., Values]) -> Callable[..., Values]:
-        METHODS[name] = Method(name, source, cost, score)
-        PRESETS[name] = {"method": name, "warm_steps": BATCHES, "steps": 0}
+    def register(score: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+        METHODS[name] = Method(name, source, cost, score, wide)
+        PRESETS[name] = {"method": name, "warm_steps": BATCHES, "steps": 0, "kinds": kinds}
         return score
 
     return register
 
 
 @method("random", "the floor that every method has to beat", cost=0)
-def random(pipe: DiffusionPipeline, calls: Sequence[dict] = (), seed: int = 0) -> Values:
+def random(pipe: DiffusionPipeline, calls: Sequence[dict] = (), seed: int = 0) -> dict[str, Tensor]:
     """Uniform noise: the floor that every method has to beat."""
     generator = stream("random", seed)
     return {g.name: torch.rand(g.size, generator=generator) for g in _groups(pipe)}
 
 
 @method("magnitude-l2", "Han et al. 2015, arXiv 1506.02626, L2", cost=0)
-def magnitude(pipe: DiffusionPipeline, calls: Sequence[dict] = (), seed: int = 0, norm: int = 2) -> Values:
+def magnitude(
+    pipe: DiffusionPipeline, calls: Sequence[dict] = (), seed: int = 0, norm: int = 2
+) -> dict[str, Tensor]:
     """L1 or L2 norm of all weights of a unit, relative to the mean of its layer."""
     denoiser, values = denoiser_of(pipe), {}
     for group in _groups(pipe):
@@ -79,13 +97,13 @@ def magnitude(pipe: DiffusionPipeline, calls: Sequence[dict] = (), seed: int = 0
 
 
 @method("magnitude-l1", "Li et al. 2017, arXiv 1608.08710", cost=0)
-def magnitude_l1(pipe: DiffusionPipeline, calls: Sequence[dict] = (), seed: int = 0) -> Values:
+def magnitude_l1(pipe: DiffusionPipeline, calls: Sequence[dict] = (), seed: int = 0) -> dict[str, Tensor]:
     """L1 norm of all weights of a unit, relative to the mean of its layer."""
     return magnitude(pipe, norm=1)
 
 
 @method("wanda", "Sun et al. 2023, arXiv 2306.11695", cost=1)
-def wanda(pipe: DiffusionPipeline, calls: Iterable[dict], seed: int = 0) -> Values:
+def wanda(pipe: DiffusionPipeline, calls: Iterable[dict], seed: int = 0) -> dict[str, Tensor]:
     """Weight times activation, after Wanda (Sun et al. 2023, arXiv 2306.11695), per unit.
 
     |W_ij| ||x_j|| summed over a unit's consumer columns, x gathered over whole trajectories,
@@ -132,7 +150,9 @@ def wanda(pipe: DiffusionPipeline, calls: Iterable[dict], seed: int = 0) -> Valu
 
 
 @method("taylor", "Diff-Pruning, Fang et al. 2023, arXiv 2305.10924", cost=5)
-def taylor(pipe: DiffusionPipeline, calls: Iterable[dict], seed: int = 0, threshold: float = 0.05) -> Values:
+def taylor(
+    pipe: DiffusionPipeline, calls: Iterable[dict], seed: int = 0, threshold: float = 0.05
+) -> dict[str, Tensor]:
     """Diff-Pruning (Fang et al. 2023, arXiv 2305.10924): |sum over time steps of w dL_t/dw|, a unit.
 
     L_t is the training loss at a time step; steps are taken from the last (the least noise) on, as
@@ -201,7 +221,7 @@ def _repeated(batch: Tensor, rows: int) -> Tensor:
 
 
 @method("gauss-newton", "ecodiff: Gauss-Newton diagonal of the objective", cost=4)
-def gauss_newton(pipe: DiffusionPipeline, calls: Iterable[dict], seed: int = 0) -> Values:
+def gauss_newton(pipe: DiffusionPipeline, calls: Iterable[dict], seed: int = 0) -> dict[str, Tensor]:
     """Diagonal of the Gauss-Newton matrix of the objective, per parameter that a unit holds.
 
     For the loss L(m) = ||z_0(m) - z_0(1)||^2 the Hessian at m = 1 is 2 J^T J. With r normal,

@@ -19,6 +19,7 @@ a matrix of 0.9 GB in float32.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,33 +30,51 @@ from torch import Tensor, nn
 
 from ..architectures import find_groups, unit_parameters
 from ..pipelines import denoiser_calls, denoiser_of, moved, stream
-from ..units import ALL_KINDS, KINDS, PruneGroup
+from ..units import ALL_KINDS, KINDS, PRESET_KINDS, PruneGroup
 from .calibration import Call, Statistics, seen
+from .directions import Gradients, basis, second_moment
 from .scoring import Values, gauss_newton_sample, method
 
 DAMPING = 0.05  # e, as a fraction of the mean variance of a feature: that of compensation
 CALLS = 6  # denoiser calls of each batch that A is gathered over, evenly spread
 
 
-@method("surgeon", "Optimal Brain Surgeon, greedy, Gauss-Newton metric (LLM Surgeon, ZipLM, OSSCAR)", cost=5)
-def surgeon(pipe: DiffusionPipeline, calls: Iterable[dict], seed: int = 0) -> Values:
-    """Units by when they are removed, as a number that rises: the first has the least."""
+@method(
+    "surgeon",
+    "Optimal Brain Surgeon, greedy, Gauss-Newton metric (LLM Surgeon, ZipLM, OSSCAR)",
+    cost=5,
+    wide=True,
+    kinds=(*PRESET_KINDS, "modulation_directions"),
+)
+def surgeon(
+    pipe: DiffusionPipeline, calls: Iterable[dict], seed: int = 0, prompts: Sequence[str] = ()
+) -> Values:
+    """Units by when they are removed, as a number that rises: the first has the least.
+
+    Args:
+        calls: arguments of the pipeline, one dict a batch of trajectories.
+        prompts: what directions are found from; some hundreds. None: they are the features themselves.
+    """
     denoiser = denoiser_of(pipe)
     groups = find_groups(denoiser, ALL_KINDS)
     layers = {
         slot.module: denoiser.get_submodule(slot.module)
         for g in groups
         for slot in g.consumers
-        if _solved(slot)
+        if _solved(slot) and not g.activations
     }
     layers = {name: layer for name, layer in layers.items() if isinstance(layer, (nn.Linear, nn.Conv2d))}
     inputs: dict[str, Statistics] = {name: Statistics() for name in layers}
     metric = {name: torch.zeros(len(layer.weight), len(layer.weight)) for name, layer in layers.items()}
     plain: dict[str, Tensor] = {group.name: torch.zeros(group.size) for group in groups}
     calls = list(calls)
+    shared = [Gradients(denoiser, group) for group in groups if group.activations and prompts]
     for index, call in enumerate(calls):
         _gather_inputs(pipe, call, inputs)
-        with _Watched(layers, metric):
+        with ExitStack() as watching:
+            watching.enter_context(_Watched(layers, metric))
+            for watch in shared:
+                watching.enter_context(watch)
             squares = gauss_newton_sample(pipe, groups, call, stream("probe", seed, index))
         for name, square in squares.items():
             plain[name] += square / len(calls)
@@ -66,7 +85,19 @@ def surgeon(pipe: DiffusionPipeline, calls: Iterable[dict], seed: int = 0) -> Va
         if inputs[name].rows
     }
     prices = {group.name: float(max(1, unit_parameters(denoiser, group))) for group in groups}
-    return removal_order([Candidate(g, consumers, plain[g.name], prices[g.name]) for g in groups])
+    bases = {}
+    for watch, group in zip(shared, [g for g in groups if g.activations], strict=False):
+        moment = second_moment(pipe, group, prompts, calls[0], seed)
+        metric_of = watch.metric / trajectories
+        z, y, costs = basis(moment, metric_of)
+        # As for units below: exact gradients of the features' gates say by how much errors add up.
+        alone = (metric_of * moment).diagonal().sum()
+        plain[group.name] = costs * plain[group.name].sum() / alone
+        bases[group.name] = (z, y)
+    candidates = [Candidate(g, consumers, plain[g.name], prices[g.name]) for g in groups]
+    found = Values(removal_order(candidates))
+    found.bases = bases
+    return found
 
 
 def _solved(slot) -> bool:
@@ -167,6 +198,7 @@ class Candidate:
     def __init__(self, group: PruneGroup, consumers: dict[str, Consumer], plain: Tensor, price: float):
         self.group, self.plain, self.price = group, plain, price
         read = [slot for slot in group.consumers if _solved(slot) and slot.module in consumers]
+        read = [] if group.activations else read
         # Only if all that read it can be solved for: else the plain score is all there is.
         self.read = (
             [(consumers[slot.module], slot.index) for slot in read]
@@ -217,7 +249,7 @@ class Candidate:
 
 
 @torch.no_grad()
-def removal_order(candidates: Sequence[Candidate]) -> Values:
+def removal_order(candidates: Sequence[Candidate]) -> dict[str, Tensor]:
     """{group: (units,)}: when each unit goes, rising; every size is a prefix of one order."""
     values = {c.group.name: torch.zeros(c.group.size) for c in candidates}
     units = sum(c.group.size for c in candidates)

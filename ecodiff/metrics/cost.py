@@ -64,6 +64,9 @@ def unit_macs(
         by_unit[group.name] = sum(
             macs.get(slot.module, 0) * slot.index.shape[1] // slot.features(denoiser) for slot in slots
         )
+        if group.setup:  # each consumer projects what it reads, onto one direction less
+            weights = {slot.module: slot.weight(denoiser).numel() for slot in slots}
+            by_unit[group.name] += sum(macs.get(n, 0) * group.size // size for n, size in weights.items())
         if group.kind == "heads":
             by_unit[group.name] += _attention_macs(group, macs) // group.size
     return by_unit, macs[""]

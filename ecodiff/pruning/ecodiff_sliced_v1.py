@@ -21,7 +21,8 @@ from diffusers.models.attention_processor import AttnAddedKVProcessor
 from torch import nn
 
 NAME = "ecodiff_sliced_v1"
-FORMAT = 1
+FORMAT = 2  # of models with a shared projection; 1 of all others
+BASIS = "modulation_basis"
 
 
 class EmptiedAttnProcessor:
@@ -142,6 +143,37 @@ def scatter(linear: nn.Linear, rows: torch.Tensor, width: int) -> None:
     linear.width = linear.out_features = width  # adapters are sized by it
 
 
+class SharedBasis(nn.Linear):
+    """z = Z s, of the vector that all AdaLN layers read. `lift`, Y, is for adapters of the dense layers."""
+
+    def __init__(self, features, rank):
+        super().__init__(features, rank, bias=False)
+        self.register_buffer("lift", torch.empty(features, rank))
+
+
+class Projected(nn.Module):
+    """An activation whose output is projected by the model's one basis, for the layer that reads it."""
+
+    def __init__(self, activation, basis):
+        super().__init__()
+        self.activation = activation
+        self.basis = (basis,)  # not a child of each: it is saved once, and moved with the model
+
+    def forward(self, x):
+        return self.basis[0](self.activation(x))
+
+
+def project(model: nn.Module, activations: list, features: int, rank: int) -> None:
+    """Give `model` a basis of `rank` directions of `features`, read behind each of `activations`."""
+    if not 0 < rank <= features:
+        raise ValueError(f"{rank} directions of {features} features are no projection.")
+    model.add_module(BASIS, SharedBasis(features, rank))
+    for path in activations:
+        parent, _, name = path.rpartition(".")
+        parent = model.get_submodule(parent)
+        parent._modules[name] = Projected(parent._modules[name], getattr(model, BASIS))
+
+
 def unpacked(bits: list) -> torch.Tensor:
     """Indices from [size, base64 of the bits], most significant bit first."""
     size, text = bits
@@ -156,11 +188,13 @@ def apply(model: nn.Module, description: dict) -> None:
 
     The description comes from a file, so it is checked: it can only make what exists smaller.
     """
-    if description.get("format") != FORMAT:
+    if description.get("format") not in (1, FORMAT):
         raise ValueError(
             f"This model was pruned with format {description.get('format')!r} of ecodiff's files; "
-            f"this is format {FORMAT}. Use the newer ecodiff."
+            f"this file knows 1 and {FORMAT}. Use the newer ecodiff."
         )
+    if basis := description.get("basis"):
+        project(model, basis["activations"], basis["features"], basis["rank"])
     modules = dict(model.named_modules())
     widths = {path: modules[path].out_features for path in description.get("scattered", {})}
     for path, shapes in description["shapes"].items():

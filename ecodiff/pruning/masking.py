@@ -20,7 +20,7 @@ def _factors(denoiser: nn.Module, groups: list[PruneGroup], masks: Mapping[str, 
     factors: dict[tuple[str, str, tuple | None], Tensor] = {}
     for group in groups:
         mask = masks.get(group.name)
-        if mask is None:
+        if mask is None or group.name in getattr(masks, "bases", {}):
             continue
         if mask.ndim not in (1, 2) or mask.shape[-1] != group.size:
             raise PlanError(
@@ -72,6 +72,11 @@ def masked(denoiser: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
         else:
             hook = _renormalise if axis == "norm" else _multiply_output
             handles.append(module.register_forward_hook(partial(hook, factor)))
+    for group in groups:
+        if group.name in (bases := getattr(masks, "bases", {})):
+            onto = partial(_project_input, *bases[group.name])
+            names = {slot.module for slot in group.consumers}
+            handles += [denoiser.get_submodule(name).register_forward_pre_hook(onto) for name in names]
     try:
         yield
     finally:
@@ -104,6 +109,12 @@ def _restore(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> Non
 def _multiply_input(factor: Tensor, module: nn.Module, inputs: tuple) -> tuple:
     features = 1 if isinstance(module, (nn.Conv2d, nn.Conv3d)) else inputs[0].ndim - 1
     return (_times(inputs[0], factor, features), *inputs[1:])
+
+
+def _project_input(project: Tensor, lift: Tensor, module: nn.Module, inputs: tuple) -> tuple:
+    """What is left of an input of which only some directions stay, s to Y Z s."""
+    z, y = (matrix.to(inputs[0].device, inputs[0].dtype) for matrix in (project, lift))
+    return (inputs[0] @ z.T @ y.T, *inputs[1:])
 
 
 def _multiply_output(factor: Tensor, module: Any, inputs: tuple, output: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ PLAN_FORMAT = "ecodiff.plan.1"
 
 MAX_UNITS = 1 << 20  # in one group
 
+PARTS = ("project", "lift")  # of a basis: Z and Y
+
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
 
@@ -28,13 +30,20 @@ class PrunePlan(Mapping[str, Tensor]):
     Args:
         keep: one bool tensor a group, True where the unit stays.
         metadata: JSON-able facts that travel in the file: model, ratio, method.
+        bases: of groups of directions, what is kept of them: {group: (Z, Y)}, float32 (kept, features) and
+            (features, kept); a group that has none is cut along the features themselves.
 
     Example:
         >>> plan = PrunePlan({group.name: torch.rand(group.size) > 0.2 for group in groups})
         >>> plan.save("mine.safetensors")
     """
 
-    def __init__(self, keep: Mapping[str, Tensor], metadata: Mapping | None = None):
+    def __init__(
+        self,
+        keep: Mapping[str, Tensor],
+        metadata: Mapping | None = None,
+        bases: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    ):
         self._keep: dict[str, Tensor] = {}
         for name, mask in keep.items():
             mask = torch.as_tensor(mask)
@@ -45,6 +54,14 @@ class PrunePlan(Mapping[str, Tensor]):
                 )
             self._keep[name] = mask.cpu()
         self.metadata = dict(metadata or {})
+        self.bases = dict(getattr(keep, "bases", {}) if bases is None else bases)
+
+    def basis(self, name: str) -> tuple[Tensor, Tensor]:
+        """(Z, Y) of what is kept of a group of directions."""
+        if name in self.bases:
+            return self.bases[name]
+        chosen = torch.eye(len(self[name]))[self[name]]
+        return chosen, chosen.T
 
     def __getitem__(self, name: str) -> Tensor:
         return self._keep[name]
@@ -63,7 +80,8 @@ class PrunePlan(Mapping[str, Tensor]):
     def digest(self) -> str:
         """SHA-256 of what is kept (not of the metadata): the same cut has the same digest."""
         packed = json.dumps(self.packed(), sort_keys=True)
-        return hashlib.sha256(packed.encode()).hexdigest()
+        basis = str(self.metadata.get("basis", ""))  # the digest of directions, if some were cut
+        return hashlib.sha256(packed.encode() + basis.encode()).hexdigest()
 
     def packed(self) -> dict[str, list]:
         """JSON form: {group name: [size, base64 of the bits]}."""
@@ -87,6 +105,11 @@ class PrunePlan(Mapping[str, Tensor]):
             "sizes": json.dumps(sizes),
             "metadata": json.dumps(self.metadata),
         }
+        for name, pair in self.bases.items():
+            for part, matrix in zip(PARTS, pair, strict=True):
+                tensors[f"{name}.{part}"] = matrix.float().contiguous().flatten().view(torch.uint8)
+        if self.bases:
+            header["bases"] = json.dumps(list(self.bases))
         return write_tensors(path, tensors, header)
 
     @classmethod
@@ -99,12 +122,23 @@ class PrunePlan(Mapping[str, Tensor]):
         header, tensors = read_tensors(path, PLAN_FORMAT, torch.uint8)
         try:
             sizes, metadata = json.loads(header["sizes"]), json.loads(header["metadata"])
+            named = json.loads(header.get("bases", "[]"))
+            parts = {name: [tensors.pop(f"{name}.{part}") for part in PARTS] for name in named}
             if set(sizes) != set(tensors) or not isinstance(metadata, dict):
                 raise PlanError("its list of groups does not match its contents")
             keep = {n: _unpack_bits(n, sizes[n], tensors[n].numpy()) for n in sorted(sizes)}
+            bases = {name: _unpack_basis(keep[name], *parts[name]) for name in named}
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a valid plan file: {error}") from None
-        return cls(keep, metadata)
+        return cls(keep, metadata, bases)
+
+
+def _unpack_basis(keep: Tensor, project: Tensor, lift: Tensor) -> tuple[Tensor, Tensor]:
+    count, size = int(keep.sum()), len(keep)
+    z, y = project.view(torch.float32).view(count, size), lift.view(torch.float32).view(size, count)
+    if not (z.isfinite().all() and y.isfinite().all()):
+        raise PlanError("its directions are not finite")
+    return z, y
 
 
 def _unpack_bits(name: str, size: int, packed: np.ndarray) -> Tensor:

@@ -1,9 +1,12 @@
 """Scores rank all units of a denoiser, and are cut into a plan of any size in milliseconds."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import ceil, inf
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +14,13 @@ from torch import Tensor, nn
 from ..architectures import find_groups, unit_parameters
 from ..errors import BudgetError, CheckpointError
 from ..storage import read_tensors, write_tensors
-from ..units import ALL_KINDS, KINDS, PRESET_KINDS, Kind, in_words
-from .plan import PrunePlan
+from ..units import ALL_KINDS, KINDS, PRESET_KINDS, Kind, PruneGroup, in_words
+from .plan import PARTS, PrunePlan
 
 SCORES_FORMAT = "ecodiff.scores.2"
 
 _ABOUT = ("kinds", "costs", "total", "metadata", "macs", "total_macs", "itemsize")
+_LATER = ("floors", "setups")  # files from before there were any have none
 
 
 @dataclass
@@ -35,6 +39,8 @@ class Scores:
         total_macs: of the dense denoiser's call.
         itemsize: bytes of a parameter, in memory.
         floors: the least number of units that must stay, of groups that cannot do without.
+        setups: (parameters, MACs) that are added to a group as soon as one of its units goes.
+        bases: of groups of directions: {group: (Z, Y)}, float32, each (units, units); see `PrunePlan`.
     """
 
     values: dict[str, Tensor]
@@ -46,6 +52,8 @@ class Scores:
     total_macs: int = 0
     itemsize: int = 4
     floors: dict[str, int] = field(default_factory=dict)
+    setups: dict[str, list[int]] = field(default_factory=dict)
+    bases: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -53,6 +61,7 @@ class Scores:
         denoiser: nn.Module,
         values: Mapping[str, Tensor],
         macs: tuple[dict[str, int], int] | None = None,
+        bases: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         **metadata,
     ) -> "Scores":
         """Scores of `denoiser`'s groups, with what their units cost."""
@@ -68,6 +77,8 @@ class Scores:
             total_macs=total_macs,
             itemsize=next(denoiser.parameters()).element_size(),
             floors={g.name: g.floor for g in groups if g.floor},
+            setups={g.name: [g.setup, _setup_macs(denoiser, g, by_unit)] for g in groups if g.setup},
+            bases={n: (z.float().cpu(), y.float().cpu()) for n, (z, y) in (bases or {}).items()},
         )
 
     @classmethod
@@ -88,7 +99,15 @@ class Scores:
         return int(self._removable(self.costs))
 
     def _removable(self, costs: Mapping[str, float]) -> float:
-        return sum(costs[n] * (len(v) - self._floor(n)) for n, v in self.values.items())
+        most = {
+            n: costs[n] * (len(v) - self._floor(n)) - self._setup(n, costs) for n, v in self.values.items()
+        }
+        return sum(max(0, cost) for cost in most.values())
+
+    def _setup(self, name: str, costs: Mapping[str, float]) -> int:
+        """What is added to a group as soon as one of its units goes, in the unit of `costs`."""
+        parameters, macs = self.setups.get(name, (0, 0))
+        return parameters if costs is self.costs else macs if costs is self.macs else 0
 
     def _floor(self, name: str) -> int:
         return max(KINDS[self.kinds[name]].floor, self.floors.get(name, 0))
@@ -96,7 +115,8 @@ class Scores:
     def removed(self, plan: Mapping[str, Tensor], costs: Mapping[str, int] | None = None) -> int:
         """Parameters that `plan` removes (or what else `costs` counts)."""
         costs = self.costs if costs is None else costs
-        return sum(costs[name] * int((~keep).sum()) for name, keep in plan.items())
+        gone = {name: int((~keep).sum()) for name, keep in plan.items()}
+        return sum(costs[name] * n - self._setup(name, costs) for name, n in gone.items() if n)
 
     def plan(
         self,
@@ -164,12 +184,14 @@ class Scores:
         keep = {name: torch.ones(len(v), dtype=torch.bool) for name, v in self.values.items()}
         target, removed = ratio * total, 0.0
         for _, name, units in moves:
-            cost = costs[name] * len(units)
+            cost = costs[name] * len(units) - (self._setup(name, costs) if keep[name].all() else 0)
             if removed + cost / 2 > target:  # stop where the size is nearest to what was asked
                 break
             keep[name][units] = False
             removed += cost
-        plan = PrunePlan(keep, self.metadata)
+        plan = PrunePlan(keep, self.metadata, self._bases(keep))
+        if plan.bases:
+            plan.metadata["basis"] = _digest(plan.bases)
         pruned = self.total - self.removed(plan)
         plan.metadata |= {"ratio": round(1 - pruned / self.total, 6)}
         plan.metadata |= {"params_dense": self.total, "params_pruned": pruned}
@@ -177,6 +199,11 @@ class Scores:
             plan.metadata |= {"macs_dense": self.total_macs}
             plan.metadata |= {"macs_pruned": self.total_macs - self.removed(plan, self.macs)}
         return plan
+
+    def _bases(self, keep: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """What is kept of the directions of groups that lose some."""
+        cut = [name for name in self.bases if name in keep and not keep[name].all()]
+        return {n: (self.bases[n][0][keep[n]], self.bases[n][1][:, keep[n]].contiguous()) for n in cut}
 
     @property
     def kinds_in_words(self) -> str:
@@ -187,9 +214,12 @@ class Scores:
         """Write the scores: safetensors, float32, costs and metadata in the header."""
         header = {
             "format": SCORES_FORMAT,
-            "about": json.dumps({name: getattr(self, name) for name in (*_ABOUT, "floors")}),
+            "about": json.dumps({name: getattr(self, name) for name in (*_ABOUT, *_LATER)}),
         }
-        return write_tensors(path, {n: v.contiguous() for n, v in self.values.items()}, header)
+        tensors = {n: v.contiguous() for n, v in self.values.items()}
+        for name, pair in self.bases.items():
+            tensors |= {f"{name}.{part}": m.flatten() for part, m in zip(PARTS, pair, strict=True)}
+        return write_tensors(path, tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> "Scores":
@@ -197,9 +227,14 @@ class Scores:
         header, values = read_tensors(path, SCORES_FORMAT, torch.float32)
         try:
             about = json.loads(header["about"])
+            bases: dict[str, Any] = {}
+            for name in [n for n in about["kinds"] if f"{n}.{PARTS[0]}" in values]:
+                size = len(values[name])
+                bases[name] = tuple(values.pop(f"{name}.{part}").view(size, size) for part in PARTS)
             _check(about, values)
             ordered = {name: values[name] for name in about["kinds"]}
-            return cls(ordered, **{name: about[name] for name in (*_ABOUT, "floors") if name in about})
+            facts = {name: about[name] for name in (*_ABOUT, *_LATER) if name in about}
+            return cls(ordered, **facts, bases=bases)
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a valid scores file: {error}") from None
 
@@ -213,16 +248,36 @@ def _moves(
     takes what does not fill a block.
     """
     values = scores.values[name] * (scores.costs[name] / (costs[name] or 1))
+    setup = scores._setup(name, costs)
     ranked, order = values.sort(stable=True)
     kind = KINDS[scores.kinds[name]]
     width = (64 if len(values) >= 1024 else min(8, len(values))) if align and kind.aligned else 1
     left = len(values) - scores._floor(name)
     ranked, order = ranked[:left], order[:left]
-    first = min(len(values) % width, left)
+    first = len(values) % width
+    if setup and costs[name]:  # the first block has to pay for what it makes necessary
+        first += width * max(1, ceil((setup / costs[name] - first) / width))
+        if first * costs[name] <= setup or first > left:
+            return
+    first = min(first, left)
     blocks, last = divmod(left - first, width)  # the last one leaves what the floor keeps
     sizes = [first] * (first > 0) + [width] * blocks + [last] * (last > 0)
-    for worth, members in zip(ranked.split(sizes), order.split(sizes), strict=True):
-        yield float(worth.mean()), name, members
+    before = -inf  # none goes before that which pays
+    for number, (ranks, members) in enumerate(zip(ranked.split(sizes), order.split(sizes), strict=True)):
+        price = len(members) * costs[name]
+        worth = float(ranks.mean()) * (price / (price - setup) if setup and not number else 1)
+        before = max(before, worth)
+        yield before, name, members
+
+
+def _setup_macs(denoiser: nn.Module, group: PruneGroup, by_unit: Mapping[str, int]) -> int:
+    """MACs of a projection of full rank: each consumer makes it, on the rows that it reads."""
+    once, features = len(group.consumers) * group.size, unit_parameters(denoiser, group) - group.size
+    return group.size * by_unit.get(group.name, 0) * once // (features + once)
+
+
+def _digest(bases: Mapping[str, tuple[Tensor, Tensor]]) -> str:
+    return hashlib.sha256(b"".join(z.numpy().tobytes() for z, _ in bases.values())).hexdigest()
 
 
 def _fastest(scores: Scores, latency_ms: float, measured, align: bool) -> PrunePlan:
@@ -255,9 +310,12 @@ def _check(about: dict, values: Mapping[str, Tensor]) -> None:
         raise ValueError("it has kinds of units that do not exist")
     if set(about["macs"]) not in (set(), set(values)):
         raise ValueError("its list of MACs does not match its contents")
-    floors = about.get("floors", {})  # files from before there were any have none
+    floors = about.get("floors", {})
     if not all(whole(n) and n <= len(values.get(name, ())) for name, n in floors.items()):
         raise ValueError("its floors are not of its groups")
+    setups = about.get("setups", {})
+    if not all(name in values and len(pair) == 2 and all(map(whole, pair)) for name, pair in setups.items()):
+        raise ValueError("its set-up costs are not of its groups")
     numbers = [*about["costs"].values(), *about["macs"].values(), about["total_macs"], about["itemsize"]]
     if not all(map(whole, numbers)) or not whole(about["total"]) or about["total"] == 0:
         raise ValueError("its costs are not whole numbers")

@@ -13,12 +13,13 @@ from ..architectures import find_groups
 from ..checks import check_calls, check_layers
 from ..errors import PlanError
 from ..pipelines import denoiser_name, denoiser_of
-from ..units import ALL_KINDS, PruneGroup
+from ..units import ALL_KINDS, BASIS, PruneGroup
 from .ecodiff_sliced_v1 import (
     FORMAT,
     ScatteredLinear,
     fit_processor,
     gather_rope,
+    project,
     scatter,
     set_features,
     sliced_class,
@@ -44,6 +45,7 @@ def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Mo
     """
     plan = plan if isinstance(plan, PrunePlan) else PrunePlan(plan)
     check(plan, denoiser)
+    turned = turn_(denoiser, plan)
     groups = [group for group in find_groups(denoiser, ALL_KINDS) if group.name in plan]
     kept = kept_features(denoiser, plan)
     bare: dict[tuple[str, str], tuple[str, int] | None] = {
@@ -57,7 +59,8 @@ def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Mo
     for group in groups:
         _set_attributes(denoiser, group, plan[group.name])
     if isinstance(denoiser, ModelMixin):
-        _describe(denoiser, plan, groups, {module for (module, _), r in kept.items() if not r.all()})
+        cut = {module for (module, _), rows in kept.items() if not rows.all()}
+        _describe(denoiser, plan, groups, cut | turned)
     return denoiser
 
 
@@ -77,11 +80,57 @@ def check(plan: PrunePlan, denoiser: nn.Module) -> None:
             raise PlanError(f"{name} must keep at least {groups[name].floor} of its units.")
 
 
+def turn_(denoiser: nn.Module, plan: PrunePlan) -> set[str]:
+    """Project what consumers of directions read onto those that `plan` keeps; paths of those consumers.
+
+    With Z (kept, features) and Y (features, kept) of the plan, W becomes W Y and reads Z s. Of a denoiser
+    that has a projection already they are of its directions, and are multiplied into it.
+    """
+    changed: set[str] = set()
+    for group in find_groups(denoiser, ALL_KINDS):
+        if not group.activations or group.name not in plan or plan[group.name].all():
+            continue
+        z, y = plan.basis(group.name)
+        like: Any = denoiser.get_submodule(group.consumers[0].module).weight
+        before: Any = getattr(denoiser, group.name, None)
+        if before is None:
+            project(denoiser, list(group.activations), group.size, len(z))
+        basis: Any = getattr(denoiser, group.name)
+        basis.to(device=like.device, dtype=like.dtype)
+        if like.device.type != "meta":
+            z, y = z.to(like.device), y.to(like.device)
+            for slot in group.consumers:
+                linear: Any = denoiser.get_submodule(slot.module)
+                _set_weight(linear, linear.weight.float() @ y)
+            lift = y if before is None else before.lift.float() @ y
+            _set_weight(basis, z if before is None else z @ before.weight.float())
+            basis.lift = lift.to(like.dtype)
+        else:
+            for slot in group.consumers:
+                linear = denoiser.get_submodule(slot.module)
+                _set_weight(linear, linear.weight[:, : len(z)])
+            _set_weight(basis, basis.weight[: len(z)])
+            basis.lift = basis.lift[:, : len(z)]
+        basis.out_features = len(z)
+        changed |= {slot.module for slot in group.consumers}
+    return changed
+
+
+def _set_weight(linear: Any, weight: Tensor) -> None:
+    old = linear.weight
+    linear.weight = nn.Parameter(weight.detach().to(old.dtype).contiguous(), requires_grad=old.requires_grad)
+    linear.in_features = weight.shape[1]
+
+
 def kept_features(denoiser: nn.Module, plan: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
     """Which input or output features stay, bool (features,), of every module that a plan's units run
-    through: {(module, "in" or "out"): ...}, in network order. All groups of a module together."""
+    through: {(module, "in" or "out"): ...}, in network order. All groups of a module together.
+
+    Not of directions: which of them stay is no selection of features (`turn_`)."""
     kept: dict[tuple[str, str], Tensor] = {}
     for group in find_groups(denoiser, ALL_KINDS):
+        if group.activations:
+            continue
         for slot in group.slots if group.name in plan else ():
             whole = torch.ones(slot.features(denoiser), dtype=torch.bool)
             rows = kept.setdefault((slot.module, slot.axis), whole)
@@ -125,13 +174,17 @@ def _set_attributes(denoiser: nn.Module, group: PruneGroup, keep: Tensor) -> Non
 def _describe(denoiser: ModelMixin, plan: PrunePlan, groups: list[PruneGroup], cut: set[str]) -> None:
     """Register in the config how this model now differs from a fresh one of its class."""
     before = denoiser.config.get("ecodiff")
-    description: dict[str, Any] = (
-        copy.deepcopy(before) if before else {"format": FORMAT, "plan": {"units": {}}}
-    )
+    description: dict[str, Any] = copy.deepcopy(before) if before else {"format": 1, "plan": {"units": {}}}
     shapes = description.setdefault("shapes", {})
     for path in sorted(cut):
         parameters = denoiser.get_submodule(path).named_parameters(recurse=False)
         shapes[path] = {name: list(p.shape) for name, p in parameters}
+    for group in groups:
+        if group.activations and hasattr(denoiser, group.name):
+            basis: Any = getattr(denoiser, group.name)
+            rank, features = basis.weight.shape
+            known = {"activations": list(group.activations), "features": features, "rank": rank}
+            description |= {"format": FORMAT, "basis": known}
     attributes = description.setdefault("attributes", {})
     for group in groups:
         for attribute in group.attributes:
@@ -155,6 +208,8 @@ def _in_units_of_the_dense(metadata: dict, before: dict) -> dict:
     found = metadata | {
         name: before[name] for name in ("model", "params_dense", "macs_dense") if name in before
     }
+    if "basis" in before:
+        found["basis"] = before["basis"] + metadata.get("basis", "")
     if "params_dense" in found and "params_pruned" in found:
         found["ratio"] = round(1 - found["params_pruned"] / found["params_dense"], 6)
     return found
@@ -180,7 +235,11 @@ def plan_of(denoiser: nn.Module) -> PrunePlan | None:
     description = getattr(denoiser, "config", {}).get("ecodiff")
     if not description:
         return None
-    return PrunePlan.unpacked(description["plan"]["units"], description["plan"]["metadata"])
+    plan = PrunePlan.unpacked(description["plan"]["units"], description["plan"]["metadata"])
+    basis: Any = getattr(denoiser, BASIS, None)
+    if basis is not None and basis.weight.device.type != "meta":
+        plan.bases[BASIS] = (basis.weight.detach().float().cpu(), basis.lift.float().cpu())
+    return plan
 
 
 def variant(pipe: DiffusionPipeline, plan: PrunePlan | Mapping[str, Tensor]):
