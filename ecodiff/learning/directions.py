@@ -11,29 +11,44 @@ Y Z = 1, so W s = (W Y) (Z s) changes nothing; the features of Z s are uncorrela
 its columns is already the least squares repair; and dropping feature j costs S_j^2. (Of all projections of
 a rank, the one that loses least in the metric M: a weighted PCA, as in SliceGPT and ASVD for other layers.)
 
-C needs many prompts, or the pooled text of new ones lies outside what it has seen. But only the text
-encoder and the embeddings before the first block run for it.
+C needs many prompts, or the pooled text of new ones lies outside what it has seen: besides those that
+there are, prompts are put together of halves of two. Only the text encoder and the embeddings before the
+first block run for them. M is an estimate of few gradients, so some of the identity is added to it.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ..pipelines import EnoughError, denoiser_calls, denoiser_of, moved, prompt_rows
+from ..pipelines import EnoughError, denoiser_calls, denoiser_of, moved, prompt_rows, stream
 from ..units import PruneGroup
 
-DAMPING = 1e-6  # of M, as a fraction of its mean diagonal: what nothing depends on
-BATCH = 8  # prompts at a time
+DAMPING = 0.1  # of M, as a fraction of its mean diagonal
+PROMPTS = 1024  # that C is gathered over
+BATCH = 16  # prompts at a time
+MEMORY = 1 << 30  # bytes of what is kept of single trajectories
+WINDOW = 6  # coherence is smoothed over a sixth of all directions
 
 
 class Gradients:
-    """While it is open, sums up M of what the consumers of a group read."""
+    """While it is open, sums up M of what the consumers of a group read, and sum s h^T of each trajectory."""
 
     def __init__(self, denoiser: nn.Module, group: PruneGroup):
         self.layers = [denoiser.get_submodule(slot.module) for slot in group.consumers]
         self.metric = torch.zeros(group.size, group.size)
+        self.products: list[Tensor] = []  # one of shape (features, features) a trajectory
+        self.count = 0
+
+    def of(self, count: int) -> "Gradients":
+        """For a batch of `count` trajectories."""
+        self.count = count
+        room = MEMORY // (4 * self.metric.numel()) - len(self.products)
+        self.products += [torch.zeros_like(self.metric) for _ in range(count if count <= room else 0)]
+        self.full = count > room
+        return self
 
     def __enter__(self) -> "Gradients":
         self.handles = [layer.register_forward_hook(self._see) for layer in self.layers]
@@ -45,11 +60,26 @@ class Gradients:
 
     def _see(self, module: nn.Module, given: tuple, output: Tensor) -> None:
         if given[0].requires_grad:  # it does once gates multiply it
-            given[0].register_hook(self._add)
+            given[0].register_hook(partial(self._add, given[0].detach()))
 
-    def _add(self, gradient: Tensor) -> None:
-        rows = gradient.detach().float().flatten(0, -2)
-        self.metric += (rows.T @ rows).to(self.metric.device)
+    def _add(self, s: Tensor, gradient: Tensor) -> None:
+        h = gradient.detach().float()
+        rows = h.flatten(0, -2)
+        self.metric += (rows.T @ rows).cpu()
+        for row in range(0 if self.full else len(h)):  # guidance stacks the whole batch again
+            product = s[row].float().reshape(-1, h.shape[-1]).T @ h[row].reshape(-1, h.shape[-1])
+            self.products[len(self.products) - self.count + row % self.count] += product.cpu()
+
+    def coherence(self, z: Tensor, y: Tensor, costs: Tensor) -> Tensor:
+        """By how much each direction costs more than `costs` say, (features,), smoothed along them.
+
+        Those take errors of layers and steps for independent. The exact gradient of a direction's gate, of
+        d/dm of s + (m - 1) y (z s), is z (sum s h^T) y for each trajectory; its mean square is noisy.
+        """
+        exact = torch.stack([(z @ product * y.T).sum(1).square() for product in self.products]).mean(0)
+        window = len(costs) // WINDOW // 2 * 2 + 1
+        padded = torch.nn.functional.pad((exact / costs)[None], (window // 2,) * 2, mode="replicate")[0]
+        return padded.unfold(0, window, 1).mean(1)
 
 
 @torch.no_grad()
@@ -63,6 +93,7 @@ def second_moment(
     """
     denoiser, total, rows = denoiser_of(pipe), torch.zeros(group.size, group.size), 0
     times = [kwargs.get("timestep") for _, kwargs in denoiser_calls(pipe, call)]
+    prompts = recombined(prompts, PROMPTS, seed)
     options = {name: value for name, value in call.items() if name not in ("prompt", "generator")}
     if isinstance(options.get("negative_prompt"), list):
         options["negative_prompt"] = options["negative_prompt"][0]
@@ -79,6 +110,16 @@ def second_moment(
             if time is None:
                 break
     return total / max(1, rows)
+
+
+def recombined(prompts: Sequence[str], count: int, seed: int) -> list[str]:
+    """The prompts, and as many of the first half of one and the second half of another as make `count`."""
+    words = [prompt.split() for prompt in prompts]
+    pairs = torch.randint(len(words), (max(0, count - len(words)), 2), generator=stream("recombined", seed))
+    halves = (
+        (words[a][: (len(words[a]) + 1) // 2], words[b][len(words[b]) // 2 :]) for a, b in pairs.tolist()
+    )
+    return [*prompts, *(" ".join(first + second) for first, second in halves)]
 
 
 def _read(denoiser: nn.Module, group: PruneGroup, args: tuple, kwargs: dict) -> Tensor:
@@ -114,4 +155,4 @@ def basis(moment: Tensor, metric: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     half, inverse = vectors * root @ vectors.T, vectors / root @ vectors.T
     costs, turned = torch.linalg.eigh(half @ moment.double() @ half)
     z, y = turned.T @ half, inverse @ turned
-    return z.float(), y.float(), costs.clamp_min(0).float()
+    return z.float(), y.float(), costs.clamp_min(costs.max() * 1e-12).float()

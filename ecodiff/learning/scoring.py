@@ -59,13 +59,18 @@ BATCHES = 4  # of calibration trajectories that a method is given
 
 
 def method(
-    name: str, source: str, cost: float, wide: bool = False, kinds: tuple[str, ...] = PRESET_KINDS
+    name: str,
+    source: str,
+    cost: float,
+    wide: bool = False,
+    kinds: tuple[str, ...] = PRESET_KINDS,
+    batches: int = BATCHES,
 ) -> Callable:
     """Register a function (pipe, calls, seed) -> values as a scoring method, by default for `kinds`."""
 
     def register(score: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
         METHODS[name] = Method(name, source, cost, score, wide)
-        PRESETS[name] = {"method": name, "warm_steps": BATCHES, "steps": 0, "kinds": kinds}
+        PRESETS[name] = {"method": name, "warm_steps": batches, "steps": 0, "kinds": kinds}
         return score
 
     return register

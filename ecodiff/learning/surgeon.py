@@ -45,6 +45,7 @@ CALLS = 6  # denoiser calls of each batch that A is gathered over, evenly spread
     cost=5,
     wide=True,
     kinds=(*PRESET_KINDS, "modulation_directions"),
+    batches=12,
 )
 def surgeon(
     pipe: DiffusionPipeline, calls: Iterable[dict], seed: int = 0, prompts: Sequence[str] = ()
@@ -74,7 +75,7 @@ def surgeon(
         with ExitStack() as watching:
             watching.enter_context(_Watched(layers, metric))
             for watch in shared:
-                watching.enter_context(watch)
+                watching.enter_context(watch.of(len(call["prompt"])))
             squares = gauss_newton_sample(pipe, groups, call, stream("probe", seed, index))
         for name, square in squares.items():
             plain[name] += square / len(calls)
@@ -88,11 +89,8 @@ def surgeon(
     bases = {}
     for watch, group in zip(shared, [g for g in groups if g.activations], strict=False):
         moment = second_moment(pipe, group, prompts, calls[0], seed)
-        metric_of = watch.metric / trajectories
-        z, y, costs = basis(moment, metric_of)
-        # As for units below: exact gradients of the features' gates say by how much errors add up.
-        alone = (metric_of * moment).diagonal().sum()
-        plain[group.name] = costs * plain[group.name].sum() / alone
+        z, y, costs = basis(moment, watch.metric / trajectories)
+        plain[group.name] = costs * watch.coherence(z, y, costs)
         bases[group.name] = (z, y)
     candidates = [Candidate(g, consumers, plain[g.name], prices[g.name]) for g in groups]
     found = Values(removal_order(candidates))
