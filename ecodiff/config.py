@@ -114,6 +114,10 @@ class LearnConfig(Sampling):
         unknown = set(self.kinds) - set(ALL_KINDS)
         if unknown or not set(self.kinds) & set(ALL_KINDS):
             raise BudgetError(f"kinds are some of {', '.join(ALL_KINDS)}, not {self.kinds}.")
+        if {"modulation", "modulation_directions"} <= set(self.kinds):
+            raise BudgetError(
+                "Modulation rows and modulation directions are the same parameters: choose one."
+            )
 
     @classmethod
     def preset(cls, name: str, **changes) -> "LearnConfig":

@@ -72,7 +72,7 @@ ROWS: dict[str, Row] = {
             "timestep": torch.tensor([3, 500]),
             "class_labels": torch.tensor([1, 2]),
         },
-        {"heads", "ffn", "modulation"},
+        {"heads", "ffn", "modulation", "modulation_directions"},
     ),
     "Sana": Row(
         "SanaTransformer2DModel",
@@ -88,7 +88,7 @@ ROWS: dict[str, Row] = {
         | {"num_mmdit_layers": 1, "num_single_dit_layers": 2, "joint_attention_dim": 16, "sample_size": 8}
         | {"caption_projection_dim": 32, "pos_embed_max_size": 16},
         lambda: latent_and_text(16),
-        {"heads", "ffn", "modulation"},
+        {"heads", "ffn", "modulation", "modulation_directions"},
     ),
     "Z-Image": Row(
         "ZImageTransformer2DModel",
@@ -119,7 +119,7 @@ ROWS: dict[str, Row] = {
         | {"num_kv_heads": 2, "multiple_of": 8, "in_channels": 4, "cap_feat_dim": 16, "sample_size": 8}
         | {"axes_dim_rope": (4, 2, 2), "axes_lens": (16, 16, 16)},
         lambda: latent_and_text(16, encoder_attention_mask=torch.ones(2, 5, dtype=torch.bool)),
-        {"heads", "ffn"},
+        {"heads", "ffn", "modulation_directions"},
         ROPE,
     ),
     "Chroma": Row(
@@ -150,7 +150,7 @@ ROWS: dict[str, Row] = {
             "timestep": torch.tensor([0.1, 0.9]).double(),
             "img_shapes": [[(1, 4, 4)]] * 2,
         },
-        {"heads", "ffn", "modulation"},
+        {"heads", "ffn", "modulation", "modulation_directions"},
         ROPE,
         idle=("blocks.1.txt_mlp",),
     ),
@@ -161,7 +161,7 @@ ROWS: dict[str, Row] = {
         | {"caption_projection_dim": 32, "pooled_projection_dim": 16, "pos_embed_max_size": 8}
         | {"dual_attention_layers": (0,), "qk_norm": "rms_norm"},
         lambda: latent_and_text(16, pooled_projections=draw(2, 16)),
-        {"heads", "ffn", "modulation"},
+        {"heads", "ffn", "modulation", "modulation_directions"},
     ),
     "Wan 2.1": Row(
         "WanTransformer3DModel",
@@ -224,7 +224,7 @@ ROWS: dict[str, Row] = {
             "timestep": torch.tensor([500]),
             "encoder_attention_mask": torch.ones(1, 5, dtype=torch.bool),
         },
-        {"heads", "ffn"},
+        {"heads", "ffn", "modulation_directions"},
     ),
     "HiDream-I1 (experts)": Row(
         "HiDreamImageTransformer2DModel",
@@ -326,7 +326,7 @@ ROWS: dict[str, Row] = {
             "pooled_projections": draw(1, 16),
             "guidance": torch.tensor([6.0]).double(),
         },
-        {"heads", "ffn", "modulation"},
+        {"heads", "ffn", "modulation", "modulation_directions"},
     ),
     "HunyuanImage 2.1": Row(
         "HunyuanImageTransformer2DModel",
@@ -339,7 +339,7 @@ ROWS: dict[str, Row] = {
             "encoder_hidden_states": draw(1, 5, 16),
             "encoder_attention_mask": torch.ones(1, 5, dtype=torch.long),
         },
-        {"heads", "ffn", "modulation"},
+        {"heads", "ffn", "modulation", "modulation_directions"},
     ),
     "CogVideoX": Row(
         "CogVideoXTransformer3DModel",
@@ -351,7 +351,7 @@ ROWS: dict[str, Row] = {
             "encoder_hidden_states": draw(1, 5, 16),
             "timestep": torch.tensor([500]),
         },
-        {"heads", "ffn"},
+        {"heads", "ffn", "modulation_directions"},
     ),
     "Ovis-Image (gated single blocks)": Row(
         "OvisImageTransformer2DModel",
@@ -359,7 +359,7 @@ ROWS: dict[str, Row] = {
         | {"in_channels": 16, "out_channels": 16, "num_layers": 1, "num_single_layers": 2}
         | {"joint_attention_dim": 16, "axes_dims_rope": (2, 2, 4)},
         lambda: tokens_and_text(16, 16, 3),
-        {"heads", "ffn", "modulation"},
+        {"heads", "ffn", "modulation", "modulation_directions"},
     ),
     "FLUX.3": Row(
         "Flux3Transformer2DModel",
@@ -434,7 +434,7 @@ ROWS: dict[str, Row] = {
         | {"num_layers": 1, "num_single_layers": 2, "in_channels": 16, "joint_attention_dim": 16}
         | {"axes_dims_rope": [2, 2, 4]},
         lambda: tokens_and_text(16, 16, 3),
-        {"heads", "ffn", "modulation"},
+        {"heads", "ffn", "modulation", "modulation_directions"},
     ),
     "Bria 3.2": Row(
         "BriaTransformer2DModel",
@@ -442,7 +442,7 @@ ROWS: dict[str, Row] = {
         | {"num_layers": 1, "num_single_layers": 2, "in_channels": 16, "joint_attention_dim": 16}
         | {"axes_dims_rope": [2, 2, 4]},
         lambda: tokens_and_text(16, 16, 3),
-        {"heads", "ffn", "modulation"},
+        {"heads", "ffn", "modulation", "modulation_directions"},
     ),
     "Bria FIBO": Row(
         "BriaFiboTransformer2DModel",
@@ -450,7 +450,7 @@ ROWS: dict[str, Row] = {
         | {"num_layers": 1, "num_single_layers": 2, "in_channels": 16, "joint_attention_dim": 16}
         | {"axes_dims_rope": [2, 2, 4], "text_encoder_dim": 16},
         lambda: tokens_and_text(16, 16, 3, text_encoder_layers=[draw(2, 5, 16)] * 3),
-        {"heads", "ffn", "modulation"},
+        {"heads", "ffn", "modulation", "modulation_directions"},
     ),
     "Bria FIBO 2": Row(
         "BriaFibo2Transformer2DModel",
@@ -473,7 +473,7 @@ ROWS: dict[str, Row] = {
         lambda: latent_and_text(
             16, **{n: torch.ones(2, 2).double() for n in ("original_size", "target_size", "crop_coords")}
         ),
-        {"heads", "ffn", "modulation"},
+        {"heads", "ffn", "modulation", "modulation_directions"},
     ),
     "GLM-Image": Row(
         "GlmImageTransformer2DModel",
@@ -499,7 +499,7 @@ ROWS: dict[str, Row] = {
             | {"image_rotary_emb": torch.polar(torch.ones(8, 8, 4), draw(8, 8, 4).float())}
             | {"cross_attention_kwargs": {}}
         ),
-        {"heads", "ffn"},
+        {"heads", "ffn", "modulation_directions"},
         ROPE,
     ),
     "Nucleus-Image (packed experts)": Row(
@@ -515,7 +515,7 @@ ROWS: dict[str, Row] = {
             | {"encoder_hidden_states_mask": torch.ones(2, 5, dtype=torch.long)}
             | {"timestep": torch.tensor([0.1, 0.9]).double()}
         ),
-        {"heads", "ffn", "modulation"},
+        {"heads", "ffn", "modulation", "modulation_directions"},
         ROPE,
     ),
     "OmniGen": Row(
@@ -578,7 +578,7 @@ ROWS: dict[str, Row] = {
             | {"encoder_attention_mask_2": torch.ones(1, 5)}
             | {"image_embeds": torch.zeros(1, 3, 16).double()}
         ),
-        {"heads", "ffn", "modulation"},
+        {"heads", "ffn", "modulation", "modulation_directions"},
         idle=("blocks.1.ff_context",),
     ),
     "Motif-Video": Row(
@@ -590,7 +590,7 @@ ROWS: dict[str, Row] = {
             {"hidden_states": draw(1, 4, 1, 8, 8), "timestep": torch.tensor([500.0]).double()}
             | {"encoder_hidden_states": draw(1, 5, 16), "encoder_attention_mask": torch.ones(1, 5)}
         ),
-        {"heads", "ffn", "modulation"},
+        {"heads", "ffn", "modulation", "modulation_directions"},
         FLOAT32,
         torch.float32,
     ),
@@ -629,7 +629,7 @@ ROWS: dict[str, Row] = {
             {"hidden_states": draw(1, 4, 2, 8, 8), "timestep": torch.tensor([500])}
             | {"encoder_hidden_states": draw(1, 5, 16)}
         ),
-        {"heads", "ffn"},
+        {"heads", "ffn", "modulation_directions"},
         idle=("blocks.1.txt_ff",),
     ),
     "ConsisID": Row(
@@ -642,7 +642,7 @@ ROWS: dict[str, Row] = {
             {"hidden_states": draw(1, 2, 4, 8, 8), "encoder_hidden_states": draw(1, 5, 16)}
             | {"timestep": torch.tensor([500])}
         ),
-        {"heads", "ffn"},
+        {"heads", "ffn", "modulation_directions"},
     ),
     "Cosmos": Row(
         "CosmosTransformer3DModel",
@@ -741,7 +741,7 @@ ROWS: dict[str, Row] = {
             | {"audio_encoder_attention_mask": torch.ones(1, 5), "num_frames": 2, "height": 2}
             | {"width": 2, "audio_num_frames": 6}
         ),
-        {"heads", "ffn"},
+        {"heads", "ffn", "modulation_directions"},
         ACROSS,
         idle=("blocks.1.video_to_audio_attn", "blocks.1.audio_ff"),
     ),
@@ -830,7 +830,7 @@ ROWS: dict[str, Row] = {
             | {"indices_latents_history_4x": torch.arange(4)}
             | {"guidance": torch.tensor([6.0]).double()}
         ),
-        {"heads", "ffn", "modulation"},
+        {"heads", "ffn", "modulation", "modulation_directions"},
     ),
     "Wan Animate": Row(
         "WanAnimateTransformer3DModel",

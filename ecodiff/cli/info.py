@@ -30,10 +30,8 @@ def run(options: argparse.Namespace) -> int:
     plan = plan_of(denoiser)
     scores = Scores.unranked(denoiser)
     count = {kind: sum(g.size for g in groups if g.kind == kind) for kind in ALL_KINDS}
-    share = {
-        kind: sum(g.size * unit_parameters(denoiser, g) for g in groups if g.kind == kind) / total
-        for kind in ALL_KINDS
-    }
+    held = {g.name: g.size * unit_parameters(denoiser, g) - g.setup for g in groups}
+    share = {kind: sum(held[g.name] for g in groups if g.kind == kind) / total for kind in ALL_KINDS}
     facts = {
         "model": options.model,
         "denoiser": type(denoiser).__name__,
@@ -45,6 +43,8 @@ def run(options: argparse.Namespace) -> int:
         "share_ffn": share["ffn"],
         "share_resnet": share["resnet"],
         "share_modulation": share["modulation"],
+        "units": count,
+        "shares": share,
         "ceiling": scores.ceiling,
         "left_alone": unrecognised(denoiser, groups),
         "pruned": plan is not None,

@@ -135,6 +135,8 @@ class PrunePlan(Mapping[str, Tensor]):
 
 def _unpack_basis(keep: Tensor, project: Tensor, lift: Tensor) -> tuple[Tensor, Tensor]:
     count, size = int(keep.sum()), len(keep)
+    if project.numel() != 4 * count * size or lift.numel() != 4 * count * size:
+        raise PlanError(f"its directions are not {count} of {size}")
     z, y = project.view(torch.float32).view(count, size), lift.view(torch.float32).view(size, count)
     if not (z.isfinite().all() and y.isfinite().all()):
         raise PlanError("its directions are not finite")

@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..architectures import find_groups, unit_parameters
 from ..errors import BudgetError, CheckpointError
 from ..storage import read_tensors, write_tensors
 from ..units import ALL_KINDS, KINDS, PRESET_KINDS, Kind, PruneGroup, in_words
+from . import cutting
 from .plan import PARTS, PrunePlan
 
 SCORES_FORMAT = "ecodiff.scores.2"
@@ -64,8 +64,10 @@ class Scores:
         bases: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         **metadata,
     ) -> "Scores":
-        """Scores of `denoiser`'s groups, with what their units cost."""
+        """Scores of `denoiser`'s groups, with what their units cost; of modulation, rows or directions."""
         groups = [group for group in find_groups(denoiser, ALL_KINDS) if group.name in values]
+        if any(group.activations for group in groups):
+            groups = [group for group in groups if group.kind != "modulation"]
         by_unit, total_macs = macs or ({}, 0)
         return cls(
             values={g.name: values[g.name].detach().float().cpu() for g in groups},
@@ -99,24 +101,23 @@ class Scores:
         return int(self._removable(self.costs))
 
     def _removable(self, costs: Mapping[str, float]) -> float:
-        most = {
-            n: costs[n] * (len(v) - self._floor(n)) - self._setup(n, costs) for n, v in self.values.items()
-        }
+        most = {n: costs[n] * (len(v) - self.floor(n)) - self.setup(n, costs) for n, v in self.values.items()}
         return sum(max(0, cost) for cost in most.values())
 
-    def _setup(self, name: str, costs: Mapping[str, float]) -> int:
+    def setup(self, name: str, costs: Mapping[str, float]) -> int:
         """What is added to a group as soon as one of its units goes, in the unit of `costs`."""
         parameters, macs = self.setups.get(name, (0, 0))
         return parameters if costs is self.costs else macs if costs is self.macs else 0
 
-    def _floor(self, name: str) -> int:
+    def floor(self, name: str) -> int:
+        """The least number of units of a group that must stay."""
         return max(KINDS[self.kinds[name]].floor, self.floors.get(name, 0))
 
     def removed(self, plan: Mapping[str, Tensor], costs: Mapping[str, int] | None = None) -> int:
         """Parameters that `plan` removes (or what else `costs` counts)."""
         costs = self.costs if costs is None else costs
         gone = {name: int((~keep).sum()) for name, keep in plan.items()}
-        return sum(costs[name] * n - self._setup(name, costs) for name, n in gone.items() if n)
+        return sum(costs[name] * n - self.setup(name, costs) for name, n in gone.items() if n)
 
     def plan(
         self,
@@ -150,7 +151,7 @@ class Scores:
         if sum(size is not None for size in given.values()) != 1:
             raise BudgetError(f"Give one size, one of: {', '.join(given)}.")
         if latency_ms is not None:
-            return _fastest(self, latency_ms, measured, align)
+            return cutting.fastest(self, latency_ms, measured, align)
         if macs is not None:
             return self._cut(1 - macs / max(1, self.total_macs), self.macs, self.total_macs, "MACs", align)
         if params is not None:
@@ -179,17 +180,8 @@ class Scores:
                 f"At most {ceiling:.1%} of this model's {unit} can be removed: the rest is not in "
                 f"{self.kinds_in_words}. {ratio:.1%} is too much."
             )
-        moves = [move for name in self.values for move in _moves(self, name, costs, align)]
-        moves.sort(key=lambda move: move[0])
-        keep = {name: torch.ones(len(v), dtype=torch.bool) for name, v in self.values.items()}
-        target, removed = ratio * total, 0.0
-        for _, name, units in moves:
-            cost = costs[name] * len(units) - (self._setup(name, costs) if keep[name].all() else 0)
-            if removed + cost / 2 > target:  # stop where the size is nearest to what was asked
-                break
-            keep[name][units] = False
-            removed += cost
-        plan = PrunePlan(keep, self.metadata, self._bases(keep))
+        keep = cutting.kept(self, costs, ratio * total, align)
+        plan = PrunePlan(keep, self.metadata, cutting.bases(self, keep))
         if plan.bases:
             plan.metadata["basis"] = _digest(plan.bases)
         pruned = self.total - self.removed(plan)
@@ -199,11 +191,6 @@ class Scores:
             plan.metadata |= {"macs_dense": self.total_macs}
             plan.metadata |= {"macs_pruned": self.total_macs - self.removed(plan, self.macs)}
         return plan
-
-    def _bases(self, keep: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """What is kept of the directions of groups that lose some."""
-        cut = [name for name in self.bases if name in keep and not keep[name].all()]
-        return {n: (self.bases[n][0][keep[n]], self.bases[n][1][:, keep[n]].contiguous()) for n in cut}
 
     @property
     def kinds_in_words(self) -> str:
@@ -239,37 +226,6 @@ class Scores:
             raise CheckpointError(f"{path} is not a valid scores file: {error}") from None
 
 
-def _moves(
-    scores: Scores, name: str, costs: Mapping[str, float], align: bool
-) -> Iterator[tuple[float, str, Tensor]]:
-    """Units of a group in the order in which they go: (worth per cost, name, their numbers).
-
-    Blocks are runs of the group's own ranking, so their mean worth rises too; the first one
-    takes what does not fill a block.
-    """
-    values = scores.values[name] * (scores.costs[name] / (costs[name] or 1))
-    setup = scores._setup(name, costs)
-    ranked, order = values.sort(stable=True)
-    kind = KINDS[scores.kinds[name]]
-    width = (64 if len(values) >= 1024 else min(8, len(values))) if align and kind.aligned else 1
-    left = len(values) - scores._floor(name)
-    ranked, order = ranked[:left], order[:left]
-    first = len(values) % width
-    if setup and costs[name]:  # the first block has to pay for what it makes necessary
-        first += width * max(1, ceil((setup / costs[name] - first) / width))
-        if first * costs[name] <= setup or first > left:
-            return
-    first = min(first, left)
-    blocks, last = divmod(left - first, width)  # the last one leaves what the floor keeps
-    sizes = [first] * (first > 0) + [width] * blocks + [last] * (last > 0)
-    before = -inf  # none goes before that which pays
-    for number, (ranks, members) in enumerate(zip(ranked.split(sizes), order.split(sizes), strict=True)):
-        price = len(members) * costs[name]
-        worth = float(ranks.mean()) * (price / (price - setup) if setup and not number else 1)
-        before = max(before, worth)
-        yield before, name, members
-
-
 def _setup_macs(denoiser: nn.Module, group: PruneGroup, by_unit: Mapping[str, int]) -> int:
     """MACs of a projection of full rank: each consumer makes it, on the rows that it reads."""
     once, features = len(group.consumers) * group.size, unit_parameters(denoiser, group) - group.size
@@ -278,23 +234,6 @@ def _setup_macs(denoiser: nn.Module, group: PruneGroup, by_unit: Mapping[str, in
 
 def _digest(bases: Mapping[str, tuple[Tensor, Tensor]]) -> str:
     return hashlib.sha256(b"".join(z.numpy().tobytes() for z, _ in bases.values())).hexdigest()
-
-
-def _fastest(scores: Scores, latency_ms: float, measured, align: bool) -> PrunePlan:
-    """The largest plan that `measured` says takes no longer, by bisection over the ratio."""
-    if measured is None:
-        raise BudgetError("A budget in milliseconds needs measured=, a function that times a plan.")
-    low, high = 0.0, scores.ceiling
-    best = scores.plan(ratio=high, align=align)
-    if measured(best) > latency_ms:
-        raise BudgetError(f"Even the smallest plan takes longer than {latency_ms} ms on this machine.")
-    for _ in range(8):
-        middle = scores.plan(ratio=(low + high) / 2, align=align)
-        if measured(middle) > latency_ms:
-            low = (low + high) / 2
-        else:
-            best, high = middle, (low + high) / 2
-    return best
 
 
 def _check(about: dict, values: Mapping[str, Tensor]) -> None:

@@ -98,12 +98,13 @@ def turn_(denoiser: nn.Module, plan: PrunePlan) -> set[str]:
         basis: Any = getattr(denoiser, group.name)
         basis.to(device=like.device, dtype=like.dtype)
         if like.device.type != "meta":
-            z, y = z.to(like.device), y.to(like.device)
+            exact = torch.promote_types(like.dtype, torch.float32)
+            z, y = z.to(like.device, exact), y.to(like.device, exact)
             for slot in group.consumers:
                 linear: Any = denoiser.get_submodule(slot.module)
-                _set_weight(linear, linear.weight.float() @ y)
-            lift = y if before is None else before.lift.float() @ y
-            _set_weight(basis, z if before is None else z @ before.weight.float())
+                _set_weight(linear, linear.weight.to(exact) @ y)
+            lift = y if before is None else before.lift.to(exact) @ y
+            _set_weight(basis, z if before is None else z @ before.weight.to(exact))
             basis.lift = lift.to(like.dtype)
         else:
             for slot in group.consumers:

@@ -55,7 +55,11 @@ def some_plan(pipe, seed=0, empty=True):
         keep[group.name][: group.floor] = True
     for group in [group for group in groups if not group.floor][:2] if empty else []:
         keep[group.name][:] = False
-    return ecodiff.PrunePlan(keep)
+    bases = {}
+    for group in (group for group in groups if group.activations):
+        z = torch.linalg.qr(torch.randn(group.size, group.size, generator=generator))[0]
+        bases[group.name] = (z[keep[group.name]], z.T[:, keep[group.name]].contiguous())
+    return ecodiff.PrunePlan(keep, {"basis": "of a test"} if bases else {}, bases)
 
 
 def test_reloads_bit_exactly_both_ways_and_again(pipe, tmp_path):

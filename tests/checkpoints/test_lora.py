@@ -12,7 +12,18 @@ from tests.checkpoints.test_folders import some_plan
 from tests.conftest import latents
 
 pytest.importorskip("peft")
-TARGETS = ("to_q", "to_v", "to_out.0", "proj", "net.2", "proj_mlp", "proj_out", "conv1", "time_emb_proj")
+TARGETS = (
+    "to_q",
+    "to_v",
+    "to_out.0",
+    "proj",
+    "net.2",
+    "proj_mlp",
+    "proj_out",
+    "conv1",
+    "time_emb_proj",
+    "norm1.linear",
+)
 
 
 def layers(pipe):

@@ -1,0 +1,81 @@
+"""In which order a ranking's units go, in blocks that leave widths that hardware likes."""
+
+from collections.abc import Iterator, Mapping
+from math import ceil, inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BudgetError
+from ..units import KINDS
+from .plan import PrunePlan
+
+
+def kept(scores: Any, costs: Mapping[str, float], target: float, align: bool) -> dict[str, Tensor]:
+    """Which units stay, bool (units,) a group, once `target` of `costs` is gone, the cheapest worth first."""
+    order = [move for name in scores.values for move in moves(scores, name, costs, align)]
+    order.sort(key=lambda move: move[0])
+    keep = {name: torch.ones(len(v), dtype=torch.bool) for name, v in scores.values.items()}
+    removed = 0.0
+    for _, name, units in order:
+        cost = costs[name] * len(units) - (scores.setup(name, costs) if keep[name].all() else 0)
+        if removed + cost / 2 > target:  # stop where the size is nearest to what was asked
+            break
+        keep[name][units] = False
+        removed += cost
+    return keep
+
+
+def bases(scores: Any, keep: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """(Z, Y) of what is kept of the directions of groups that lose some."""
+    cut = [name for name in scores.bases if name in keep and not keep[name].all()]
+    return {n: (scores.bases[n][0][keep[n]], scores.bases[n][1][:, keep[n]].contiguous()) for n in cut}
+
+
+def moves(
+    scores: Any, name: str, costs: Mapping[str, float], align: bool
+) -> Iterator[tuple[float, str, Tensor]]:
+    """Units of a group in the order in which they go: (worth per cost, name, their numbers).
+
+    Blocks are runs of the group's own ranking, so their mean worth rises too; the first one
+    takes what does not fill a block.
+    """
+    values = scores.values[name] * (scores.costs[name] / (costs[name] or 1))
+    setup = scores.setup(name, costs)
+    ranked, order = values.sort(stable=True)
+    kind = KINDS[scores.kinds[name]]
+    width = (64 if len(values) >= 1024 else min(8, len(values))) if align and kind.aligned else 1
+    left = len(values) - scores.floor(name)
+    ranked, order = ranked[:left], order[:left]
+    first = len(values) % width
+    if setup and costs[name]:  # the first block has to pay for what it makes necessary
+        first += width * max(1, ceil((setup / costs[name] - first) / width))
+        if first * costs[name] <= setup or first > left:
+            return
+    first = min(first, left)
+    blocks, last = divmod(left - first, width)  # the last one leaves what the floor keeps
+    sizes = [first] * (first > 0) + [width] * blocks + [last] * (last > 0)
+    before = -inf  # none goes before that which pays
+    for number, (ranks, members) in enumerate(zip(ranked.split(sizes), order.split(sizes), strict=True)):
+        price = len(members) * costs[name]
+        worth = float(ranks.mean()) * (price / (price - setup) if setup and not number else 1)
+        before = max(before, worth)
+        yield before, name, members
+
+
+def fastest(scores: Any, latency_ms: float, measured, align: bool) -> PrunePlan:
+    """The largest plan that `measured` says takes no longer, by bisection over the ratio."""
+    if measured is None:
+        raise BudgetError("A budget in milliseconds needs measured=, a function that times a plan.")
+    low, high = 0.0, scores.ceiling
+    best = scores.plan(ratio=high, align=align)
+    if measured(best) > latency_ms:
+        raise BudgetError(f"Even the smallest plan takes longer than {latency_ms} ms on this machine.")
+    for _ in range(8):
+        middle = scores.plan(ratio=(low + high) / 2, align=align)
+        if measured(middle) > latency_ms:
+            low = (low + high) / 2
+        else:
+            best, high = middle, (low + high) / 2
+    return best
