@@ -107,8 +107,8 @@ def translate(
                 f"{up.shape[0]} x {down.shape[1]}."
             )
         inputs, outputs = kept.get((layer, "in")), kept.get((layer, "out"))
-        if layer in scattered:
-            report.dropped[layer] = "modulation rows were cut"
+        if layer in scattered and hasattr(pipeline, "_maybe_expand_transformer_param_shape_or_error_"):
+            report.dropped[layer] = "FLUX takes none on rows of modulation"
             continue
         if any(rows is not None and not rows.any() for rows in (inputs, outputs)):
             report.dropped[layer] = "nothing of the layer is left"
@@ -118,7 +118,10 @@ def translate(
         down = down if inputs is None else down[:, inputs]
         if layer in lifts:  # B A s, s = Y z
             down = down @ lifts[layer].to(down)
-        up = up if outputs is None else up[outputs]
+        if layer in scattered:  # its output keeps its width; rows that are gone stay zero
+            up = up * outputs.to(up)[:, None]
+        elif outputs is not None:
+            up = up[outputs]
         found[f"{path}.lora_A.weight"], found[f"{path}.lora_B.weight"] = down.contiguous(), up.contiguous()
     others = {key: value for key, value in tensors.items() if not key.startswith(name + ".")}
     report.others = len(others)

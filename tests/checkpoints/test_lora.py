@@ -62,6 +62,10 @@ def kohya_file(pipe, path, alpha=1.5):
 
 def check(pipe, file):
     plan = some_plan(pipe)
+    if hasattr(pipe, "_maybe_expand_transformer_param_shape_or_error_"):  # FLUX: no LoRA on scattered rows
+        rows = {g.name for g in ecodiff.find_groups(denoiser_of(pipe), ["modulation"])}
+        kept = {name: keep for name, keep in plan.items() if name not in rows}
+        plan = ecodiff.PrunePlan(kept, plan.metadata, plan.bases)
     small = ecodiff.variant(pipe, plan)
     plain = latents(small)
     tensors, report = translate_lora(file, small, dense=denoiser_of(pipe))
@@ -86,6 +90,15 @@ def test_translated_equals_fused_and_pruned(kind, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     report = check(pipe, peft_file(pipe, tmp_path / "lora.safetensors"))
     assert "layers cut to fit" in report.words()
+
+
+def test_flux_says_that_it_takes_none_on_scattered_rows(tmp_path):
+    from tests.conftest import flux
+
+    pipe = flux()
+    file = peft_file(pipe, tmp_path / "lora.safetensors")
+    tensors, report = translate_lora(file, pipe, some_plan(pipe))
+    assert report.dropped["transformer_blocks.0.norm1.linear"] == "FLUX takes none on rows of modulation"
 
 
 def test_kohyas_naming_and_scale(tiny_sdxl, tmp_path):
