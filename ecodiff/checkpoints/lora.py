@@ -118,7 +118,9 @@ def translate(
         down = down if inputs is None else down[:, inputs]
         if layer in lifts:  # B A s, s = Y z
             down = down @ lifts[layer].to(down)
-        if layer in scattered:  # its output keeps its width; rows that are gone stay zero
+        if (
+            layer in scattered and outputs is not None
+        ):  # its output keeps its width; rows that are gone stay zero
             up = up * outputs.to(up)[:, None]
         elif outputs is not None:
             up = up[outputs]

@@ -30,7 +30,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         metavar="NAME",
-        help="fast, balanced (default), paper or ecodiff; or a scoring method: wanda, taylor, ...",
+        help="fast, balanced, paper or ecodiff; or a scoring method: surgeon, wanda, taylor, ... (default: "
+        "as measured, surgeon or gauss-newton where modulation has directions, else balanced)",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the pruned pipeline")
     parser.add_argument("--run", metavar="DIR", help="the run's folder; an unfinished one is resumed")
@@ -141,7 +142,7 @@ def _open_or_create(options: argparse.Namespace, pipe) -> "Run":
     """The run that is asked for: a new one, or one that is resumed."""
     from .. import catalog
     from ..checks import check_class
-    from ..learning import distributed, methods  # noqa: F401 - every method is a preset
+    from ..learning import distributed, methods
     from ..pipelines import denoiser_of
     from ..pruning.scores import Scores
     from ..runs import Run, RunStore
@@ -150,7 +151,8 @@ def _open_or_create(options: argparse.Namespace, pipe) -> "Run":
     model = catalog.find(options.model)
     asked = {"seed": options.seed, "kinds": tuple(options.kinds) if options.kinds else None}
     asked |= {"inference_steps": options.steps, "guidance_scale": options.guidance, "size": options.size}
-    ratio, preset = 0.2 if options.ratio is None else options.ratio, options.preset or "balanced"
+    ratio = 0.2 if options.ratio is None else options.ratio
+    preset = options.preset or methods.measured_best(denoiser_of(pipe), "balanced")
     config = model.learn_config(preset, ratio, **{n: v for n, v in asked.items() if v is not None})
     prompts = read_prompts(options.prompts) if options.prompts else model.prompts("calibration")
     # Refuse an impossible size before learning, not after.

@@ -16,7 +16,8 @@ there are, prompts are put together of halves of two. Only the text encoder and 
 first block run for them. M is an estimate of few gradients, so some of the identity is added to it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -80,6 +81,38 @@ class Gradients:
         window = len(costs) // WINDOW // 2 * 2 + 1
         padded = torch.nn.functional.pad((exact / costs)[None], (window // 2,) * 2, mode="replicate")[0]
         return padded.unfold(0, window, 1).mean(1)
+
+
+def sampled(
+    pipe: DiffusionPipeline,
+    groups: Sequence[PruneGroup],
+    calls: Sequence[dict],
+    prompts: Sequence[str],
+    seed: int,
+    sample: Callable[[int, dict], Mapping[str, Tensor]],
+) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    """Mean squared gradients of all gates, and of groups of directions (Z, Y) and costs in their place.
+
+    Args:
+        prompts: what directions are found from; none: they are the features themselves.
+        sample: (number, call) to the squared gradients of one batch, by a backward pass under gates.
+    """
+    shared = {g.name: Gradients(denoiser_of(pipe), g) for g in groups if g.activations and prompts}
+    costs = {group.name: torch.zeros(group.size) for group in groups}
+    for index, call in enumerate(calls):
+        with ExitStack() as watching:
+            for watch in shared.values():
+                watching.enter_context(watch.of(len(call["prompt"])))
+            squares = sample(index, call)
+        for name, square in squares.items():
+            costs[name] += square / len(calls)
+    trajectories, bases = sum(len(call["prompt"]) for call in calls), {}
+    for group in groups:
+        if (found := shared.get(group.name)) is not None:
+            moment = second_moment(pipe, group, prompts, calls[0], seed)
+            z, y, each = basis(moment, found.metric / trajectories)
+            bases[group.name], costs[group.name] = (z, y), each * found.coherence(z, y, each)
+    return costs, bases
 
 
 @torch.no_grad()

@@ -27,10 +27,10 @@ from ..pruning.scores import Scores
 from . import distributed
 from .budget import OPEN, Budget
 from .checkpointing import Keep, gradients
+from .gauss_newton import gauss_newton_sample
 from .memory import Retry
 from .methods import METHODS
 from .objective import Objective
-from .scoring import gauss_newton_sample
 from .state import LearnState
 from .trajectory import trajectory
 
@@ -133,7 +133,9 @@ def _score(state: LearnState, budget: Budget, objective: Objective) -> dict:
     """All of another method's scores at once, as saliency."""
     config = budget.config
     calls = [objective.call(batch) for batch in range(config.warm_steps)]
-    found = METHODS[str(config.method)](objective.pipe, calls, config.seed, objective.prompts)
+    found = METHODS[str(config.method)](
+        objective.pipe, calls, config.seed, objective.prompts, objective.count
+    )
     for name in set(budget.names) & set(found.bases):
         for part, matrix in zip(PARTS, found.bases[name], strict=True):
             state.vectors[f"{name}.{part}"] = matrix.flatten()

@@ -12,12 +12,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ..architectures import find_groups, unit_parameters
+from ..architectures import find_groups
 from ..config import PRESETS
 from ..pipelines import denoiser_calls, denoiser_of, moved, stream
 from ..pruning.masking import masked
 from ..units import ALL_KINDS, PRESET_KINDS, PruneGroup
-from .checkpointing import Keep
 from .trajectory import trajectory
 
 
@@ -37,7 +36,7 @@ class Method:
         cost: dense trajectories that it takes for each one that it is given.
         score: (pipe, calls, seed) to {group name: (units,)}; calls are arguments of the pipeline, one
             dict a batch of trajectories.
-        wide: it is also given all calibration prompts, as `prompts`.
+        wide: it is also given all calibration prompts, as `prompts`, and `on_step`.
     """
 
     name: str
@@ -47,10 +46,19 @@ class Method:
     wide: bool = False
 
     def __call__(
-        self, pipe: DiffusionPipeline, calls: Sequence[dict], seed: int, prompts: Sequence[str]
+        self,
+        pipe: DiffusionPipeline,
+        calls: Sequence[dict],
+        seed: int,
+        prompts: Sequence[str],
+        on_step: Callable[[], None] | None = None,
     ) -> Values:
-        """The scores of all units."""
-        found = self.score(pipe, calls, seed, **{"prompts": prompts} if self.wide else {})
+        """The scores of all units.
+
+        Args:
+            on_step: called before every denoiser call of a method that is `wide`; raise in it to stop.
+        """
+        found = self.score(pipe, calls, seed, **{"prompts": prompts, "on_step": on_step} if self.wide else {})
         return found if isinstance(found, Values) else Values(found)
 
 
@@ -223,60 +231,6 @@ def _with_sample(args: tuple, kwargs: dict, noisy: Tensor) -> tuple[tuple, dict]
 def _repeated(batch: Tensor, rows: int) -> Tensor:
     """The batch over and over until it has `rows` rows: guidance stacks it once more."""
     return batch.repeat(rows // len(batch), *[1] * (batch.ndim - 1))
-
-
-@method("gauss-newton", "ecodiff: Gauss-Newton diagonal of the objective", cost=4)
-def gauss_newton(pipe: DiffusionPipeline, calls: Iterable[dict], seed: int = 0) -> dict[str, Tensor]:
-    """Diagonal of the Gauss-Newton matrix of the objective, per parameter that a unit holds.
-
-    For the loss L(m) = ||z_0(m) - z_0(1)||^2 the Hessian at m = 1 is 2 J^T J. With r normal,
-    E[(d(r . z_0) / dm_i)^2] = ||J_i||^2: a backward pass through a whole trajectory estimates what
-    removing unit i costs. Divided by the unit's parameters, because parameters are what is bought.
-
-    Args:
-        calls: arguments of the pipeline, one dict a batch of trajectories (lists of prompts and
-            of generators).
-    """
-    denoiser = denoiser_of(pipe)
-    groups = _groups(pipe)
-    totals = {group.name: torch.zeros(group.size) for group in groups}
-    for index, call in enumerate(calls):
-        squares = gauss_newton_sample(pipe, groups, call, stream("probe", seed, index))
-        for name, square in squares.items():
-            totals[name] += square
-    return {g.name: totals[g.name] / unit_parameters(denoiser, g) for g in groups}
-
-
-def gauss_newton_sample(
-    pipe: DiffusionPipeline,
-    groups: list[PruneGroup],
-    call: dict,
-    generator: torch.Generator,
-    checkpoint: bool | Keep = True,
-    on_step=None,
-    rows: slice | None = None,
-) -> dict[str, Tensor]:
-    """One random projection: the squared gradient of r . z_0 with respect to every gate.
-
-    Every latent of a batch has a gate and an r of its own: its squares are a sample each, and their
-    mean is returned, in units of the relative error, ||dz_0||^2 / (n var z_0). Experts share gates, as
-    a router mixes the rows' tokens: the r are independent, so the square of a sum over rows is a sample
-    of the sum of squares. `rows` says which of a larger batch these are, so that each gets the r that it
-    would have in it.
-    """
-    denoiser, count = denoiser_of(pipe), len(call["prompt"])
-    shapes = {g.name: (1 if g.routed else count, g.size) for g in groups}
-    gates = {n: torch.ones(shape, device=denoiser.device, requires_grad=True) for n, shape in shapes.items()}
-    with masked(denoiser, gates), trajectory(pipe, checkpoint, on_step) as run:
-        z0 = run(**call).float().flatten(1)
-        rows = rows or slice(len(z0))
-        r = torch.randn(rows.stop, z0.shape[1], generator=generator)
-        r = r[rows].to(z0.device)
-        spread = z0.detach().var(1, keepdim=True) * z0.shape[1]
-        found = torch.autograd.grad((r * z0 / spread.sqrt()).sum(), list(gates.values()), allow_unused=True)
-    pairs = zip(gates.items(), found, strict=True)
-    gradients = {n: torch.zeros_like(g) if grad is None else grad.float() for (n, g), grad in pairs}
-    return {name: gradient.square().sum(0).cpu() / count for name, gradient in gradients.items()}
 
 
 def _groups(pipe: DiffusionPipeline) -> list[PruneGroup]:

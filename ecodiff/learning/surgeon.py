@@ -18,8 +18,7 @@ A block of k features of n costs n^2 k operations for P and n k out for W: n = 1
 a matrix of 0.9 GB in float32.
 """
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,8 +31,9 @@ from ..architectures import find_groups, unit_parameters
 from ..pipelines import denoiser_calls, denoiser_of, moved, stream
 from ..units import ALL_KINDS, KINDS, PRESET_KINDS, PruneGroup
 from .calibration import Call, Statistics, seen
-from .directions import Gradients, basis, second_moment
-from .scoring import Values, gauss_newton_sample, method
+from .directions import sampled
+from .gauss_newton import gauss_newton_sample
+from .scoring import Values, method
 
 DAMPING = 0.05  # e, as a fraction of the mean variance of a feature: that of compensation
 CALLS = 6  # denoiser calls of each batch that A is gathered over, evenly spread
@@ -48,13 +48,18 @@ CALLS = 6  # denoiser calls of each batch that A is gathered over, evenly spread
     batches=12,
 )
 def surgeon(
-    pipe: DiffusionPipeline, calls: Iterable[dict], seed: int = 0, prompts: Sequence[str] = ()
+    pipe: DiffusionPipeline,
+    calls: Iterable[dict],
+    seed: int = 0,
+    prompts: Sequence[str] = (),
+    on_step: Callable[[], None] | None = None,
 ) -> Values:
     """Units by when they are removed, as a number that rises: the first has the least.
 
     Args:
         calls: arguments of the pipeline, one dict a batch of trajectories.
         prompts: what directions are found from; some hundreds. None: they are the features themselves.
+        on_step: called before every denoiser call; raise in it to stop.
     """
     denoiser = denoiser_of(pipe)
     groups = find_groups(denoiser, ALL_KINDS)
@@ -67,18 +72,14 @@ def surgeon(
     layers = {name: layer for name, layer in layers.items() if isinstance(layer, (nn.Linear, nn.Conv2d))}
     inputs: dict[str, Statistics] = {name: Statistics() for name in layers}
     metric = {name: torch.zeros(len(layer.weight), len(layer.weight)) for name, layer in layers.items()}
-    plain: dict[str, Tensor] = {group.name: torch.zeros(group.size) for group in groups}
     calls = list(calls)
-    shared = [Gradients(denoiser, group) for group in groups if group.activations and prompts]
-    for index, call in enumerate(calls):
-        _gather_inputs(pipe, call, inputs)
-        with ExitStack() as watching:
-            watching.enter_context(_Watched(layers, metric))
-            for watch in shared:
-                watching.enter_context(watch.of(len(call["prompt"])))
-            squares = gauss_newton_sample(pipe, groups, call, stream("probe", seed, index))
-        for name, square in squares.items():
-            plain[name] += square / len(calls)
+
+    def sample(index: int, call: dict) -> dict[str, Tensor]:
+        _gather_inputs(pipe, call, inputs, on_step)
+        with _Watched(layers, metric):
+            return gauss_newton_sample(pipe, groups, call, stream("probe", seed, index), on_step=on_step)
+
+    plain, bases = sampled(pipe, groups, calls, prompts, seed, sample)
     trajectories = sum(len(call["prompt"]) for call in calls)
     consumers = {
         name: Consumer.of(layer, inputs[name], metric[name] / trajectories)
@@ -86,12 +87,6 @@ def surgeon(
         if inputs[name].rows
     }
     prices = {group.name: float(max(1, unit_parameters(denoiser, group))) for group in groups}
-    bases = {}
-    for watch, group in zip(shared, [g for g in groups if g.activations], strict=False):
-        moment = second_moment(pipe, group, prompts, calls[0], seed)
-        z, y, costs = basis(moment, watch.metric / trajectories)
-        plain[group.name] = costs * watch.coherence(z, y, costs)
-        bases[group.name] = (z, y)
     candidates = [Candidate(g, consumers, plain[g.name], prices[g.name]) for g in groups]
     found = Values(removal_order(candidates))
     found.bases = bases
@@ -104,8 +99,10 @@ def _solved(slot) -> bool:
 
 
 @torch.no_grad()
-def _gather_inputs(pipe: DiffusionPipeline, call: dict, inputs: dict[str, Statistics]) -> None:
-    made = denoiser_calls(pipe, call)
+def _gather_inputs(
+    pipe: DiffusionPipeline, call: dict, inputs: dict[str, Statistics], on_step: Callable[[], None] | None
+) -> None:
+    made = denoiser_calls(pipe, call, on_step=on_step)
     chosen = torch.linspace(0, len(made) - 1, min(CALLS, len(made))).round().long().unique()
     for index in chosen.tolist():
         args, kwargs = moved(made[index], denoiser_of(pipe).device)
@@ -263,3 +260,14 @@ def removal_order(candidates: Sequence[Candidate]) -> dict[str, Tensor]:
         for candidate in candidates:
             if candidate is cheapest or shared & candidate.modules:
                 candidate.refresh()
+
+
+def statistics_bytes(denoiser: nn.Module) -> int:
+    """What the statistics of all consumers take in memory, about: covariance, its inverse, moment, metric."""
+    total = 0
+    slots = [s for g in find_groups(denoiser, ALL_KINDS) if not g.activations for s in g.consumers]
+    for name in {slot.module for slot in slots if _solved(slot)}:
+        layer: Any = denoiser.get_submodule(name)
+        out, features = len(layer.weight), layer.weight[0].numel()
+        total += 4 * (3 * features**2 + out**2 + 2 * out * features)
+    return total

@@ -42,6 +42,7 @@ class Run:
     name: str = ""
     imported: bool = False  # nothing is learned: what others learned was brought
     visitor: str = ""  # who started it, on a server that is shared: a hash
+    calls = 0  # of the denoiser, since this object works on it; not kept
 
     @property
     def id(self) -> str:

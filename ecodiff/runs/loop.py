@@ -79,6 +79,10 @@ def _steps(run: Run, pipe: DiffusionPipeline, device_lock, budget) -> Iterator[t
     state, scores, slowest = None, None, 0.0
     alone, first = distributed.count() == 1, distributed.rank() == 0
 
+    def count() -> None:
+        run.calls += 1
+        raise_if_stopped()
+
     def raise_if_stopped() -> None:
         if distributed.agreed(run.stop_requested):
             raise Stopped
@@ -89,7 +93,7 @@ def _steps(run: Run, pipe: DiffusionPipeline, device_lock, budget) -> Iterator[t
             run.prompts,
             run.config,
             run.state(),
-            on_step=raise_if_stopped if alone else None,
+            on_step=count if alone else None,
             on_plan=run.note_memory if first else None,
             device_lock=device_lock,
         )

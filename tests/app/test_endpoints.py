@@ -20,6 +20,7 @@ from tests.checkpoints.test_folders import some_plan
 
 ENDPOINTS = {
     "/predict",
+    "/default_preset",
     "/prune_start",
     "/prune_status",
     "/lora",
@@ -84,6 +85,11 @@ def test_the_docs_have_an_example_of_each(client):
 def test_the_main_job(client, tmp_path):
     predicted = client.predict("emoji-sdxl", 0.2, api_name="/predict")
     assert predicted["params_dense"] == 8_327_876
+    assert client.predict("emoji-sdxl", api_name="/default_preset") == "fast"
+    assert client.predict("emoji-flux", api_name="/default_preset") == "surgeon"
+    assert client.predict("flux-dev", api_name="/default_preset") == "gauss-newton"
+    published = client.predict("emoji-sdxl", 0.2, "ecodiff", api_name="/predict")
+    assert published["ceiling"] < predicted["ceiling"]  # what the preset prunes, as `prune_start` does
     assert predicted["memory"]["draw"] <= predicted["memory"]["learn"] < predicted["memory"]["here"]
 
     run = client.predict("emoji-sdxl", 0.2, "fast", 0, api_name="/prune_start")["run"]

@@ -97,7 +97,7 @@ def test_flux_says_that_it_takes_none_on_scattered_rows(tmp_path):
 
     pipe = flux()
     file = peft_file(pipe, tmp_path / "lora.safetensors")
-    tensors, report = translate_lora(file, pipe, some_plan(pipe))
+    _, report = translate_lora(file, pipe, some_plan(pipe))
     assert report.dropped["transformer_blocks.0.norm1.linear"] == "FLUX takes none on rows of modulation"
 
 

@@ -9,6 +9,7 @@ import ecodiff
 from ecodiff.architectures import find_groups
 from ecodiff.errors import BudgetError, CheckpointError
 from ecodiff.learning import directions
+from ecodiff.learning.gauss_newton import gauss_newton_sample
 from ecodiff.learning.learn import learn
 from ecodiff.pipelines import denoiser_of, stream
 from ecodiff.storage import read_header, write_tensors
@@ -76,7 +77,7 @@ def test_gradients_are_those_of_gates():
     call = {"prompt": PROMPTS[:2], "num_inference_steps": 3} | short(pipe)
     call["generator"] = [stream("latents", 0, row) for row in range(2)]
     with watch.of(2):
-        squares = ecodiff.learning.scoring.gauss_newton_sample(pipe, groups, call, stream("probe", 0))[BASIS]
+        squares = gauss_newton_sample(pipe, groups, call, stream("probe", 0))[BASIS]
     eye = torch.eye(groups[0].size)
     exact = torch.stack([product.diagonal().square() for product in watch.products]).mean(0)
     torch.testing.assert_close(exact, squares, rtol=1e-3, atol=1e-6 * float(squares.max()))

@@ -8,7 +8,7 @@ import torch
 import ecodiff
 from ecodiff import catalog, machine
 from ecodiff.checkpoints import loading
-from ecodiff.learning import memory, scoring
+from ecodiff.learning import gauss_newton, memory
 from ecodiff.learning.checkpointing import Keep
 from ecodiff.learning.encodings import Encodings
 from ecodiff.learning.learn import learn
@@ -126,7 +126,7 @@ def test_prompts_are_encoded_once_and_text_encoders_can_be_away(name):
 def test_running_out_of_memory_changes_the_plan_and_not_the_scores(tiny_sdxl, monkeypatch):
     prompts, plans, failed = ["red apple", "cat"], [], []
     reference = ecodiff.learn_masks(tiny_sdxl, prompts, replace(CONFIG, checkpoint=True))
-    real = scoring.gauss_newton_sample
+    real = gauss_newton.gauss_newton_sample
 
     def tight(*args, checkpoint, **kwargs):
         """A machine that holds the activations of one call."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import ecodiff
-from ecodiff.learning import scoring
+from ecodiff.learning.gauss_newton import gauss_newton_sample
 from ecodiff.learning.methods import METHODS
 from ecodiff.pipelines import denoiser_of, stream
 from ecodiff.pruning import masking
@@ -44,9 +44,7 @@ def test_gauss_newton_is_the_norm_of_the_jacobian(tiny_sdxl):
     dense, step = z0(1.0), 1e-2
     slope = ((z0(1 + step) - z0(1 - step)) / (2 * step)).flatten(1)
     wanted = float((slope.square().sum(1) / dense.flatten(1).var(1) / slope.shape[1]).mean())
-    draws = [
-        scoring.gauss_newton_sample(tiny_sdxl, [group], call(), stream("probe", seed)) for seed in range(60)
-    ]
+    draws = [gauss_newton_sample(tiny_sdxl, [group], call(), stream("probe", seed)) for seed in range(60)]
     found = float(torch.stack([draw[group.name][0] for draw in draws]).mean())
     assert found == pytest.approx(wanted, rel=0.4)
 

@@ -23,6 +23,7 @@ from .files import export, lora, lora_images, plan_file, push
 from .learning import (
     EXPIRY_SECONDS,
     Seed,
+    default_preset,
     delete,
     fail,
     formats,
@@ -47,6 +48,7 @@ __all__ = [
     "Seed",
     "compare",
     "cut",
+    "default_preset",
     "defaults",
     "delete",
     "export",

@@ -18,7 +18,7 @@ from ...checks import check_class
 from ...config import LearnConfig
 from ...errors import BudgetError, ModelNotFoundError, RunError
 from ...learning import memory
-from ...learning.methods import METHODS
+from ...learning.methods import METHODS, measured_best
 from ...pruning.scores import Scores
 from ...runs.folder import Run
 from ...runs.importing import import_run
@@ -26,10 +26,12 @@ from ...units import ALL_KINDS, PRESET_KINDS
 from .. import limits
 from ..server import server
 from ..tasks import LearnRun, results
+from ..worker import Job
 
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 EXPIRY_SECONDS = 24 * 3600  # on a Space; at home runs are kept
+CALLS_A_STEP = 3  # denoiser calls of a time step: recorded, differentiated, computed again
 
 
 @cache
@@ -56,12 +58,13 @@ def _known(model: str) -> catalog.Model:
     return known
 
 
-def predict(model: str, ratio: float) -> dict:
+def predict(model: str, ratio: float, preset: str = "fast", kinds: list[str] | None = None) -> dict:
     """What pruning will leave, by arithmetic on the model's configuration.
 
     Args:
         model: embedded name, folder or Hub id.
         ratio: fraction of the denoiser's parameters to remove.
+        preset, kinds: as `start` takes them: what may go.
 
     Returns:
         {"params_dense", "params_pruned", "bytes_dense", "bytes_pruned", "ceiling": share of the parameters
@@ -71,7 +74,8 @@ def predict(model: str, ratio: float) -> dict:
         that no unit holds}}
     """
     known = _known(model)
-    scores, itemsize, dense_bytes = unit_costs(known.name)
+    wanted = LearnConfig.preset(preset, **{"kinds": tuple(kinds)} if kinds else {}).kinds
+    scores, itemsize, dense_bytes = unit_costs(known.name, wanted)
     denoiser = empty_denoiser(known.name)
     removed = round(_checked(ratio, scores) * scores.total)
     device = torch.device(machine.device())
@@ -99,6 +103,15 @@ def methods() -> list[tuple[str, str]]:
 def formats() -> list[tuple[str, str]]:
     """Ways to export: (what it is, its name), as `export` takes."""
     return [(f"{entry.name}: {entry.words}", entry.name) for entry in FORMATS.values()]
+
+
+def default_preset(model: str) -> str:
+    """The preset that a model is best learned with here, as far as that is measured.
+
+    On ZeroGPU, where a call is short, one that learns step by step.
+    """
+    known = _known(model)
+    return "fast" if machine.zerogpu() else measured_best(empty_denoiser(known.name), "fast")
 
 
 def kinds_of(preset: str) -> tuple[str, ...]:
@@ -198,7 +211,7 @@ def status(run: str) -> dict:
     Returns:
         {"run", "model", "preset", "name", "created", "expires": seconds since 1970, or None, "ratio",
         "size": the one ratio of a run made of a plan, or None where any can be cut,
-        "stage", "step", "steps", "ahead",
+        "stage", "step", "steps", "share": of the one step of a ranking method, or None, "ahead",
         "seconds_left": measured, or None, "error", "memory", "history": one dict a step}; stage is queued,
         loading, learning, calibrating, finished, stopped, failed, or interrupted (nothing works on it: the
         server was restarted or, on ZeroGPU, `learn` is to be called).
@@ -221,12 +234,23 @@ def status(run: str) -> dict:
         "step": step,
         "steps": opened.config.total_steps,
         "warm_steps": opened.config.warm_steps,
+        "share": _share(job) if job else None,
         "ahead": server().worker.ahead(job) if job else 0,
         "seconds_left": job.seconds_left if job and job.active else None,
         "error": opened.error,
         "memory": opened.memory,
         "history": state.history if state else [],
     }
+
+
+def _share(job: Job) -> float | None:
+    """Of a method that ranks in one step, how much is done: denoiser calls of those that it takes."""
+    config = job.run.config
+    method = METHODS.get(config.method or "")
+    if method is None or not method.wide or not job.active:
+        return None
+    steps = (config.inference_steps or 50) * config.warm_steps * CALLS_A_STEP
+    return min(1.0, job.run.calls / steps)
 
 
 def _stage(run: Run, step: int) -> str:

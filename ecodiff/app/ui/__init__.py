@@ -56,7 +56,7 @@ def _wire(demo: gr.Blocks, tabs: gr.Tabs, browser: Browser, pruning: Tab, compar
     p, c, runs, current = pruning.parts, comparing.parts, browser.runs, browser.current
     arrived = [tabs, c["ratio"], c["compensate"], *comparing.outputs]
     p["see"].click(compare.come, [runs, current, p["size"], p["compensate"]], arrived, **PRIVATE)
-    demo.load(prune.predict, [p["model"], p["ratio"]], p["predicted"], **PRIVATE)
+    demo.load(prune.predict, p["what"], p["predicted"], **PRIVATE)
     demo.load(compare.follow, runs, [tabs, runs, *c["settings"]], **PRIVATE)
     seen = demo.load(p["watch"], current, p["watched"], concurrency_limit=None, **PRIVATE)
     seen.then(p["recut"], [current, p["size"]], p["cut_out"], **PRIVATE)

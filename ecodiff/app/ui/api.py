@@ -40,6 +40,7 @@ def typed(function: Callable) -> Callable:
 # Endpoints that take and give plain data, by name. Of a generator the last result is the answer.
 PLAIN: dict[str, Callable] = {
     "predict": service.predict,
+    "default_preset": service.default_preset,
     "prune_start": service.start,
     "prune_status": service.status,
     "prune_step": service.learn,

@@ -18,8 +18,10 @@ from ..server import server
 MODELS = [(model.title, model.name) for model in catalog.MODELS.values()]
 
 PRESETS = [
-    ("Fast: a minute or two on the small model", "fast"),
+    ("Fast: a minute or two on the small models", "fast"),
     ("Balanced", "balanced"),
+    ("Surgeon: counts what repair mends; best measured on transformers", "surgeon"),
+    ("Gauss-Newton: the same for models of any size", "gauss-newton"),
     ("Paper: as many trajectories as the paper", "paper"),
     ("EcoDiff as published, to compare with", "ecodiff"),
 ]

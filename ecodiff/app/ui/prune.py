@@ -51,8 +51,10 @@ def build(browser: Browser) -> Tab:
     private = {"api_visibility": "private"}
     hidden = private | {"show_progress": "hidden"}
     watching = hidden | {"concurrency_limit": None}
-    for event in (form["model"].change, form["ratio"].release, form["ratio"].change):
-        event(predict, asked[:2], predicted, show_progress="minimal", **private)
+    what = [form[name] for name in ("model", "ratio", "preset", "kinds")]
+    for event in (form["model"].change, form["ratio"].release, form["ratio"].change, form["kinds"].change):
+        event(predict, what, predicted, show_progress="minimal", **private)
+    form["model"].change(preset_of, form["model"], form["preset"], **hidden)
     # The published method prunes heads and neurons only: what will be pruned is what is ticked.
     form["preset"].change(preset_kinds, form["preset"], form["kinds"], **hidden)
     begun = form["start"].click(begin, [*asked, runs], [runs, current, size], **private)
@@ -66,7 +68,7 @@ def build(browser: Browser) -> Tab:
     compensate.change(cutting, [current, size], cut_out, **hidden)
     files = [results[name] for name in ("download", "packed", "code")]
     results["pack"].click(placed(make, named), [current, size, compensate], files, **private)
-    parts = {name: form[name] for name in ("model", "ratio")} | {"predicted": predicted}
+    parts: dict = {"what": what, "predicted": predicted}
     parts |= {name: results[name] for name in ("size", "compensate", "see")}
     parts |= {"watched": watched, "cut_out": cut_out, "watch": placed(watch, named), "recut": cutting}
     return Tab(parts=parts)
@@ -154,10 +156,18 @@ def preset_kinds(preset):
     return list(service.kinds_of(preset))
 
 
-def predict(model, percent):
+def preset_of(model):
+    """The preset that a model is best learned with; what cannot be looked at changes nothing."""
+    try:
+        return service.default_preset(model)
+    except EcodiffError:
+        return gr.skip()
+
+
+def predict(model, percent, preset, kinds):
     """What a size will leave, or why it cannot be."""
     try:
-        return show.prediction(service.predict(model, percent / 100))
+        return show.prediction(service.predict(model, percent / 100, preset, kinds))
     except EcodiffError as error:
         return show.failure(str(error))
 
@@ -207,7 +217,8 @@ def watch(run):
         before = None
         while True:
             found = service.status(run)
-            seen = (found["stage"], found["step"], round(found["seconds_left"] or 0))
+            done = round(100 * (found["share"] or 0))
+            seen = (found["stage"], found["step"], round(found["seconds_left"] or 0), done)
             if seen != before:
                 yield view(found)
                 before = seen

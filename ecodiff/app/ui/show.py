@@ -113,14 +113,17 @@ def progress(status: dict) -> str:
         words.append(f"{status['ahead']} run(s) before this one")
     if stage == "learning" and step < status["warm_steps"]:
         words.append("finding a start")
-    words.append(f"step {step} of {steps}")
+    if status["share"] is None:
+        words.append(f"step {step} of {steps}")
+    elif stage == "learning":
+        words.append("gathering statistics" if status["share"] < 1 else "ordering units")
     learned = [row for row in status["history"] if "loss" in row]
     if learned:
         words.append(f"loss {learned[-1]['loss']:.4f}")
         words.append(f"{learned[-1]['expected']:.1%} removed")
     if status["seconds_left"] is not None:
         words.append(f"{duration(status['seconds_left'])} left")
-    share = 100 * step / max(1, steps)
+    share = 100 * (step / max(1, steps) if status["share"] is None else status["share"])
     if status["memory"] and stage == "learning":
         words.append(f"memory: {escape(status['memory'])}")
     failed = failure(status["error"]) if status["error"] else ""
