@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 import socket
 import threading
 from contextlib import contextmanager
@@ -29,6 +30,10 @@ class Hub:
     def reset(self) -> None:
         """As new, at the same address."""
         self.__init__(self.address)
+
+
+# Of the Hub's list, what the models of the catalogue have.
+LICENCES = ("apache-2.0", "mit", "openrail++", "creativeml-openrail-m", "gemma", "unknown", "other")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -85,7 +90,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "api/repos/create":
             self.create(json.loads(body))
         elif path == "api/validate-yaml":
-            self.answer(200, {"errors": [], "warnings": []})
+            said = re.search(r'^license: "?([^"\n]*)', json.loads(body)["content"], re.MULTILINE)
+            wrong = said is not None and said[1] not in LICENCES
+            message = f'"license" must be one of {LICENCES}'
+            errors = [{"message": message}] if wrong else []
+            self.answer(400 if wrong else 200, {"errors": errors, "warnings": []})
         elif parts[0] == "blob":
             self.blob(parts[1], body)
         elif "info/lfs/objects/batch" in path:

@@ -2,6 +2,7 @@
 
 import json
 from importlib.metadata import version
+from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
@@ -28,6 +29,52 @@ image = pipe("a red apple"{options}).images[0]
 image.save("image.png")"""
 
 
+# Of models in the catalogue or their folders, what the Hub knows; it refuses a card with any other word.
+# https://huggingface.co/docs/hub/repositories-licenses
+HUB_LICENCES = frozenset(
+    [
+        "apache-2.0",
+        "bsd-2-clause",
+        "bsd-3-clause",
+        "cc0-1.0",
+        "cc-by-4.0",
+        "cc-by-sa-4.0",
+        "cc-by-nc-4.0",
+        "cc-by-nc-sa-4.0",
+        "cc-by-nc-nd-4.0",
+        "creativeml-openrail-m",
+        "bigscience-openrail-m",
+        "openrail",
+        "openrail++",
+        "deepfloyd-if-license",
+        "gemma",
+        "llama2",
+        "llama3",
+        "llama3.1",
+        "mit",
+        "mpl-2.0",
+        "gpl-3.0",
+        "agpl-3.0",
+        "lgpl-3.0",
+        "unknown",
+        "other",
+    ]
+)
+
+
+def front_matter(known: catalog.Model, library: str, tags: list[str]) -> str:
+    """The metadata at the top of a card, YAML: a licence that the Hub has no word for is named and linked."""
+    head: dict = {"library_name": library, "license": known.licence, "tags": tags}
+    on_hub = "/" in known.source and not known.embedded and not Path(known.source).exists()
+    if known.licence not in HUB_LICENCES:
+        head |= {"license": "other", "license_name": known.licence}
+        if on_hub:
+            head["license_link"] = f"https://huggingface.co/{known.source}"
+    if on_hub:
+        head["base_model"] = known.source
+    return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in head.items()) + "---\n"
+
+
 def model_card(pipe: DiffusionPipeline, facts: dict | None = None) -> str:
     """README.md of a pruned folder: what was removed, how to load it, the base model's licence."""
     name = denoiser_name(pipe)
@@ -35,17 +82,11 @@ def model_card(pipe: DiffusionPipeline, facts: dict | None = None) -> str:
     about = plan.metadata | (facts or {})
     base = about.get("model", "unknown")
     known = catalog.find(base)
-    head = {"library_name": "diffusers", "license": known.licence, "tags": ["ecodiff", "pruned"]}
-    if "/" in known.source and not known.embedded:
-        head["base_model"] = known.source
-    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
+    front = front_matter(known, "diffusers", ["ecodiff", "pruned"])
     dense, pruned = about.get("params_dense"), about.get("params_pruned")
     size = f"{dense:,} → {pruned:,} ({1 - pruned / dense:.1%} removed)" if dense else "see config"
     measured = "".join(f"| {key} | {value} |\n" for key, value in (facts or {}).items())
-    return f"""---
-{front}
----
-
+    return f"""{front}
 # {base}, pruned with ecodiff
 
 | | |

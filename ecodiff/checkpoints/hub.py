@@ -1,6 +1,5 @@
 """The Hugging Face Hub: pruned pipelines and plans go there, plans come from there."""
 
-import json
 import os
 import re
 import tempfile
@@ -20,7 +19,8 @@ from huggingface_hub.file_download import get_hf_file_metadata
 from .. import catalog
 from ..errors import CheckpointError
 from ..pruning.plan import PLAN_FILE, PrunePlan
-from ..storage import MAX_FILE_BYTES
+from ..storage import MAX_FILE_BYTES, in_short
+from .card import front_matter
 from .loading import NETWORK_ERRORS
 
 
@@ -103,6 +103,8 @@ def _upload(files: dict[str, Path], card: str, repo_id: str, token: str | None, 
         ) from None
     except (HfHubHTTPError, HFValidationError, *NETWORK_ERRORS, OSError, RuntimeError) as error:
         raise CheckpointError(_words(error, repo_id, "write to")) from None
+    except ValueError as error:  # the Hub read the card's metadata and refused it
+        raise CheckpointError(f"The Hub refused the model card of {repo_id}: {in_short(error)}") from None
 
 
 def _of_a_pipeline(path: str) -> bool:
@@ -132,15 +134,9 @@ def _plan_card(plan: PrunePlan) -> str:
     about = plan.metadata
     model = str(about.get("model", "MODEL"))
     known = catalog.find(model)
-    head = {"library_name": "ecodiff", "license": known.licence, "tags": ["ecodiff", "pruning-plan"]}
-    if "/" in known.source and not known.embedded:
-        head["base_model"] = known.source
-    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
+    front = front_matter(known, "ecodiff", ["ecodiff", "pruning-plan"])
     removed = f", {about['ratio']:.1%} of the denoiser removed" if "ratio" in about else ""
-    return f"""---
-{front}
----
-
+    return f"""{front}
 # A plan to prune {model}
 
 Which heads, neurons and channels of {model} stay{removed} (`{plan.digest}`). No weights are in it.

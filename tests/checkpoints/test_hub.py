@@ -10,9 +10,11 @@ import torch
 
 import ecodiff
 from benchmarks.server import ROOT
+from ecodiff import catalog
 from ecodiff.pruning.plan import PLAN_FILE
 from tests import hub
 from tests.checkpoints.test_folders import some_plan
+from tests.hub import LICENCES
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +198,20 @@ def test_a_model_comes_from_there_in_the_precision_that_is_wanted(stand_in, tiny
         assert load("ann/whole", "float16")[0] == "torch.float16", "what was downloaded is enough"
         assert load("ann/secret", "float16")[0] == "error"
         process.stdin.close()
+
+
+@pytest.mark.parametrize("name", catalog.MODELS)
+def test_a_card_has_a_licence_that_the_hub_knows(command, stand_in, tmp_path, name):
+    """Of each model of the catalogue: FLUX.1's, SD 3's and others are names and links."""
+    known = catalog.MODELS[name]
+    plan = ecodiff.PrunePlan({"a": torch.ones(2, dtype=torch.bool)}, {"model": name})
+    plan.save(tmp_path / PLAN_FILE)
+    code, said = command("push", tmp_path, "licensed", "--plan")
+    assert code == 0, said
+    card = stand_in.repos["ann/licensed"]["README.md"].decode()
+    if known.licence not in LICENCES:
+        assert 'license: "other"' in card and f'license_name: "{known.licence}"' in card
+        assert f'license_link: "https://huggingface.co/{known.source}"' in card
+    else:
+        assert f'license: "{known.licence}"' in card and "license_name" not in card
+    assert str(catalog.EMBEDDED) not in card
