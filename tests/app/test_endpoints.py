@@ -116,6 +116,11 @@ def test_the_main_job(client, tmp_path):
     assert [round(c["ratio"], 2) for c in cuts] == [0.2, 0.4]
     assert cuts[0]["digest"] != cuts[1]["digest"]
     assert abs(cuts[0]["bytes_pruned"] - predicted["bytes_pruned"]) < 20_000
+    assert set(cuts[0]["kinds"]) == set(cuts[0]["kept"]) and set(cuts[0]["kinds"].values()) == {
+        "heads",
+        "ffn",
+        "resnet",
+    }
 
     dense, pruned, facts = client.predict(run, 0.2, "red apple", 7, 4, None, api_name="/compare")
     assert Image.open(dense).size == Image.open(pruned).size == (64, 64)

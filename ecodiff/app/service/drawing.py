@@ -4,12 +4,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from statistics import fmean
 
+from ...architectures import find_groups
 from ...errors import BudgetError, RunError
 from ...metrics.fidelity import Sample, fidelity
 from ...pruning.plan import PrunePlan
+from ...units import ALL_KINDS
 from ..server import server
 from ..tasks import DrawImages, HealRun, results
-from .learning import unit_costs
+from .learning import empty_denoiser, unit_costs
 
 MAX_SIZES, MAX_PROMPTS = 4, 32  # of one call of `sizes`
 
@@ -27,10 +29,12 @@ def cut(run: str, ratio: float) -> dict:
 
     Returns:
         {"digest", "ratio", "params_dense", "params_pruned", "bytes_dense", "bytes_pruned",
-        "units_removed", "units", "kept": {group: fraction kept}}
+        "units_removed", "units", "kept": {group: fraction kept}, "kinds": {group: kind of its units}}
     """
     made = plan(run, ratio)
-    _, itemsize, dense_bytes = unit_costs(made.metadata["model"])
+    model = made.metadata["model"]
+    _, itemsize, dense_bytes = unit_costs(model)
+    kinds = {group.name: group.kind for group in find_groups(empty_denoiser(model), ALL_KINDS)}
     dense, pruned = made.metadata["params_dense"], made.metadata["params_pruned"]
     return {
         "digest": made.digest,
@@ -42,6 +46,7 @@ def cut(run: str, ratio: float) -> dict:
         "units_removed": sum(int((~keep).sum()) for keep in made.values()),
         "units": sum(len(keep) for keep in made.values()),
         "kept": {name: float(keep.float().mean()) for name, keep in made.items()},
+        "kinds": {name: kinds[name] for name in made},
     }
 
 

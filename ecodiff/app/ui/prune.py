@@ -260,7 +260,7 @@ def recut(run, percent):
     facts = service.cut(run, percent / 100)
     return {
         "figures": show.size(facts),
-        "layers": show.layers(facts["kept"]),
+        "layers": show.layers(facts["kept"], facts["kinds"]),
         "download": gr.DownloadButton("Download", value=None, interactive=False),
         "packed": "",
         "code": gr.Code(visible=False),

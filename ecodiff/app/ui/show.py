@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from html import escape
 from math import ceil
 
+from ...units import KINDS
 from ..service import megabytes
 
 STAGES = {
@@ -219,19 +220,19 @@ def surveyed(means: list[dict], count: int, done: int = 0) -> str:
     return f'{figures(cards)}<p class="eco-notes" role="status">{status}</p>'
 
 
-def layers(kept: dict[str, float]) -> str:
-    """One cell a layer, filled as far as it is kept; a row for each kind of layer."""
-    rows: dict[str, dict[str, float]] = {
-        label: {} for label in ("Attention", "Cross-attention", "Feed-forward", "ResNet channels")
-    }
-    for name, share in kept.items():
-        tail = name.rpartition(".")[2]
-        label = "Feed-forward"
-        if tail.startswith("attn"):
-            label = "Cross-attention" if tail == "attn2" else "Attention"
-        elif tail.isdigit():
-            label = "ResNet channels"
-        rows[label][name] = share
+def layers(kept: dict[str, float], kinds: dict[str, str]) -> str:
+    """One cell a layer, filled as far as it is kept; a row for each kind of unit.
+
+    Args:
+        kept, kinds: of each group.
+    """
+    rows: dict[str, dict[str, float]] = {}
+    for kind, unit in KINDS.items():
+        word = unit.word[0].upper() + unit.word[1:]
+        found = {name: share for name, share in kept.items() if kinds[name] == kind}
+        crossed = {name: share for name, share in found.items() if name.endswith("attn2")}
+        rows[word] = {name: share for name, share in found.items() if name not in crossed}
+        rows[f"{word}, cross-attention"] = crossed
     lines = ""
     for label, cells in rows.items():
         if not cells:

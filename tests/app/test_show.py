@@ -1,0 +1,20 @@
+"""What the page shows of a cut: rows are named by what the groups are, not by their names."""
+
+import re
+
+import ecodiff
+from ecodiff.app.ui import show
+from ecodiff.checkpoints import loading
+from ecodiff.units import ALL_KINDS
+
+
+def test_layers_are_named_by_their_groups():
+    for model, rows in (
+        ("flux-dev", {"Heads": 57, "FFN neurons": 76, "Modulation rows": 76, "Modulation directions": 1}),
+        ("z-image", {"Heads": 34, "FFN neurons": 34}),
+        ("sdxl", {"Heads": 70, "Heads, cross-attention": 70, "FFN neurons": 70, "ResNet channels": 17}),
+    ):
+        groups = ecodiff.find_groups(loading.empty_denoiser(model), ALL_KINDS)
+        html = show.layers({g.name: 0.5 for g in groups}, {g.name: g.kind for g in groups})
+        found = re.findall(r'aria-label="(.+?): 50% kept on average over (\d+) layers"', html)
+        assert {label: int(count) for label, count in found} == rows
