@@ -21,7 +21,7 @@ PRESETS = [
     ("Fast: a minute or two on the small models", "fast"),
     ("Balanced", "balanced"),
     ("Surgeon: counts what repair mends; best measured on transformers", "surgeon"),
-    ("Gauss-Newton: the same for models of any size", "gauss-newton"),
+    ("Gauss-Newton: for transformers of any size", "gauss-newton"),
     ("Paper: as many trajectories as the paper", "paper"),
     ("EcoDiff as published, to compare with", "ecodiff"),
 ]

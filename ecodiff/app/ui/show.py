@@ -112,7 +112,7 @@ def progress(status: dict) -> str:
     words = [f"<b>{STAGES[stage]}</b>"]
     if stage == "queued" and status["ahead"]:
         words.append(f"{status['ahead']} run(s) before this one")
-    if stage == "learning" and step < status["warm_steps"]:
+    if stage == "learning" and step < status["warm_steps"] and status["share"] is None:
         words.append("finding a start")
     if status["share"] is None:
         words.append(f"step {step} of {steps}")
@@ -154,7 +154,7 @@ def size(facts: dict) -> str:
                 f"dense {megabytes(facts['bytes_dense'])}",
             ),
             (
-                "Heads, neurons, channels removed",
+                "Units removed",
                 f"{facts['units_removed']:,}",
                 f"of {facts['units']:,}",
             ),
