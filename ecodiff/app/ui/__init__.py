@@ -6,7 +6,7 @@ import gradio as gr
 
 from ..server import Server, server, use
 from . import about, api, compare, library, prune, sizes
-from .common import Browser, Tab
+from .common import Browser, Tab, placed
 from .theme import CSS, theme
 
 SECRET = "ecodiff"  # BrowserState needs a constant one to survive a restart of the server
@@ -54,10 +54,12 @@ def build_demo(own: Server | None = None) -> gr.Blocks:
 def _wire(demo: gr.Blocks, tabs: gr.Tabs, browser: Browser, pruning: Tab, comparing: Tab) -> None:
     """From the Prune tab to its images; what happens when the page is opened."""
     p, c, runs, current = pruning.parts, comparing.parts, browser.runs, browser.current
-    arrived = [tabs, c["ratio"], c["compensate"], *comparing.outputs]
-    p["see"].click(compare.come, [runs, current, p["size"], p["compensate"]], arrived, **PRIVATE)
+    named = c["named"] | {"tabs": tabs}
+    arrived = [tabs, named["ratio"], named["compensate"], *comparing.outputs]
+    asked = [runs, current, p["size"], p["compensate"]]
+    p["see"].click(placed(compare.come, named), asked, arrived, **PRIVATE)
     demo.load(prune.predict, p["what"], p["predicted"], **PRIVATE)
-    demo.load(compare.follow, runs, [tabs, runs, *c["settings"]], **PRIVATE)
+    demo.load(placed(compare.follow, named), runs, [tabs, runs, *c["settings"]], **PRIVATE)
     seen = demo.load(p["watch"], current, p["watched"], concurrency_limit=None, **PRIVATE)
     seen.then(p["recut"], [current, p["size"]], p["cut_out"], **PRIVATE)
 

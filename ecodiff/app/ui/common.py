@@ -173,8 +173,8 @@ def lock_size(run: str | None) -> dict:
     return gr.update(value=round(100 * size), interactive=False)
 
 
-def choose(runs: list[str], current: str, chosen: str | None) -> tuple[dict, dict]:
-    """Updates of a dropdown of runs and of the text for when there is none.
+def choose(runs: list[str], current: str, chosen: str | None) -> dict[str, dict]:
+    """Updates of a dropdown of runs ("run") and of the text for when there is none ("empty").
 
     What was chosen stays chosen; else it is what was pruned last.
     """
@@ -182,4 +182,4 @@ def choose(runs: list[str], current: str, chosen: str | None) -> tuple[dict, dic
     ids = [value for _, value in found]
     newest = ids[0] if ids else None
     value = chosen if chosen in ids else current if current in ids else newest
-    return gr.update(choices=found, value=value), gr.update(visible=not found)
+    return {"run": gr.update(choices=found, value=value), "empty": gr.update(visible=not found)}

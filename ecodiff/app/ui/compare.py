@@ -9,7 +9,19 @@ from PIL import Image
 from ... import catalog
 from .. import service
 from . import show
-from .common import COMPENSATE, Browser, Tab, choices, choose, lenient, lock_size, percent_box, seed_box, told
+from .common import (
+    COMPENSATE,
+    Browser,
+    Tab,
+    choices,
+    choose,
+    lenient,
+    lock_size,
+    percent_box,
+    placed,
+    seed_box,
+    told,
+)
 
 # The clipboard is there on https and on this machine only; on plain http a selection is copied.
 COPY = """() => {
@@ -67,15 +79,19 @@ def build(browser: Browser) -> Tab:
     )
 
     settings = [run, ratio, prompt, seed, steps, guidance, compensate]
-    draw.click(compare, [*settings, history], [slider, figures, history, copy], api_visibility="private")
+    names = ("run", "ratio", "prompt", "seed", "steps", "guidance", "compensate")
+    named = dict(zip(names, settings, strict=True)) | {"empty": empty, "runs": runs}
+    drawn = {"slider": slider, "figures": figures, "history": history, "copy": copy}
+    draw.click(placed(compare, drawn), [*settings, history], [*drawn.values()], api_visibility="private")
     copy.click(None, js=COPY, api_visibility="private")
 
     # Not on every change: a link brings settings of its own.
-    run.input(told(defaults), run, [steps, guidance], api_visibility="private", show_progress="hidden")
+    hidden = {"api_visibility": "private", "show_progress": "hidden"}
+    run.input(placed(told(defaults), named), run, [steps, guidance], **hidden)
 
-    parts = {"ratio": ratio, "compensate": compensate, "settings": settings}
-    run.change(told(lock_size), run, ratio, api_visibility="private", show_progress="hidden")
-    return Tab(refresh, [runs, current, run], [run, empty, steps, guidance], parts)
+    parts = {"named": named, "settings": settings}
+    run.change(told(lock_size), run, ratio, **hidden)
+    return Tab(placed(refresh, named), [runs, current, run], [run, empty, steps, guidance], parts)
 
 
 @told
@@ -91,7 +107,8 @@ def compare(run, percent, prompt, seed, steps, guidance, compensate, history):
     values = (run, percent, prompt, int(seed), steps, guidance, int(compensate))
     link = f"?{urlencode(dict(zip(QUERY, values, strict=True)))}"
     older = gr.update(value=shown + (history or [])[:22], visible=True)
-    return pair, show.comparison(facts, link), older, gr.Button(visible=True)
+    shown_facts = show.comparison(facts, link)
+    return {"slider": pair, "figures": shown_facts, "history": older, "copy": gr.Button(visible=True)}
 
 
 @told
@@ -99,26 +116,27 @@ def follow(runs, request: gr.Request):
     """A link that was opened: its run joins this browser's, and its settings are filled in."""
     query = request.query_params
     if "run" not in query:
-        return tuple(gr.skip() for _ in range(2 + len(QUERY)))
+        return {"tabs": gr.skip()}
     run = query["run"]
     known = service.defaults(run)
     runs = list(dict.fromkeys([*(runs or []), run]))
-    return (
-        gr.Tabs(selected="compare"),
-        runs,
-        gr.Dropdown(choices(runs, scored=True), value=run),
-        int(_number(query, "size", 1, 90, 20)),
-        query.get("prompt", EXAMPLES[0])[:400],
-        int(_number(query, "seed", 0, 2**31 - 1, 0)),
-        int(_number(query, "steps", 1, 100, known["steps"])),
-        _number(query, "guidance", 0, 15, known["guidance_scale"]),
-        query.get("compensate") != "0",
-    )
+    return {
+        "tabs": gr.Tabs(selected="compare"),
+        "runs": runs,
+        "run": gr.Dropdown(choices(runs, scored=True), value=run),
+        "ratio": int(_number(query, "size", 1, 90, 20)),
+        "prompt": query.get("prompt", EXAMPLES[0])[:400],
+        "seed": int(_number(query, "seed", 0, 2**31 - 1, 0)),
+        "steps": int(_number(query, "steps", 1, 100, known["steps"])),
+        "guidance": _number(query, "guidance", 0, 15, known["guidance_scale"]),
+        "compensate": query.get("compensate") != "0",
+    }
 
 
 def come(runs, current, percent, compensate):
     """From the run that is shown in the Prune tab to its images, at the size that it has there."""
-    return gr.Tabs(selected="compare"), percent, compensate, *refresh(runs, current, None)
+    here = {"tabs": gr.Tabs(selected="compare"), "ratio": percent, "compensate": compensate}
+    return here | refresh(runs, current, None)
 
 
 def _number(query, name: str, least: float, most: float, default: float) -> float:
@@ -132,14 +150,14 @@ def _number(query, name: str, least: float, most: float, default: float) -> floa
 
 def refresh(runs, current, chosen):
     """The runs there are; settings follow the run that is chosen."""
-    dropdown, empty = choose(runs, current, chosen)
-    settings = (gr.skip(), gr.skip()) if dropdown["value"] == chosen else defaults(dropdown["value"])
-    return dropdown, empty, *settings
+    found = choose(runs, current, chosen)
+    newest = found["run"]["value"]
+    return found if newest == chosen else found | defaults(newest)
 
 
 def defaults(run):
     """Time steps and guidance of the run's model: a distilled model draws in few steps, without it."""
     if not run:
-        return gr.skip(), gr.skip()
+        return {"steps": gr.skip(), "guidance": gr.skip()}
     known = service.defaults(run)
-    return known["steps"], known["guidance_scale"]
+    return {"steps": known["steps"], "guidance": known["guidance_scale"]}

@@ -5,7 +5,20 @@ import gradio as gr
 from ...errors import EcodiffError
 from .. import service
 from . import show
-from .common import MODELS, Browser, Tab, choices, label, lenient, lock_size, mine, percent_box, told, when
+from .common import (
+    MODELS,
+    Browser,
+    Tab,
+    choices,
+    label,
+    lenient,
+    lock_size,
+    mine,
+    percent_box,
+    placed,
+    told,
+    when,
+)
 
 
 def build(browser: Browser) -> Tab:
@@ -43,17 +56,19 @@ def build(browser: Browser) -> Tab:
         add = gr.Button("Open")
 
     private = {"api_visibility": "private"}
-    listed = [empty, shelf, table, run]
-    rename.click(give_name, [run, name, runs], listed, **private)
+    named = {"empty": empty, "shelf": shelf, "table": table, "run": run, "runs": runs}
+    named |= {"plan": plan, "model": model, "about": about, "code": code}
+    listed, shown = [empty, shelf, table, run], placed(refresh, named)
+    rename.click(placed(give_name, named), [run, name, runs], listed, **private)
     sure = "(run, runs) => confirm('Delete this run and its files?') ? [run, runs] : [null, runs]"
-    delete.click(remove, [run, runs], [runs, *listed], js=sure, **private)
+    delete.click(placed(remove, named), [run, runs], [runs, *listed], js=sure, **private)
     run.change(told(lock_size), run, size, show_progress="hidden", **private)
-    make.click(files, [run, size, chosen], [plan, model, about, code], **private)
+    make.click(placed(files, named), [run, size, chosen], [plan, model, about, code], **private)
     opened = add.click(open_run, [known, runs], runs, **private)
-    opened.success(refresh, [runs, run], listed, **private)
+    opened.success(shown, [runs, run], listed, **private)
     taken = take.click(bring, [dense, brought, repo, runs], runs, **private)
-    taken.success(refresh, [runs, run], listed, **private)
-    return Tab(refresh, [runs, run], listed)
+    taken.success(shown, [runs, run], listed, **private)
+    return Tab(shown, [runs, run], listed)
 
 
 def _loras(run: gr.Dropdown, size: gr.Slider) -> None:
@@ -74,8 +89,10 @@ def _loras(run: gr.Dropdown, size: gr.Slider) -> None:
             ]
         fitting = gr.DownloadButton("Translated LoRA", interactive=False)
     private = {"api_visibility": "private"}
-    translate.click(fit_lora, [run, size, lora], [report, fitting], **private)
-    preview.click(preview_lora, [run, size, lora, lora_prompt], [pair, *shown], **private)
+    named = {"report": report, "fitting": fitting, "pair": pair, "dense": shown[0], "pruned": shown[1]}
+    translate.click(placed(fit_lora, named), [run, size, lora], [report, fitting], **private)
+    asked = [run, size, lora, lora_prompt]
+    preview.click(placed(preview_lora, named), asked, [pair, *shown], **private)
 
 
 def _healing(run: gr.Dropdown, size: gr.Slider) -> None:
@@ -93,8 +110,10 @@ def _healing(run: gr.Dropdown, size: gr.Slider) -> None:
             go, end = gr.Button("Heal"), gr.Button("Stop healing", variant="stop", interactive=False)
         report, turn = gr.Markdown(), gr.State(0)
     private = {"api_visibility": "private", "concurrency_limit": 2}
+    named = {"report": report, "go": go, "end": end, "turn": turn}
+    hidden = private | {"show_progress": "hidden"}
     for event in (go.click, turn.change):
-        event(mend, [run, size, steps, turn], [report, go, end, turn], show_progress="hidden", **private)
+        event(placed(mend, named), [run, size, steps, turn], [*named.values()], **hidden)
     end.click(lambda run: service.stop(run) and None, run, None, queue=False, api_visibility="private")
 
 
@@ -160,12 +179,12 @@ def refresh(runs, chosen):
     found = choices(runs)
     ids = [value for _, value in found]
     value = chosen if chosen in ids else (ids or [None])[0]
-    return (
-        gr.update(visible=not found),
-        gr.update(visible=bool(found)),
-        show.table([row(status) for status in mine(runs)], "Runs"),
-        gr.Dropdown(found, value=value),
-    )
+    return {
+        "empty": gr.update(visible=not found),
+        "shelf": gr.update(visible=bool(found)),
+        "table": show.table([row(status) for status in mine(runs)], "Runs"),
+        "run": gr.Dropdown(found, value=value),
+    }
 
 
 @told
@@ -181,10 +200,10 @@ def give_name(run, name, runs):
 def remove(run, runs):
     """Delete a run."""
     if not run:
-        return runs, *(gr.skip() for _ in range(4))
+        return {"runs": gr.skip()}
     service.delete(run)
     runs = [other for other in runs or [] if other != run]
-    return runs, *refresh(runs, None)
+    return {"runs": runs} | refresh(runs, None)
 
 
 @told
@@ -193,12 +212,12 @@ def files(run, percent, chosen):
     if not run:
         raise gr.Error("Choose a run first.", duration=8)
     made = service.export(run, percent / 100, format=chosen)
-    return (
-        gr.DownloadButton(value=service.plan_file(run, percent / 100), interactive=True),
-        gr.DownloadButton(f"{made['name']}", value=made["path"], interactive=True),
-        f"{service.megabytes(made['bytes'])} · SHA-256 `{made['sha256']}` · run id `{run}`",
-        gr.Code(made["code"], visible=True),
-    )
+    return {
+        "plan": gr.DownloadButton(value=service.plan_file(run, percent / 100), interactive=True),
+        "model": gr.DownloadButton(f"{made['name']}", value=made["path"], interactive=True),
+        "about": f"{service.megabytes(made['bytes'])} · SHA-256 `{made['sha256']}` · run id `{run}`",
+        "code": gr.Code(made["code"], visible=True),
+    }
 
 
 @told
@@ -208,7 +227,8 @@ def fit_lora(run, percent, file):
         raise gr.Error("Choose a run and a LoRA file first.", duration=8)
     made = service.lora(run, percent / 100, file)
     dropped = "".join(f"\n- `{name}` dropped: {why}" for name, why in made["dropped"].items())
-    return made["report"] + dropped, gr.DownloadButton(made["name"], value=made["path"], interactive=True)
+    file = gr.DownloadButton(made["name"], value=made["path"], interactive=True)
+    return {"report": made["report"] + dropped, "fitting": file}
 
 
 @told
@@ -217,7 +237,7 @@ def preview_lora(run, percent, file, prompt):
     if not run or not file:
         raise gr.Error("Choose a run and a LoRA file first.", duration=8)
     dense, pruned = service.lora_images(run, percent / 100, file, prompt)
-    return gr.Row(visible=True), dense.image, pruned.image
+    return {"pair": gr.Row(visible=True), "dense": dense.image, "pruned": pruned.image}
 
 
 @told
@@ -225,15 +245,16 @@ def mend(run, percent, steps, turn):
     """Heal a run at a size. On ZeroGPU in calls of a minute: one that ends early starts the next."""
     if not run:
         raise gr.Error("Choose a run first.", duration=8)
-    yield "Starting.", gr.Button(interactive=False), gr.Button(interactive=True), gr.skip()
-    idle = gr.Button(interactive=True), gr.Button(interactive=False)
+    yield {"report": "Starting.", "go": gr.Button(interactive=False), "end": gr.Button(interactive=True)}
+    idle = {"go": gr.Button(interactive=True), "end": gr.Button(interactive=False)}
     try:
         for found in service.heal(run, percent / 100, int(steps)):
-            yield show.healing(found), gr.skip(), gr.skip(), gr.skip()
+            yield {"report": show.healing(found)}
     except EcodiffError as error:
-        yield str(error), *idle, gr.skip()
+        yield idle | {"report": str(error)}
         return
-    yield show.healing(found), *idle, turn + 1 if found["stage"] == "interrupted" else gr.skip()
+    more = {"turn": turn + 1} if found["stage"] == "interrupted" else {}
+    yield idle | more | {"report": show.healing(found)}
 
 
 @told

@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 
 from .. import service
 from . import show
-from .common import Browser, Tab, choose, lenient, told
+from .common import Browser, Tab, choose, lenient, placed, told
 
 TILE, LABEL = 128, 18  # pixels
 
@@ -51,10 +51,12 @@ def build(browser: Browser) -> Tab:
     )
     private = {"api_visibility": "private"}
     asked = [run, ratios, count, compensate]
-    drawing = draw.click(survey, asked, [figures, plot, gallery], show_progress="minimal", **private)
+    named = {"figures": figures, "plot": plot, "gallery": gallery, "run": run, "empty": empty}
+    found = [figures, plot, gallery]
+    drawing = draw.click(placed(survey, named), asked, found, show_progress="minimal", **private)
     stop.click(None, cancels=drawing, **private)
 
-    return Tab(choose, [runs, current, run], [run, empty])
+    return Tab(placed(choose, named), [runs, current, run], [run, empty])
 
 
 @told
@@ -63,7 +65,8 @@ def survey(run, percents, count, compensate):
     if not run:
         raise gr.Error("Prune a model first, in the Prune tab.", duration=8)
     drawn = []
-    yield show.surveyed([], count), gr.update(visible=False), gr.update(visible=False)
+    hidden = gr.update(visible=False)
+    yield {"figures": show.surveyed([], count), "plot": hidden, "gallery": hidden}
     for samples, row in service.sizes(run, [percent / 100 for percent in percents], count, compensate):
         drawn.append((row["latent_error"][-1], strip([s.image for s in samples], row["ratios"]), row))
         drawn.sort(key=lambda entry: -entry[0])
@@ -72,11 +75,11 @@ def survey(run, percents, count, compensate):
             {"removed": [100 * m["ratio"] for m in means], "psnr": [m["psnr"] for m in means]}
         )
         images = [(image, f"{row['prompt']} · seed {row['seed']}") for _, image, row in drawn]
-        yield (
-            show.surveyed(means, count, len(drawn)),
-            gr.update(value=table, visible=len(means) > 1),
-            gr.update(value=images, visible=True),
-        )
+        yield {
+            "figures": show.surveyed(means, count, len(drawn)),
+            "plot": gr.update(value=table, visible=len(means) > 1),
+            "gallery": gr.update(value=images, visible=True),
+        }
 
 
 def strip(images: list[Image.Image], ratios: list[float]) -> Image.Image:
