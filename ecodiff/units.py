@@ -48,9 +48,8 @@ PUBLISHED_KINDS: tuple[Kind, ...] = tuple(name for name, kind in KINDS.items() i
 PRESET_KINDS: tuple[Kind, ...] = tuple(name for name, kind in KINDS.items() if kind.preset)
 
 
-BASIS = (
-    "modulation_basis"  # the projection that AdaLN Linears share, in a denoiser that was cut to directions
-)
+# The projection that AdaLN Linears share, in a denoiser that was cut to directions.
+BASIS = "modulation_basis"
 
 
 def in_words(kinds: Iterable[str]) -> str:

@@ -118,12 +118,8 @@ def translate(
         down = down if inputs is None else down[:, inputs]
         if layer in lifts:  # B A s, s = Y z
             down = down @ lifts[layer].to(down)
-        if (
-            layer in scattered and outputs is not None
-        ):  # its output keeps its width; rows that are gone stay zero
-            up = up * outputs.to(up)[:, None]
-        elif outputs is not None:
-            up = up[outputs]
+        if outputs is not None:  # a scattered output keeps its width: rows that are gone stay zero
+            up = up * outputs.to(up)[:, None] if layer in scattered else up[outputs]
         found[f"{path}.lora_A.weight"], found[f"{path}.lora_B.weight"] = down.contiguous(), up.contiguous()
     others = {key: value for key, value in tensors.items() if not key.startswith(name + ".")}
     report.others = len(others)

@@ -152,7 +152,8 @@ def _open_or_create(options: argparse.Namespace, pipe) -> "Run":
     asked = {"seed": options.seed, "kinds": tuple(options.kinds) if options.kinds else None}
     asked |= {"inference_steps": options.steps, "guidance_scale": options.guidance, "size": options.size}
     ratio = 0.2 if options.ratio is None else options.ratio
-    preset = options.preset or methods.measured_best(denoiser_of(pipe), "balanced")
+    best = "balanced" if distributed.count() > 1 else methods.measured_best(denoiser_of(pipe), "balanced")
+    preset = options.preset or best
     config = model.learn_config(preset, ratio, **{n: v for n, v in asked.items() if v is not None})
     prompts = read_prompts(options.prompts) if options.prompts else model.prompts("calibration")
     # Refuse an impossible size before learning, not after.

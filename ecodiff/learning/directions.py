@@ -24,8 +24,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ..pipelines import EnoughError, denoiser_calls, denoiser_of, moved, prompt_rows, stream
+from ..pipelines import denoiser_calls, denoiser_of, prompt_rows, stream
 from ..units import PruneGroup
+from .calibration import Call, seen
 
 DAMPING = 0.1  # of M, as a fraction of its mean diagonal
 PROMPTS = 1024  # that C is gathered over
@@ -77,6 +78,8 @@ class Gradients:
         Those take errors of layers and steps for independent. The exact gradient of a direction's gate, of
         d/dm of s + (m - 1) y (z s), is z (sum s h^T) y for each trajectory; its mean square is noisy.
         """
+        if not self.products:  # a single one is larger than what may be kept
+            return torch.ones_like(costs)
         exact = torch.stack([(z @ product * y.T).sum(1).square() for product in self.products]).mean(0)
         window = len(costs) // WINDOW // 2 * 2 + 1
         padded = torch.nn.functional.pad((exact / costs)[None], (window // 2,) * 2, mode="replicate")[0]
@@ -125,6 +128,7 @@ def second_moment(
         call: the pipeline's arguments; its prompts and generators are replaced.
     """
     denoiser, total, rows = denoiser_of(pipe), torch.zeros(group.size, group.size), 0
+    first_read = group.consumers[0].module  # nothing behind it runs
     times = [kwargs.get("timestep") for _, kwargs in denoiser_calls(pipe, call)]
     prompts = recombined(prompts, PROMPTS, seed)
     options = {name: value for name, value in call.items() if name not in ("prompt", "generator")}
@@ -137,7 +141,7 @@ def second_moment(
             if time is not None:
                 own = kwargs["timestep"]
                 kwargs["timestep"] = time.flatten()[0].expand(own.shape).to(own.dtype)
-            s = _read(denoiser, group, *moved((args, kwargs), denoiser.device))
+            s, _ = seen(denoiser, Call(args, kwargs, False), [first_read])[first_read]
             total += (s.T @ s).cpu()
             rows += len(s)
             if time is None:
@@ -153,26 +157,6 @@ def recombined(prompts: Sequence[str], count: int, seed: int) -> list[str]:
         (words[a][: (len(words[a]) + 1) // 2], words[b][len(words[b]) // 2 :]) for a, b in pairs.tolist()
     )
     return [*prompts, *(" ".join(first + second) for first, second in halves)]
-
-
-def _read(denoiser: nn.Module, group: PruneGroup, args: tuple, kwargs: dict) -> Tensor:
-    """What the first of the group's consumers reads in a call, (rows, features); nothing behind it runs."""
-    found: list[Tensor] = []
-
-    def keep(module, given):
-        found.append(given[0].float().flatten(0, -2))
-        raise EnoughError
-
-    layers = [denoiser.get_submodule(slot.module) for slot in group.consumers]
-    handles = [layer.register_forward_pre_hook(keep) for layer in layers]
-    try:
-        denoiser(*args, **kwargs)
-    except EnoughError:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0]
 
 
 def basis(moment: Tensor, metric: Tensor) -> tuple[Tensor, Tensor, Tensor]:

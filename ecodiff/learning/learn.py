@@ -18,7 +18,7 @@ from torch import Tensor
 from ..architectures import find_groups
 from ..checks import check_pipeline
 from ..config import LearnConfig
-from ..errors import CheckpointError, LearningError
+from ..errors import BudgetError, CheckpointError, LearningError
 from ..pipelines import denoiser_of, stream
 from ..pruning import gates
 from ..pruning.masking import masked
@@ -132,6 +132,8 @@ def _advance(state: LearnState, budget: Budget, objective: Objective, keep: Keep
 def _score(state: LearnState, budget: Budget, objective: Objective) -> dict:
     """All of another method's scores at once, as saliency."""
     config = budget.config
+    if METHODS[str(config.method)].wide and distributed.count() > 1:
+        raise BudgetError(f"{config.method} runs in one process: each would find directions of its own.")
     calls = [objective.call(batch) for batch in range(config.warm_steps)]
     found = METHODS[str(config.method)](
         objective.pipe, calls, config.seed, objective.prompts, objective.count

@@ -45,7 +45,7 @@ def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Mo
     """
     plan = plan if isinstance(plan, PrunePlan) else PrunePlan(plan)
     check(plan, denoiser)
-    turned = turn_(denoiser, plan)
+    projected = project_directions_(denoiser, plan)
     groups = [group for group in find_groups(denoiser, ALL_KINDS) if group.name in plan]
     kept = kept_features(denoiser, plan)
     bare: dict[tuple[str, str], tuple[str, int] | None] = {
@@ -60,7 +60,7 @@ def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Mo
         _set_attributes(denoiser, group, plan[group.name])
     if isinstance(denoiser, ModelMixin):
         cut = {module for (module, _), rows in kept.items() if not rows.all()}
-        _describe(denoiser, plan, groups, cut | turned)
+        _describe(denoiser, plan, groups, cut | projected)
     return denoiser
 
 
@@ -80,7 +80,7 @@ def check(plan: PrunePlan, denoiser: nn.Module) -> None:
             raise PlanError(f"{name} must keep at least {groups[name].floor} of its units.")
 
 
-def turn_(denoiser: nn.Module, plan: PrunePlan) -> set[str]:
+def project_directions_(denoiser: nn.Module, plan: PrunePlan) -> set[str]:
     """Project what consumers of directions read onto those that `plan` keeps; paths of those consumers.
 
     With Z (kept, features) and Y (features, kept) of the plan, W becomes W Y and reads Z s. Of a denoiser
@@ -97,21 +97,14 @@ def turn_(denoiser: nn.Module, plan: PrunePlan) -> set[str]:
             project(denoiser, list(group.activations), group.size, len(z))
         basis: Any = getattr(denoiser, group.name)
         basis.to(device=like.device, dtype=like.dtype)
-        if like.device.type != "meta":
-            exact = torch.promote_types(like.dtype, torch.float32)
-            z, y = z.to(like.device, exact), y.to(like.device, exact)
-            for slot in group.consumers:
-                linear: Any = denoiser.get_submodule(slot.module)
-                _set_weight(linear, linear.weight.to(exact) @ y)
-            lift = y if before is None else before.lift.to(exact) @ y
-            _set_weight(basis, z if before is None else z @ before.weight.to(exact))
-            basis.lift = lift.to(like.dtype)
-        else:
-            for slot in group.consumers:
-                linear = denoiser.get_submodule(slot.module)
-                _set_weight(linear, linear.weight[:, : len(z)])
-            _set_weight(basis, basis.weight[: len(z)])
-            basis.lift = basis.lift[:, : len(z)]
+        exact = torch.promote_types(like.dtype, torch.float32)
+        z, y = z.to(like.device, exact), y.to(like.device, exact)
+        for slot in group.consumers:
+            linear: Any = denoiser.get_submodule(slot.module)
+            _set_weight(linear, linear.weight.to(exact) @ y)
+        lift = y if before is None else before.lift.to(exact) @ y
+        _set_weight(basis, z if before is None else z @ before.weight.to(exact))
+        basis.lift = lift.to(like.dtype)
         basis.out_features = len(z)
         changed |= {slot.module for slot in group.consumers}
     return changed
@@ -127,7 +120,7 @@ def kept_features(denoiser: nn.Module, plan: Mapping[str, Tensor]) -> dict[tuple
     """Which input or output features stay, bool (features,), of every module that a plan's units run
     through: {(module, "in" or "out"): ...}, in network order. All groups of a module together.
 
-    Not of directions: which of them stay is no selection of features (`turn_`)."""
+    Not of directions: which of them stay is no selection of features (`project_directions_`)."""
     kept: dict[tuple[str, str], Tensor] = {}
     for group in find_groups(denoiser, ALL_KINDS):
         if group.activations:
