@@ -51,12 +51,14 @@ class Device:
     of it are kept on disk.
     """
 
-    def __init__(self, device: str, timings: machine.Timings, recordings: Callable[[str], Path | None]):
+    def __init__(
+        self, device: str, timings: machine.Timings, recordings: Callable[[str, Sequence[str]], Path | None]
+    ):
         self.device, self.lock = device, DeviceLock()
         self.timings, self.recordings = timings, recordings
         self._name: str | None = None
         self._dense: DiffusionPipeline | None = None
-        self._variants: OrderedDict[tuple[str, bool, bool], tuple[object, int]] = OrderedDict()
+        self._variants: OrderedDict[tuple, tuple[DiffusionPipeline, int]] = OrderedDict()
         self._calibration: Calibration | None = None
 
     def dense(self, model: str):
@@ -72,17 +74,17 @@ class Device:
                 self.timings.note(model, load=time.monotonic() - started)
             return self._dense
 
-    def calibration(self, model: str) -> Calibration:
-        """What compensation needs to know of a dense model, gathered on its calibration prompts."""
+    def calibration(self, model: str, prompts: Sequence[str]) -> Calibration:
+        """What compensation needs to know of a dense model, gathered on prompts."""
         with self.lock:
             dense = self.dense(model)
-            if self._calibration is None:
-                known = catalog.find(model)
-                prompts, config = known.prompts("calibration"), known.compensation()
+            if self._calibration is None or self._calibration.prompts != list(prompts):
+                self._calibration = None  # free it before the new one is gathered
+                config = catalog.find(model).compensation()
                 device = denoiser_of(dense).device
                 if device.type == "cuda":  # fewer passes over the calls
                     config = replace(config, memory=max(config.memory, machine.free_bytes(device) // 2))
-                self._calibration = Calibration(dense, prompts, config, self.recordings(model))
+                self._calibration = Calibration(dense, prompts, config, self.recordings(model, prompts))
             return self._calibration
 
     def pruned(
@@ -92,10 +94,12 @@ class Device:
         compensate: bool = True,
         kept: Path | None = None,
         healed: bool = True,
+        prompts: Sequence[str] = (),
     ) -> DiffusionPipeline:
         """The variant of a model that keeps what `plan` keeps.
 
         Args:
+            prompts: to compensate on; none: the model's.
             kept: a folder for compensated or healed weights, so that no other process computes them again.
             healed: take the healed weights, if there are any.
         """
@@ -103,12 +107,13 @@ class Device:
             dense, file = self.dense(model), kept and kept / f"{plan.digest}.safetensors"
             if healed and file and (better := file.with_suffix(".healed.safetensors")).is_file():
                 file = better
-            key = (plan.digest, compensate, healed)
+            prompts = tuple(prompts or catalog.find(model).prompts("calibration"))
+            key = (plan.digest, compensate, healed, hash(prompts))
             small, stamp = self._variants.pop(key, (None, None))
             if small is None or (compensate and stamp != _stamp(file)):  # healed since, maybe elsewhere
                 small = variant(dense, plan)
                 if compensate:
-                    self._compensate(small, dense, model, file)
+                    self._compensate(small, dense, model, file, prompts)
             self._variants[key] = small, _stamp(file)
             while len(self._variants) > VARIANTS_KEPT:
                 self._variants.popitem(last=False)
@@ -122,14 +127,19 @@ class Device:
             machine.release()
 
     def _compensate(
-        self, small: DiffusionPipeline, dense: DiffusionPipeline, model: str, file: Path | None
+        self,
+        small: DiffusionPipeline,
+        dense: DiffusionPipeline,
+        model: str,
+        file: Path | None,
+        prompts: Sequence[str],
     ) -> None:
         denoiser = denoiser_of(small)
         if file is not None and file.is_file():
             with suppress(OSError, SafetensorError):  # a damaged file is written again
                 _replace(denoiser, load_file(file))
                 return
-        updated = compensate_(small, dense, calibration=self.calibration(model))
+        updated = compensate_(small, dense, calibration=self.calibration(model, prompts))
         if file is not None:
             layers = tuple(f"{name}." for name, better in updated.items() if better)
             weights = denoiser.state_dict().items()
@@ -175,19 +185,19 @@ class Devices:
         """The devices that runs are learned on."""
         return self.all[1:] or self.all
 
-    def recordings(self, model: str) -> Path | None:
-        """Where a model's recorded calls are kept, if anybody else needs them."""
+    def recordings(self, model: str, prompts: Sequence[str]) -> Path | None:
+        """Where a model's recorded calls on prompts are kept, if anybody else needs them."""
         if not machine.zerogpu() and len(self.all) == 1:
             return None
         known = catalog.find(model)
-        key = repr((known.name, known.compensation(), known.prompts("calibration")))
+        key = repr((known.name, known.compensation(), list(prompts)))
         return self.root / "recordings" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
-    def calibrated(self, model: str) -> bool:
+    def calibrated(self, model: str, prompts: Sequence[str]) -> bool:
         """False if calls are still to be recorded, in a call of ZeroGPU of its own."""
         if not machine.zerogpu():
             return True
-        return not calibration.missing(catalog.find(model).compensation(), self.recordings(model))
+        return not calibration.missing(catalog.find(model).compensation(), self.recordings(model, prompts))
 
     def forget(self) -> None:
         """Free everywhere what can be made again."""

@@ -78,8 +78,8 @@ class LearnRun:
             yield from self._record(run, pipe, started)
 
     def _record(self, run: Run, pipe: DiffusionPipeline, started: float) -> Iterator[dict]:
-        known, folder = run.known, server().devices.recordings(run.model)
-        config, prompts, slowest = known.compensation(), known.prompts("calibration"), 0.0
+        config, prompts, slowest = run.known.compensation(), run.learned_on, 0.0
+        folder = server().devices.recordings(run.model, prompts)
         batches = calibration.missing(config, folder)
         while batches:  # each call adds one at least, or says why not: else the page would call for ever
             begun, before = time.monotonic(), len(batches)
@@ -115,6 +115,7 @@ class DrawImages:
     options: dict = field(default_factory=dict)
     compensate: bool = True
     kept: str = ""  # folder of compensated or healed weights
+    prompts: list[str] = field(default_factory=list)  # to compensate on; none: the model's
 
     def run(self) -> Iterator[tuple[Sample, ...]]:
         begun, device = time.monotonic(), server().devices.drawing
@@ -126,7 +127,10 @@ class DrawImages:
             with device.lock:  # others draw and learn between prompts
                 if not pipes:
                     kept = Path(self.kept)
-                    variants = [device.pruned(self.model, p, self.compensate, kept) for p in self.plans]
+                    variants = [
+                        device.pruned(self.model, plan, self.compensate, kept, prompts=self.prompts)
+                        for plan in self.plans
+                    ]
                     pipes = [device.dense(self.model), *variants]
                     for pipe in pipes:
                         generate(pipe, prompt, seed, **self.options | {"steps": 2})
@@ -150,11 +154,13 @@ class DrawLoras:
     prompt: str
     seed: int
     options: dict
+    prompts: list[str] = field(default_factory=list)
 
     def run(self) -> Iterator[Sample]:
         device = server().devices.drawing
         with device.lock:
-            pipes = device.dense(self.model), device.pruned(self.model, self.plan, True, Path(self.kept))
+            small = device.pruned(self.model, self.plan, True, Path(self.kept), prompts=self.prompts)
+            pipes = device.dense(self.model), small
             for pipe, file in zip(pipes, self.files, strict=True):
                 try:
                     pipe.load_lora_weights(file)
@@ -181,7 +187,7 @@ class HealRun:
         run, begun, device = Run.open(Path(self.folder)), time.monotonic(), server().devices.learning[-1]
         with device.lock:
             dense = device.dense(run.model)
-            before = device.pruned(run.model, self.plan, True, run.folder / "variants", healed=False)
+            before = device.pruned(run.model, self.plan, True, run.folder / "variants", False, run.learned_on)
         left = machine.CHUNK_SECONDS - (time.monotonic() - begun) if machine.zerogpu() else None
         yield from heal_run(run, self.plan, self.steps, dense, before, device.lock, left)
 
@@ -199,12 +205,14 @@ class SavePruned:
     kept: str
     folder: str
     format: str = "diffusers"
+    prompts: list[str] = field(default_factory=list)
 
     def run(self) -> Iterator[str]:
         device = server().devices.drawing
         with device.lock:
             kept = Path(self.kept)
-            small, started = device.pruned(self.model, self.plan, self.compensate, kept), time.monotonic()
+            small = device.pruned(self.model, self.plan, self.compensate, kept, prompts=self.prompts)
+            started = time.monotonic()
             about = healed(kept.parent, self.plan) if self.compensate else None
             card = model_card(small, about["facts"]) if about else ""
             dtype = loading.disk_dtype(self.model)

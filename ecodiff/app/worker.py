@@ -139,7 +139,7 @@ class Worker:
         if finished:
             job.stage = "calibrating"
             with suppress(OutOfMemoryError), memory_advice(ADVICE):  # whoever draws will be told
-                device.calibration(job.run.model)
+                device.calibration(job.run.model, job.run.learned_on)
         job.stage = "finished" if finished else "stopped"
         if finished and device is self.devices.drawing:
             with suppress(EcodiffError), memory_advice(ADVICE):
@@ -147,6 +147,6 @@ class Worker:
 
     def _prepare(self, run: Run, device: Device) -> None:
         """What the first images would wait for; nobody waits for it yet."""
-        device.pruned(run.model, run.plan(run.config.ratio))
+        device.pruned(run.model, run.plan(run.config.ratio), prompts=run.learned_on)
         with device.lock:
-            device.calibration(run.model).prepare()
+            device.calibration(run.model, run.learned_on).prepare()

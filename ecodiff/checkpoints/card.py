@@ -93,6 +93,7 @@ def model_card(pipe: DiffusionPipeline, facts: dict | None = None) -> str:
 |---|---|
 | parameters of the {name} | {size} |
 | method | {about.get("method", "unknown")} |
+| prompts | {about.get("prompts", "ecodiff's")} |
 | plan | `{plan.digest}` |
 {measured}
 ```python

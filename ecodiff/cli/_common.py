@@ -22,18 +22,11 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="time steps of a trajectory (default: the model's)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
     parser.add_argument("--size", type=int, help="pixels a side (default: the model's)")
-    parser.add_argument("--prompts", metavar="FILE", help="prompts to learn on, one a line")
-
-
-def read_prompts(path: str) -> list[str]:
-    """Prompts of a text file, one a line. Raises EcodiffError if there are none."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EcodiffError(f"The prompts in {path} cannot be read: {error}.") from None
-    if not (prompts := [line.strip() for line in lines if line.strip()]):
-        raise EcodiffError(f"{path} has no prompts; write one a line.")
-    return prompts
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="prompts to learn on, one a line; of ten or more, a fifth is set aside to judge by",
+    )
 
 
 def say_cut_off(pipe, prompt: str) -> None:

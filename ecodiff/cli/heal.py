@@ -20,6 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, default=HEAL_RATE, help="peak learning rate")
     parser.add_argument("--dense", help="the dense model (default: the one that the plan names)")
     parser.add_argument("--run", metavar="DIR", help="where its state is kept (default: OUT.heal)")
+    parser.add_argument("--prompts", metavar="FILE", help="prompts to heal on, one a line; a fifth judges")
     parser.add_argument("--count", type=int, default=8, help="held-out prompts to judge by")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -34,6 +35,7 @@ def run(options: argparse.Namespace) -> int:
     from ..checkpoints.saving import save
     from ..learning.heal import facts, heal
     from ..metrics.fidelity import compare
+    from ..runs.prompts import read, set_aside
 
     if options.count < 1:
         raise EcodiffError(f"--count is {options.count}; give at least 1.")
@@ -42,11 +44,12 @@ def run(options: argparse.Namespace) -> int:
     pipe = load(known)
     folder = Path(options.run or f"{options.out}.heal")
     config = known.heal_config(steps=options.steps, rank=options.rank, rate=options.rate)
-    prompts = known.prompts("heldout")[: options.count]
+    own, heldout = set_aside(read(options.prompts)) if options.prompts else ([], [])
+    prompts = (heldout or known.prompts("heldout"))[: options.count]
     before = compare(pipe, small, prompts, **known.drawing())["mean"]
     with tqdm(total=config.steps, unit="step", disable=options.quiet) as bar:
         try:
-            for step, loss in heal(small, pipe, known.prompts("calibration"), config, folder):
+            for step, loss in heal(small, pipe, own or known.prompts("calibration"), config, folder):
                 bar.update(step - bar.n)
                 bar.set_postfix(loss=f"{loss:.4f}")
         except KeyboardInterrupt:

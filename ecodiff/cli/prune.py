@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..pruning.plan import PrunePlan
     from ..runs import Run
 
-from ._common import read_prompts, report, sampling_arguments
+from ._common import report, sampling_arguments
 
 HELP = "learn which units matter, remove the rest, save the model"
 
@@ -84,8 +84,7 @@ def run(options: argparse.Namespace) -> int:
             name: getattr(run.config, name) for name in ("inference_steps", "guidance_scale", "size", "extra")
         }
         asked = {} if run.imported else asked
-        prompts = run.prompts or known.prompts("calibration")
-        updated = compensate_(small, pipe, prompts, replace(known.compensation(), **asked))
+        updated = compensate_(small, pipe, run.learned_on, replace(known.compensation(), **asked))
     dtype = disk_dtype(run.known)
     out = save(small, options.out, dtype)
     dense, pruned = parameters(denoiser_of(pipe)), parameters(denoiser_of(small))
@@ -146,6 +145,7 @@ def _open_or_create(options: argparse.Namespace, pipe) -> "Run":
     from ..pipelines import denoiser_of
     from ..pruning.scores import Scores
     from ..runs import Run, RunStore
+    from ..runs.prompts import read, set_aside
 
     check_class(type(pipe))
     model = catalog.find(options.model)
@@ -155,12 +155,13 @@ def _open_or_create(options: argparse.Namespace, pipe) -> "Run":
     best = "balanced" if distributed.count() > 1 else methods.measured_best(denoiser_of(pipe), "balanced")
     preset = options.preset or best
     config = model.learn_config(preset, ratio, **{n: v for n, v in asked.items() if v is not None})
-    prompts = read_prompts(options.prompts) if options.prompts else model.prompts("calibration")
+    prompts, heldout = set_aside(read(options.prompts)) if options.prompts else (None, ())
+    prompts = prompts or model.prompts("calibration")
     # Refuse an impossible size before learning, not after.
     Scores.unranked(denoiser_of(pipe), config.kinds).plan(ratio=ratio)
     folder = distributed.agreed(Path(options.run) if options.run else RunStore().new_folder())
     if distributed.agreed(not (folder / "run.json").is_file()) and distributed.rank() == 0:
-        Run.create(folder, options.model, config, prompts, preset)
+        Run.create(folder, options.model, config, prompts, preset, heldout)
     distributed.agreed(None)  # wait for it
     run = Run.open(folder)
     if run.config != config or run.model != options.model:

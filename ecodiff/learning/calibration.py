@@ -192,7 +192,7 @@ class Calibration:
     ):
         if not prompts or not 0 < config.heldout < config.trajectories:
             raise BudgetError("Compensation needs prompts, and more trajectories than it holds out.")
-        self.config, self.dense = config, denoiser_of(pipe)
+        self.config, self.dense, self.prompts = config, denoiser_of(pipe), list(prompts)
         self.calls = [call for batch in record(pipe, prompts, config, folder) for call in batch]
         self._kept: dict[str, tuple[Statistics, Statistics]] = {}
 

@@ -12,7 +12,7 @@ STOP, ERROR, MEMORY   a request to stop; why it last failed; what is kept in mem
 import contextlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -42,6 +42,7 @@ class Run:
     name: str = ""
     imported: bool = False  # nothing is learned: what others learned was brought
     visitor: str = ""  # who started it, on a server that is shared: a hash
+    heldout: list[str] = field(default_factory=list)  # of a person's own prompts, those to judge by
     calls = 0  # of the denoiser, since this object works on it; not kept
 
     @property
@@ -49,8 +50,11 @@ class Run:
         return self.folder.name
 
     @classmethod
-    def create(cls, folder: Path, model: str, config: LearnConfig, prompts, preset="") -> "Run":
+    def create(cls, folder: Path, model: str, config: LearnConfig, prompts, preset="", heldout=()) -> "Run":
         """Start a new run in `folder`.
+
+        Args:
+            prompts, heldout: to learn on, and to judge by; none: the model's.
 
         Raises:
             RunError: there is a run already, or the folder holds something else.
@@ -59,7 +63,7 @@ class Run:
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunError(f"{folder} exists and is not empty. Name a new folder for the run.")
-        run = cls(folder, model, config, list(prompts), preset, time.time())
+        run = cls(folder, model, config, list(prompts), preset, time.time(), heldout=list(heldout))
         try:
             folder.mkdir(parents=True, exist_ok=True)
             run.save()
@@ -88,6 +92,16 @@ class Run:
     def known(self) -> catalog.Model:
         """The dense model that it is about."""
         return catalog.find(self.model)
+
+    @property
+    def learned_on(self) -> list[str]:
+        """The prompts of learning, repairing and healing."""
+        return self.prompts or self.known.prompts("calibration")
+
+    @property
+    def judged_on(self) -> list[str]:
+        """Prompts that nothing is learned on."""
+        return self.heldout or self.known.prompts("heldout")
 
     @property
     def touched(self) -> float:
@@ -138,6 +152,8 @@ class Run:
             raise RunError("This run has no scores yet. Let it learn for a few steps first.")
         plan = self.scores().plan(ratio=self.config.ratio if ratio is None else ratio)
         plan.metadata |= {"model": self.model}
+        if self.prompts and self.prompts != self.known.prompts("calibration"):
+            plan.metadata |= {"prompts": f"{len(self.prompts)} of the person who pruned it"}
         return plan
 
     @property
@@ -193,9 +209,13 @@ class Run:
 
 def _check(run: Run) -> None:
     """Raise TypeError unless what a run.json said is of the right kinds."""
-    words = (run.model, run.preset, run.name, run.visitor, *run.prompts)
+    words = (run.model, run.preset, run.name, run.visitor, *run.prompts, *run.heldout)
     numbers = (run.created, run.config.total_steps)
-    if not isinstance(run.prompts, list) or not all(isinstance(word, str) for word in words):
+    if (
+        not isinstance(run.prompts, list)
+        or not isinstance(run.heldout, list)
+        or not all(isinstance(word, str) for word in words)
+    ):
         raise TypeError("its words are no words")
     if not all(isinstance(number, (int, float)) for number in numbers):
         raise TypeError("its numbers are no numbers")

@@ -50,7 +50,7 @@ def heal_run(
     try:
         with FileLock(run.folder / ".lock", timeout=0):
             small = copy.copy(before)  # it gets a denoiser of its own
-            healing = heal(small, dense, known.prompts("calibration"), config, state)
+            healing = heal(small, dense, run.learned_on, config, state)
             while True:
                 started = time.monotonic()
                 with device_lock:  # others draw between steps
@@ -79,7 +79,7 @@ def _judged(
 ) -> dict:
     """Compare before and after on held-out prompts; keep the healed weights if they are closer."""
     known, kept = run.known, run.folder / "variants"
-    prompts = known.prompts("heldout")[:HEALED_PROMPTS]
+    prompts = run.judged_on[:HEALED_PROMPTS]
     was, now = (compare(dense, pipe, prompts, **known.drawing())["mean"] for pipe in (before, small))
     result = {"before": was["latent_error"], "after": now["latent_error"], "steps": config.steps}
     if result["after"] < result["before"]:

@@ -7,7 +7,7 @@ import torch
 
 from ecodiff import catalog, machine
 from ecodiff.app import devices, server, service, tasks, worker
-from ecodiff.app.service.learning import unit_costs
+from ecodiff.app.service.prediction import unit_costs
 from ecodiff.checkpoints import loading
 from ecodiff.errors import BudgetError, OutOfMemoryError, RunError
 from ecodiff.learning import calibration
@@ -87,7 +87,7 @@ def test_images_do_not_wait_for_learning_on_another_device(run, monkeypatch):
     again = generate(second.dense(run.model), PROMPT, 0, **options)
     torch.testing.assert_close(again.latents, dense.latents, rtol=1e-3, atol=1e-3)
     monkeypatch.setattr(calibration, "denoiser_calls", out_of_memory)
-    assert first.calibration(run.model).calls, "what was recorded there serves here"
+    assert first.calibration(run.model, run.learned_on).calls, "what was recorded there serves here"
 
 
 def test_a_model_that_does_not_fit(monkeypatch):
@@ -143,7 +143,7 @@ def test_every_call_records_something_or_says_why_not(run, monkeypatch, tmp_path
     folder, config = tmp_path / "recordings", catalog.find(run.model).compensation()
     run.imported = True
     run.save()
-    monkeypatch.setattr(devices.Devices, "recordings", lambda self, model: folder)
+    monkeypatch.setattr(devices.Devices, "recordings", lambda self, model, prompts: folder)
     monkeypatch.setattr(machine, "CHUNK_SECONDS", 0.0)
     for done in range(1, 3):
         assert len(list(tasks.results(tasks.LearnRun(str(run.folder))))) == 1

@@ -5,6 +5,7 @@ The id of a run is its only key: whoever has it may watch, cut, compare and down
 
 from ...checkpoints.hub import offers_sign_in
 from ...machine import megabytes, zerogpu
+from ...runs.prompts import read as read_prompts
 from ..worker import ACTIVE
 from .drawing import (
     MAX_HEALING,
@@ -23,21 +24,17 @@ from .files import export, lora, lora_images, plan_file, push
 from .learning import (
     EXPIRY_SECONDS,
     Seed,
-    default_preset,
     delete,
     fail,
-    formats,
     import_,
-    kinds_of,
     learn,
-    methods,
-    predict,
     rename,
     resume,
     start,
     status,
     stop,
 )
+from .prediction import default_preset, formats, kinds_of, methods, predict
 
 __all__ = [
     "ACTIVE",
@@ -68,6 +65,7 @@ __all__ = [
     "plan_file",
     "predict",
     "push",
+    "read_prompts",
     "rename",
     "resume",
     "sizes",

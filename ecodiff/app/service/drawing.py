@@ -11,7 +11,7 @@ from ...pruning.plan import PrunePlan
 from ...units import ALL_KINDS
 from ..server import server
 from ..tasks import DrawImages, HealRun, results
-from .learning import empty_denoiser, unit_costs
+from .prediction import empty_denoiser, unit_costs
 
 MAX_SIZES, MAX_PROMPTS = 4, 32  # of one call of `sizes`
 
@@ -107,7 +107,9 @@ def compare(
         raise BudgetError(f"An image takes 1 to {MAX_STEPS} time steps here, not {steps}.")
     options = known.drawing(steps, guidance_scale)
     kept = str(opened.folder / "variants")
-    (samples,) = results(DrawImages(known.name, [made], [(prompt, int(seed))], options, compensate, kept))
+    asked = [(prompt, int(seed))]
+    task = DrawImages(known.name, [made], asked, options, compensate, kept, opened.learned_on)
+    (samples,) = results(task)
     facts |= asdict(fidelity(*samples))
     for name, sample in zip(("dense", "pruned"), samples, strict=True):
         facts |= {f"ms_{name}": sample.milliseconds, f"step_ms_{name}": sample.step_milliseconds}
@@ -133,9 +135,10 @@ def sizes(
     plans = [plan(run, ratio) for ratio in sorted(ratios)]
     opened = server().store.open(run)
     known = opened.known
-    asked = list(zip(known.prompts("heldout")[: int(count)], range(int(count)), strict=False))
+    asked = list(zip(opened.judged_on[: int(count)], range(int(count)), strict=False))
     kept = str(opened.folder / "variants")
-    drawn = results(DrawImages(known.name, plans, asked, known.drawing(), compensate, kept))
+    task = DrawImages(known.name, plans, asked, known.drawing(), compensate, kept, opened.learned_on)
+    drawn = results(task)
     for (prompt, seed), samples in zip(asked, drawn, strict=False):
         measured = [asdict(fidelity(samples[0], pruned)) for pruned in samples[1:]]
         found = {name: [row[name] for row in measured] for name in measured[0]}

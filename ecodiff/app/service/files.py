@@ -15,7 +15,7 @@ from .. import limits
 from ..server import server
 from ..tasks import DrawLoras, SavePruned, results
 from .drawing import plan
-from .learning import empty_denoiser
+from .prediction import empty_denoiser
 
 
 def export(run: str, ratio: float, compensate: bool = True, format: str = "diffusers") -> dict:
@@ -39,7 +39,8 @@ def export(run: str, ratio: float, compensate: bool = True, format: str = "diffu
     if not path.exists():
         limits.require_bytes()
         kept = str(opened.folder / "variants")
-        (folder,) = results(SavePruned(model, made, compensate, kept, str(path.with_suffix("")), format))
+        where = str(path.with_suffix(""))
+        (folder,) = results(SavePruned(model, made, compensate, kept, where, format, opened.learned_on))
         _zip(Path(folder), path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -99,9 +100,11 @@ def lora_images(run: str, ratio: float, file: str, prompt: str, seed: int = 0) -
     if not prompt.strip():
         raise BudgetError("Write a prompt first: what should be drawn?")
     fitting, made = lora(run, ratio, file), plan(run, ratio)
-    known = server().store.open(run).known
-    asked = (str(server().store.open(run).folder / "variants"), (file, fitting["path"]), prompt, int(seed))
-    return tuple(results(DrawLoras(known.name, made, *asked, known.drawing())))
+    opened = server().store.open(run)
+    known, kept, files = opened.known, str(opened.folder / "variants"), (file, fitting["path"])
+    options = known.drawing()
+    task = DrawLoras(known.name, made, kept, files, prompt, int(seed), options, opened.learned_on)
+    return tuple(results(task))
 
 
 def plan_file(run: str, ratio: float) -> str:

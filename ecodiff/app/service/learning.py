@@ -2,130 +2,28 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Annotated
 
-import torch
 from pydantic import Field
-from torch import nn
 
-from ... import catalog, machine
-from ...architectures import find_groups, unrecognised
+from ... import machine
 from ...checkpoints import hub, loading
-from ...checkpoints.formats import FORMATS
 from ...checks import check_class
-from ...config import LearnConfig
-from ...errors import BudgetError, ModelNotFoundError, RunError
-from ...learning import memory
-from ...learning.methods import METHODS, measured_best
-from ...pruning.scores import Scores
+from ...errors import RunError
+from ...learning.methods import METHODS
 from ...runs.folder import Run
 from ...runs.importing import import_run
-from ...units import ALL_KINDS, PRESET_KINDS
+from ...runs.prompts import parse, set_aside
 from .. import limits
 from ..server import server
 from ..tasks import LearnRun, results
 from ..worker import Job
+from .prediction import checked_ratio, known_model, unit_costs
 
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 EXPIRY_SECONDS = 24 * 3600  # on a Space; at home runs are kept
 CALLS_A_STEP = 3  # denoiser calls of a time step: recorded, differentiated, computed again
-
-
-@cache
-def empty_denoiser(model: str) -> nn.Module:
-    """A model's denoiser without weights, on the meta device."""
-    return loading.empty_denoiser(model)
-
-
-@cache
-def unit_costs(model: str, kinds: tuple[str, ...] = PRESET_KINDS) -> tuple[Scores, int, int]:
-    """Unit costs of a model, bytes of a weight in its files, bytes of all its weights."""
-    scores = Scores.unranked(empty_denoiser(model), kinds)
-    itemsize = loading.disk_dtype(model).itemsize
-    source = Path(catalog.find(model).source)
-    weights = sum(file.stat().st_size for file in source.rglob("*.safetensors"))
-    return scores, itemsize, weights or scores.total * itemsize
-
-
-def _known(model: str) -> catalog.Model:
-    """The model of that name. On a Space, visitors name models, not folders of the server."""
-    known = catalog.find(model)
-    if os.environ.get("SPACE_ID") and not known.embedded and Path(known.source).exists():
-        raise ModelNotFoundError(f"There is no model {model!r}. Give an embedded model or a Hub id.")
-    return known
-
-
-def predict(model: str, ratio: float, preset: str = "fast", kinds: list[str] | None = None) -> dict:
-    """What pruning will leave, by arithmetic on the model's configuration.
-
-    Args:
-        model: embedded name, folder or Hub id.
-        ratio: fraction of the denoiser's parameters to remove.
-        preset, kinds: as `start` takes them: what may go.
-
-    Returns:
-        {"params_dense", "params_pruned", "bytes_dense", "bytes_pruned", "ceiling": share of the parameters
-        that can go at most, "units": what holds those, in words, "licence", "gated",
-        "supported": what the conformance suite passes of this architecture, "memory": {"draw", "learn",
-        "here"}, bytes: estimates of what it takes, and what the device has, "left_alone": {class: parameters
-        that no unit holds}}
-    """
-    known = _known(model)
-    wanted = LearnConfig.preset(preset, **{"kinds": tuple(kinds)} if kinds else {}).kinds
-    scores, itemsize, dense_bytes = unit_costs(known.name, wanted)
-    denoiser = empty_denoiser(known.name)
-    removed = round(_checked(ratio, scores) * scores.total)
-    device = torch.device(machine.device())
-    footprint = known.footprint(4 if device.type == "cpu" else None)
-    return {
-        "params_dense": scores.total,
-        "params_pruned": scores.total - removed,
-        "bytes_dense": dense_bytes,
-        "bytes_pruned": dense_bytes - removed * itemsize,
-        "ceiling": scores.ceiling,
-        "units": scores.kinds_in_words.replace(" or ", ", "),
-        "licence": known.licence,
-        "gated": known.gated,
-        "supported": catalog.supported(type(denoiser).__name__),
-        "memory": memory.estimate(denoiser, **footprint) | {"here": machine.capacity(device)},
-        "left_alone": unrecognised(denoiser, find_groups(denoiser, ALL_KINDS)),
-    }
-
-
-def methods() -> list[tuple[str, str]]:
-    """Other ways to rank units than a preset's: (what it is, its name), as `start` takes for a preset."""
-    return [(f"{method.name}: {method.source}", method.name) for method in METHODS.values()]
-
-
-def formats() -> list[tuple[str, str]]:
-    """Ways to export: (what it is, its name), as `export` takes."""
-    return [(f"{entry.name}: {entry.words}", entry.name) for entry in FORMATS.values()]
-
-
-def default_preset(model: str) -> str:
-    """The preset that a model is best learned with here, as far as that is measured.
-
-    On ZeroGPU, where a call is short, one that learns step by step.
-    """
-    known = _known(model)
-    return "fast" if machine.zerogpu() else measured_best(empty_denoiser(known.name), "fast")
-
-
-def kinds_of(preset: str) -> tuple[str, ...]:
-    """The kinds of units that a preset prunes."""
-    return LearnConfig.preset(preset).kinds
-
-
-def _checked(ratio: float, scores: Scores) -> float:
-    if not 0 < ratio <= scores.ceiling:
-        raise BudgetError(
-            f"Between 0 and {scores.ceiling:.1%} of this model's parameters can be removed (the rest "
-            f"is not in {scores.kinds_in_words}); {ratio:.1%} was asked for."
-        )
-    return ratio
 
 
 def start(
@@ -134,6 +32,7 @@ def start(
     preset: str = "fast",
     seed: Seed = 0,
     kinds: list[str] | None = None,
+    prompts: list[str] | None = None,
 ) -> dict:
     """Start learning which units of a model matter. Returns the status of the new run.
 
@@ -143,17 +42,20 @@ def start(
         preset: "fast", "balanced", "paper", "ecodiff" (as published), or a scoring method ("wanda", ...).
         seed: of prompts, noise and gates.
         kinds: which units may go, of "heads", "ffn", "resnet", "modulation"; None: the preset's.
+        prompts: to learn and to repair on, in place of ecodiff's; of ten or more, a fifth is set aside to
+            judge by.
     """
-    known = _known(model)
+    known = known_model(model)
+    own, heldout = set_aside(parse("\n".join(prompts))) if prompts else (None, ())
     changes = {"kinds": tuple(kinds)} if kinds else {}
     check_class(loading.classes(known.name)[0])
     config = known.learn_config(preset, ratio, seed=int(seed), **changes)
-    _checked(ratio, unit_costs(known.name, config.kinds)[0])
+    checked_ratio(ratio, unit_costs(known.name, config.kinds)[0])
     if os.environ.get("SPACE_ID"):
         server().store.sweep(EXPIRY_SECONDS)
     limits.require_room(learning=True)
-    prompts = known.prompts("calibration")
-    run = Run.create(server().store.new_folder(), model, config, prompts, preset)
+    learned_on = own or known.prompts("calibration")
+    run = Run.create(server().store.new_folder(), model, config, learned_on, preset, heldout)
     limits.admit(run)
     if not machine.zerogpu():
         try:
@@ -174,7 +76,7 @@ def import_(model: str, files: Sequence[str] = (), repo: str = "", token: str = 
         repo: instead of files, the Hub id of a plan or a pruned model.
         token: to read `repo` with; empty: as anybody may. The server's own is not used.
     """
-    known = _known(model)
+    known = known_model(model)
     limits.require_room()
     if repo.strip():
         files = [str(hub.pull_plan(repo.strip(), token or False))]
@@ -194,7 +96,7 @@ def learn(run: str) -> Iterator[dict]:
         what `status` returns, after every step
     """
     opened = server().store.open(run)
-    done = opened.finished and server().devices.calibrated(opened.model)
+    done = opened.finished and server().devices.calibrated(opened.model, opened.learned_on)
     if machine.zerogpu() and not opened.stop_requested and not done:
         paces = []
         for step in results(LearnRun(str(opened.folder))):
@@ -257,7 +159,9 @@ def _stage(run: Run, step: int) -> str:
     """The stage of a run that no job of this process is about: by what is on disk."""
     if step >= run.config.total_steps:
         unasked = run.imported or run.error or run.stop_requested  # the first image will take longer
-        return "finished" if unasked or server().devices.calibrated(run.model) else "calibrating"
+        return (
+            "finished" if unasked or server().devices.calibrated(run.model, run.learned_on) else "calibrating"
+        )
     if run.busy:
         return "learning"
     if run.error:

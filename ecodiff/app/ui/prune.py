@@ -46,7 +46,7 @@ def build(browser: Browser) -> Tab:
     watched = [*panel.values(), results["column"]]
     cut_out = [results[name] for name in ("figures", "layers", "download", "packed", "code")]
     size, compensate = results["size"], results["compensate"]
-    asked = [form[name] for name in ("model", "ratio", "preset", "seed", "kinds", "method")]
+    asked = [form[name] for name in ("model", "ratio", "preset", "seed", "kinds", "method", "prompts")]
 
     private = {"api_visibility": "private"}
     hidden = private | {"show_progress": "hidden"}
@@ -94,12 +94,20 @@ def _form() -> dict[str, gr.components.Component]:
             info="Another published way to rank units, in one step",
         )
         seed = seed_box()
+        prompts = gr.Textbox(
+            label="Your prompts",
+            info="One a line, to learn and repair on in place of ecodiff's; a fifth is set aside to judge by",
+            lines=3,
+            max_lines=8,
+        )
+        upload = gr.UploadButton("Take them from a text file", file_types=[".txt"], size="sm")
+    upload.upload(own_prompts, upload, prompts, api_visibility="private")
     start = gr.Button("Prune", variant="primary", size="lg")
     if service.zerogpu():
         gr.Markdown("A large model? On a GPU of your own it learns without a quota:")
         gr.DuplicateButton("Duplicate this Space", size="sm")
     form = {"model": model, "ratio": ratio, "preset": preset, "kinds": kinds, "method": method}
-    return form | {"seed": seed, "start": start}
+    return form | {"seed": seed, "prompts": prompts, "start": start}
 
 
 def _panel() -> dict[str, gr.components.Component]:
@@ -173,11 +181,18 @@ def predict(model, percent, preset, kinds):
 
 
 @told
-def begin(model, percent, preset, seed, kinds, method, runs):
+def own_prompts(file):
+    """The prompts in a text file, for the box."""
+    return "\n".join(service.read_prompts(file))
+
+
+@told
+def begin(model, percent, preset, seed, kinds, method, prompts, runs):
     """Start a run and remember its id in the browser."""
     if not kinds:
         raise gr.Error("Choose units to prune, under Advanced.", duration=8)
-    made = service.start(model, percent / 100, method or preset, seed, kinds)["run"]
+    own = prompts.splitlines() if prompts.strip() else None
+    made = service.start(model, percent / 100, method or preset, seed, kinds, own)["run"]
     return [*(runs or []), made], made, percent
 
 

@@ -1,0 +1,113 @@
+"""What pruning a model will leave and take, by arithmetic on its configuration."""
+
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ... import catalog, machine
+from ...architectures import find_groups, unrecognised
+from ...checkpoints import loading
+from ...checkpoints.formats import FORMATS
+from ...config import LearnConfig
+from ...errors import BudgetError, ModelNotFoundError
+from ...learning import memory
+from ...learning.methods import METHODS, measured_best
+from ...pruning.scores import Scores
+from ...units import ALL_KINDS, PRESET_KINDS
+
+
+@cache
+def empty_denoiser(model: str) -> nn.Module:
+    """A model's denoiser without weights, on the meta device."""
+    return loading.empty_denoiser(model)
+
+
+@cache
+def unit_costs(model: str, kinds: tuple[str, ...] = PRESET_KINDS) -> tuple[Scores, int, int]:
+    """Unit costs of a model, bytes of a weight in its files, bytes of all its weights."""
+    scores = Scores.unranked(empty_denoiser(model), kinds)
+    itemsize = loading.disk_dtype(model).itemsize
+    source = Path(catalog.find(model).source)
+    weights = sum(file.stat().st_size for file in source.rglob("*.safetensors"))
+    return scores, itemsize, weights or scores.total * itemsize
+
+
+def known_model(model: str) -> catalog.Model:
+    """The model of that name. On a Space, visitors name models, not folders of the server."""
+    known = catalog.find(model)
+    if os.environ.get("SPACE_ID") and not known.embedded and Path(known.source).exists():
+        raise ModelNotFoundError(f"There is no model {model!r}. Give an embedded model or a Hub id.")
+    return known
+
+
+def predict(model: str, ratio: float, preset: str = "fast", kinds: list[str] | None = None) -> dict:
+    """What pruning will leave, by arithmetic on the model's configuration.
+
+    Args:
+        model: embedded name, folder or Hub id.
+        ratio: fraction of the denoiser's parameters to remove.
+        preset, kinds: as `start` takes them: what may go.
+
+    Returns:
+        {"params_dense", "params_pruned", "bytes_dense", "bytes_pruned", "ceiling": share of the parameters
+        that can go at most, "units": what holds those, in words, "licence", "gated",
+        "supported": what the conformance suite passes of this architecture, "memory": {"draw", "learn",
+        "here"}, bytes: estimates of what it takes, and what the device has, "left_alone": {class: parameters
+        that no unit holds}}
+    """
+    known = known_model(model)
+    wanted = LearnConfig.preset(preset, **{"kinds": tuple(kinds)} if kinds else {}).kinds
+    scores, itemsize, dense_bytes = unit_costs(known.name, wanted)
+    denoiser = empty_denoiser(known.name)
+    removed = round(checked_ratio(ratio, scores) * scores.total)
+    device = torch.device(machine.device())
+    footprint = known.footprint(4 if device.type == "cpu" else None)
+    return {
+        "params_dense": scores.total,
+        "params_pruned": scores.total - removed,
+        "bytes_dense": dense_bytes,
+        "bytes_pruned": dense_bytes - removed * itemsize,
+        "ceiling": scores.ceiling,
+        "units": scores.kinds_in_words.replace(" or ", ", "),
+        "licence": known.licence,
+        "gated": known.gated,
+        "supported": catalog.supported(type(denoiser).__name__),
+        "memory": memory.estimate(denoiser, **footprint) | {"here": machine.capacity(device)},
+        "left_alone": unrecognised(denoiser, find_groups(denoiser, ALL_KINDS)),
+    }
+
+
+def methods() -> list[tuple[str, str]]:
+    """Other ways to rank units than a preset's: (what it is, its name), as `start` takes for a preset."""
+    return [(f"{method.name}: {method.source}", method.name) for method in METHODS.values()]
+
+
+def formats() -> list[tuple[str, str]]:
+    """Ways to export: (what it is, its name), as `export` takes."""
+    return [(f"{entry.name}: {entry.words}", entry.name) for entry in FORMATS.values()]
+
+
+def default_preset(model: str) -> str:
+    """The preset that a model is best learned with here, as far as that is measured.
+
+    On ZeroGPU, where a call is short, one that learns step by step.
+    """
+    known = known_model(model)
+    return "fast" if machine.zerogpu() else measured_best(empty_denoiser(known.name), "fast")
+
+
+def kinds_of(preset: str) -> tuple[str, ...]:
+    """The kinds of units that a preset prunes."""
+    return LearnConfig.preset(preset).kinds
+
+
+def checked_ratio(ratio: float, scores: Scores) -> float:
+    if not 0 < ratio <= scores.ceiling:
+        raise BudgetError(
+            f"Between 0 and {scores.ceiling:.1%} of this model's parameters can be removed (the rest "
+            f"is not in {scores.kinds_in_words}); {ratio:.1%} was asked for."
+        )
+    return ratio
