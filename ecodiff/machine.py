@@ -44,7 +44,7 @@ def device() -> str:
 
 
 class Timings:
-    """Seconds that things took here, by model: {model: {"load", "step", "draw", "pack"}}.
+    """Seconds that things took here, by model: {model: {"load", "step", "calibrate", "draw", "pack"}}.
 
     A file, because ZeroGPU's workers share nothing else with the process that plans their time.
     """
@@ -63,6 +63,10 @@ class Timings:
         known[model] = known.get(model, {}) | {name: round(value, 3) for name, value in seconds.items()}
         with suppress(CheckpointError):  # an estimate that is lost costs nothing else
             write_json(self.path, known)
+
+    def last(self, model: str, name: str) -> float | None:
+        """What it took last; None before it was measured."""
+        return self._read().get(model, {}).get(name)
 
     def seconds(self, model: str, *names: str) -> float:
         """What a call of these parts will take, with the start of a worker; a guess before the first."""

@@ -25,6 +25,7 @@ from ..pruning.plan import PrunePlan
 from ..runs.folder import Run
 from ..runs.healing import heal_run, healed
 from ..runs.loop import learn_run
+from ..runs.pictures import COUNT, Painter
 from .server import server
 from .worker import ADVICE
 
@@ -141,6 +142,26 @@ class DrawImages:
     def seconds(self, timings: machine.Timings) -> float:
         images = (1 + len(self.plans)) * len(self.asked)
         return min(2 * machine.CHUNK_SECONDS, timings.seconds(self.model, "load", *["draw"] * images))
+
+
+@dataclass(frozen=True)
+class DrawPictures:
+    """Draw a run's pictures at one size, repaired; yields them as `runs.pictures.load` does."""
+
+    folder: str
+    ratio: float
+
+    def run(self) -> Iterator[dict]:
+        run, device = Run.open(Path(self.folder)), server().devices.drawing
+        plan, kept = run.plan(self.ratio), run.folder / "variants"
+        with device.lock:
+            dense = device.dense(run.model)
+            small = device.pruned(run.model, plan, True, kept, prompts=run.learned_on)
+        yield Painter(run, dense, device.lock).paint(small, plan, self.ratio, repaired=True)
+
+    def seconds(self, timings: machine.Timings) -> float:
+        model = Run.open(Path(self.folder)).model
+        return min(2 * machine.CHUNK_SECONDS, timings.seconds(model, "load", *["draw"] * 2 * COUNT))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 import traceback
 from collections import deque
 from contextlib import suppress
@@ -9,8 +10,10 @@ from dataclasses import dataclass, field
 
 from ..errors import EcodiffError, OutOfMemoryError, RunError, memory_advice
 from ..learning.state import LearnState
+from ..pruning.slicing import variant
 from ..runs.folder import Run
 from ..runs.loop import learn_run
+from ..runs.pictures import Painter
 from .devices import Device, Devices
 
 MAX_WAITING = 16
@@ -19,6 +22,8 @@ MAX_KEPT = 64  # jobs that are done
 ADVICE = (
     "Nothing is lost. Try again when nothing else is learned or drawn here, or take a smaller model or image."
 )
+
+CURVE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # sizes that a finished run is drawn at while nobody waits
 
 ACTIVE = ("queued", "loading", "learning", "calibrating")
 
@@ -31,6 +36,8 @@ class Job:
     stage: str = "queued"  # queued, loading, learning, calibrating, finished, stopped, failed
     seconds: deque = field(default_factory=lambda: deque(maxlen=8))  # of the last steps
     state: LearnState | None = None
+    since: float = 0.0  # when its stage began, time.monotonic()
+    drawing: bool = False  # it is finished, and its pictures are drawn
 
     @property
     def active(self) -> bool:
@@ -130,23 +137,46 @@ class Worker:
 
     def _learn(self, job: Job, device: Device) -> None:
         pipe = device.dense(job.run.model)
-        job.stage = "learning"
+        job.stage, job.since = "learning", time.monotonic()
 
+        painter, learned = Painter(job.run, pipe, device.lock), 0.0
         for state, seconds in learn_run(job.run, pipe, device.lock):
             job.state = state
             job.seconds.append(seconds)
+            learned += seconds
+            if painter.due(learned, seconds) and (job.run.folder / "scores.safetensors").exists():
+                plan = job.run.plan(job.run.config.ratio)
+                painter.paint(variant(pipe, plan), plan, job.run.config.ratio, repaired=False)
         finished = job.run.finished
         if finished:
-            job.stage = "calibrating"
+            job.stage, job.since = "calibrating", time.monotonic()
             with suppress(OutOfMemoryError), memory_advice(ADVICE):  # whoever draws will be told
                 device.calibration(job.run.model, job.run.learned_on)
+                device.timings.note(job.run.model, calibrate=time.monotonic() - job.since)
+        job.drawing = finished
         job.stage = "finished" if finished else "stopped"
-        if finished and device is self.devices.drawing:
-            with suppress(EcodiffError), memory_advice(ADVICE):
-                self._prepare(job.run, device)
+        if finished:
+            try:
+                with suppress(EcodiffError), memory_advice(ADVICE):
+                    self._prepare(job.run, device, painter, learned)
+            finally:
+                job.drawing = False
 
-    def _prepare(self, run: Run, device: Device) -> None:
-        """What the first images would wait for; nobody waits for it yet."""
-        device.pruned(run.model, run.plan(run.config.ratio), prompts=run.learned_on)
-        with device.lock:
-            device.calibration(run.model, run.learned_on).prepare()
+    def _prepare(self, run: Run, device: Device, painter: Painter, learned: float) -> None:
+        """What the first images would wait for, and the run's pictures; nobody waits for it yet."""
+
+        def paint(ratio: float) -> None:
+            plan = run.plan(ratio)
+            small = device.pruned(run.model, plan, prompts=run.learned_on)
+            painter.paint(small, plan, ratio, repaired=True)
+
+        paint(run.config.ratio)
+        if device is self.devices.drawing:
+            with device.lock:
+                device.calibration(run.model, run.learned_on).prepare()
+        begun = time.monotonic()
+        for ratio in CURVE:
+            if self._waiting or time.monotonic() - begun > learned:  # never longer than learning took
+                return
+            if abs(ratio - run.config.ratio) > 1e-6:
+                paint(ratio)

@@ -23,6 +23,7 @@ from ..pruning.slicing import kept_features, plan_of
 from ..storage import check_header, reading, write_tensors
 from ..units import ALL_KINDS
 from .loading import empty_denoiser
+from .lora_names import Names, kohya, translated
 
 MAX_FILE_BYTES = 4 << 30
 
@@ -141,11 +142,12 @@ def _read(path: Path, pipeline: type, name: str, plan: PrunePlan, dense: nn.Modu
         if (made_for := header.get(DIGEST)) is not None:
             fits = "It fits this model as it is." if made_for == plan.digest else "It fits no other size."
             raise PlanError(f"{path.name} was made on a pruned model already. {fits}")
+        pairs, rest = translated(stored, Names(name, dense))
         known = inspect.signature(loader).parameters
         options = {"return_alphas": True} if "return_alphas" in known else {}
-        read = loader(stored, unet_config=dense.config, **options)
+        read = loader(rest, unet_config=dense.config, **options) if rest else ({}, None)
         read = read if isinstance(read, tuple) else (read, None)
-        tensors, alphas = read[0], _alphas(read[1] or {})
+        tensors, alphas = read[0] | pairs, _alphas(read[1] or {})
         settings = _settings(header)
         own = {key.removeprefix(name + "."): v for key, v in tensors.items() if key.startswith(name + ".")}
         own = {f"{name}.{key}": v for key, v in _peft_names(own).items()}
@@ -215,15 +217,41 @@ def _scale(layer: str, rank: int, alphas: dict[str, float], settings: dict) -> f
     return float(alpha) / (rank**0.5 if own.get("use_rslora") else rank)
 
 
-def save_lora(tensors: dict[str, Tensor], path: str | Path, plan: PrunePlan) -> Path:
+NAMINGS = {
+    "diffusers": "for diffusers: pipe.load_lora_weights",
+    "kohya": "for ComfyUI, with ecodiff's node, and other tools that read kohya's names",
+}
+
+
+def save_lora(
+    tensors: dict[str, Tensor],
+    path: str | Path,
+    plan: PrunePlan,
+    naming: str = "diffusers",
+    dense: nn.Module | None = None,
+) -> Path:
     """Write a LoRA that fits the model that `plan` cut: safetensors, with the plan's digest in its header.
 
     Args:
         tensors: of `translate_lora`, or of a LoRA that was trained on the pruned model.
+        naming: one of `NAMINGS`; of text encoders only diffusers' names are written.
+        dense: the dense denoiser (on the meta device will do), for other namings than diffusers'.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: it cannot be written, or there is no such naming.
     """
+    if naming not in NAMINGS:
+        raise CheckpointError(f"There is no naming {naming!r}. Namings: {', '.join(NAMINGS)}.")
+    if naming == "kohya":
+        assert dense is not None, "kohya's names need the dense model"
+        component = "unet" if hasattr(dense, "down_blocks") else "transformer"
+        kept, layers = kept_features(dense, plan), dict(dense.named_modules())
+        widths = {}
+        for name, layer in layers.items():
+            if isinstance(weight := getattr(layer, "weight", None), Tensor):
+                rows = kept.get((name, "out"))
+                widths[name] = len(weight) if rows is None else int(rows.sum())
+        tensors = kohya(tensors, component, dense, widths)
     return write_tensors(path, tensors, {"format": "pt", DIGEST: plan.digest})
 
 

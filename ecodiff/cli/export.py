@@ -12,7 +12,9 @@ ALIASES = ("fill",)
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument("model", help="a pruned folder")
-    parser.add_argument("--format", default="dense", metavar="NAME", help="diffusers or dense (default)")
+    parser.add_argument(
+        "--format", default="dense", metavar="NAME", help="diffusers, dense (default) or comfyui"
+    )
     parser.add_argument("--out", required=True, metavar="PATH", help="a new folder, or a .safetensors file")
 
 

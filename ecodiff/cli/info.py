@@ -68,20 +68,39 @@ def run(options: argparse.Namespace) -> int:
     if plan is not None:
         rows.append(("pruned by plan", plan.digest))
     if scores.ceiling >= 0.2:
-        facts["params_at_20"] = total - scores.removed(scores.plan(ratio=0.2))
-        rows.append(("after a 20 % plan", f"{facts['params_at_20']:,} parameters"))
+        more, lines = _at_twenty(denoiser, known, scores)
+        facts, rows = facts | more, rows + lines
     report(options, rows, facts)
     return 0
 
 
+def _at_twenty(denoiser, known, scores) -> tuple[dict, list[tuple[str, str]]]:
+    """What a plan that removes 20 %, of units of equal worth, leaves: parameters, bytes, MACs of a call."""
+    from ..architectures.inputs import meta_call
+    from ..machine import megabytes
+    from ..metrics.cost import macs_by_unit
+
+    plan = scores.plan(ratio=0.2)
+    left = scores.total - scores.removed(plan)
+    size = left * known.footprint()["itemsize"]
+    facts, words = {"params_at_20": left, "bytes_at_20": size}, f"{left:,} parameters, {megabytes(size)}"
+    if known.denoiser and (call := meta_call(denoiser, known.size, 1)):
+        by_unit, total = macs_by_unit(denoiser, (), call)
+        gone = scores.removed(plan, by_unit)
+        facts |= {"macs": total, "macs_at_20": total - gone}
+        words += f", {1 - gone / total:.1%} of {total / 1e12:.3g} T MACs of a call at {known.size} pixels"
+    return facts, [("after a 20 % plan", words)]
+
+
 def _of_the_catalogue(denoiser, known) -> tuple[dict, list[tuple[str, str]]]:
     """Memory and licence of a model that is offered by name, as facts and as rows."""
-    from ..learning import memory
+    from ..learning.footprint import footprint
     from ..machine import megabytes
 
-    needs = memory.estimate(denoiser, **known.footprint())
-    facts = {"memory_draw": needs["draw"], "memory_learn": needs["learn"]}
-    memories = f"{megabytes(needs['draw'])} to draw, {megabytes(needs['learn'])} to learn"
+    need = footprint(denoiser, **known.footprint())
+    facts = {"memory_draw": need.draw, "memory_offloaded": need.draw_offloaded, "memory_learn": need.learn}
+    memories = f"{megabytes(need.draw)} to draw, {megabytes(need.draw_offloaded)} with components offloaded, "
+    memories += f"{megabytes(need.learn)} to learn"
     gated = ", gated: accept it on the Hub first" if known.gated else ""
     rows = [("memory (estimate)", memories), ("licence", known.licence + gated)]
     return facts | {"licence": known.licence, "gated": known.gated}, rows

@@ -10,8 +10,11 @@ HELP = "cut a LoRA of the dense model to fit a pruned one"
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument("model", help="a pruned folder")
-    parser.add_argument("lora", help="a .safetensors file in diffusers', PEFT's or kohya's naming")
+    parser.add_argument("lora", help="a .safetensors file in any common naming")
     parser.add_argument("--dense", help="the dense model (default: the one that the plan names)")
+    parser.add_argument(
+        "--naming", default="diffusers", help="diffusers (default) or kohya, which ComfyUI reads"
+    )
     parser.add_argument("--out", required=True, metavar="FILE", help="the translated LoRA, .safetensors")
 
 
@@ -23,11 +26,12 @@ def run(options: argparse.Namespace) -> int:
     from ..pruning.slicing import plan_of
 
     small = load(options.model)
-    dense = empty_denoiser(options.dense) if options.dense else None
+    cut_by = plan_of(denoiser_of(small))
+    named = options.dense or (cut_by.metadata.get("model", "") if cut_by else "")
+    dense = empty_denoiser(named) if cut_by else None
     tensors, made = translate_lora(options.lora, small, dense=dense)
-    plan = plan_of(denoiser_of(small))
-    assert plan is not None  # or nothing would have been translated
-    out = save_lora(tensors, options.out, plan)
+    assert cut_by is not None  # or nothing would have been translated
+    out = save_lora(tensors, options.out, cut_by, options.naming, dense)
     rows = [("translated", made.words()), ("saved in", str(out))]
     rows += [("dropped", f"{name}: {why}") for name, why in made.dropped.items()]
     report(options, rows, vars(made) | {"out": str(out)})

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -19,7 +19,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..architectures import blocks, find_groups
 from ..errors import exhausted
 from ..machine import free_bytes, release
 from ..pipelines import denoiser_calls, denoiser_of, moved
@@ -91,33 +90,6 @@ class MemoryPlan:
         return replace(self, keep=Keep(recomputed, alone=alone))
 
 
-def estimate(
-    denoiser: ModelMixin, itemsize: int, others: float, size: int = 1024, guided: bool = False, batch: int = 4
-) -> dict[str, int]:
-    """Bytes for drawing one image and for learning, before anything was measured: rules of thumb.
-
-    Drawing: all weights, and a tenth more. Learning, with blocks recomputed: besides, for each row of a
-    batch (twice as many with guidance) one hidden state a block and 34 more inside one block (Korthikanti
-    et al. 2022, arXiv 2205.05198, eq. 2, without attention scores), of a token for 16 x 16 pixels.
-
-    Args:
-        denoiser: on any device, "meta" too.
-        itemsize: bytes of a weight.
-        others: parameters of text encoders and autoencoder.
-        size: pixels a side.
-        guided: guidance is used.
-    """
-    groups = find_groups(denoiser)
-    width = max(g.consumers[0].weight(denoiser).shape[0] for g in groups)
-    rows = batch * (2 if guided and not denoiser.config.get("guidance_embeds") else 1)
-    hidden = rows * (size // 16) ** 2 * width * itemsize
-    weights = (sum(p.numel() for p in denoiser.parameters()) + others) * itemsize
-    return {
-        "draw": round(1.1 * weights),
-        "learn": round(1.1 * weights + hidden * (len(blocks(groups)) + 34)),
-    }
-
-
 class _Kept:
     """Counts the distinct storages that autograd keeps, those in `own` left out."""
 
@@ -159,11 +131,29 @@ class _Fused(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
+class Activations(NamedTuple):
+    """Bytes that one call keeps for its backward pass, weights not counted.
+
+    Attributes:
+        all: if nothing is recomputed.
+        between: if blocks are, what goes into each of them and what is between them.
+        inside: of the largest block.
+    """
+
+    all: int
+    between: int
+    inside: int
+
+    @property
+    def by_block(self) -> int:
+        """If blocks are recomputed."""
+        return self.between + self.inside
+
+
 def activation_bytes(
     denoiser: ModelMixin, args: tuple, kwargs: dict, groups: Iterable[PruneGroup] = ()
-) -> tuple[int, int]:
-    """Bytes that one call keeps for its backward pass, weights not counted: all of it, and if blocks are
-    recomputed (what goes into each of them, what is between them, and the inside of the largest).
+) -> Activations:
+    """What one call keeps for its backward pass.
 
     It is found out on the meta device, where nothing is computed and nothing needs memory.
 
@@ -200,10 +190,10 @@ def activation_bytes(
 
     call(kept)
     if not getattr(denoiser, "_supports_gradient_checkpointing", False):
-        return kept.total, kept.total
+        return Activations(kept.total, 0, kept.total)
     denoiser.enable_gradient_checkpointing(block)
     call(outside)
-    return kept.total, outside.total + max(inside, default=0)
+    return Activations(kept.total, outside.total, max(inside, default=0))
 
 
 def plan(
@@ -221,7 +211,8 @@ def plan(
     args, kwargs = denoiser_calls(pipe, call, limit=1)[0]
     free = free_bytes(denoiser.device)
     try:
-        whole, by_block = activation_bytes(denoiser, args, kwargs, groups)
+        found = activation_bytes(denoiser, args, kwargs, groups)
+        whole, by_block = found.all, found.by_block
     except (RuntimeError, ValueError):  # it looks at values, which meta has not
         whole, by_block = free, free  # so nothing is kept, and less if that is too much
     encoders = 0 if denoiser.device.type == "cpu" else encoders  # where they are away, they are on the CPU

@@ -53,10 +53,18 @@ def unit_macs(
         call: the pipeline's arguments; they fix the image size, the prompts and guidance.
     """
     denoiser = denoiser_of(pipe)
-    groups = find_groups(denoiser, ALL_KINDS) if groups is None else list(groups)
     args, kwargs = moved(denoiser_calls(pipe, call, limit=1)[0], denoiser.device)
     with frozen(pipe):  # the counter hooks into what has gradients
-        macs = module_macs(denoiser, args, kwargs)
+        return macs_by_unit(denoiser, args, kwargs, groups)
+
+
+@torch.no_grad()
+def macs_by_unit(
+    denoiser: nn.Module, args: tuple, kwargs: dict, groups: Iterable[PruneGroup] | None = None
+) -> tuple[dict[str, int], int]:
+    """As `unit_macs`, of a call whose arguments are given; on the meta device nothing is computed."""
+    groups = find_groups(denoiser, ALL_KINDS) if groups is None else list(groups)
+    macs = module_macs(denoiser, args, kwargs)
     by_unit = {}
     for group in groups:
         # Of experts packed in two tensors of one module, the module's are counted once; scales have none.

@@ -6,6 +6,7 @@ scores.safetensors    the ranking so far; final once all steps are done
 plan.safetensors      a plan that was brought, instead of a ranking
 plans/, models/       what was cut from it
 variants/             weights that compensation gave, by plan
+pictures.json         what was drawn with it (see `runs.pictures`)
 STOP, ERROR, MEMORY   a request to stop; why it last failed; what is kept in memory
 """
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import CheckpointError, RunError
+from . import examples
 from .folder import Run
 
 MIN_FREE_BYTES = 256 << 20
@@ -50,6 +51,8 @@ class RunStore:
         """The run of that id. Raises RunError if there is none (or the id is not one)."""
         if not (len(run_id) == 32 and set(run_id) <= set("0123456789abcdef")):
             raise RunError("This is not the id of a run.")
+        with contextlib.suppress(OSError):
+            examples.put(run_id, self.root)
         if not (self.root / run_id / "run.json").is_file():
             raise RunError("There is no such run any more. It may have expired.")
         return Run.open(self.root / run_id)

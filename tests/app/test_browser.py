@@ -118,7 +118,7 @@ def test_the_main_job(page, url, tmp_path):
     size.press("Tab")
     page.get_by_text(re.compile(r"(4\.99|5\.0[01]) M")).first.wait_for()
 
-    button(page, "Make the download").click()
+    button(page, "Build checkpoint").click()
     page.get_by_text("SHA-256").first.wait_for(timeout=60_000)
     shot(page, "5-download")
     with page.expect_download() as waiting:
@@ -130,7 +130,7 @@ def test_the_main_job(page, url, tmp_path):
     assert abs(sum(p.numel() for p in small.unet.parameters()) / 8_327_876 - 0.6) < 2e-3
     assert small("red apple", num_inference_steps=2).images[0].size == (64, 64)
 
-    button(page, "Compare images").click()  # this run, at this size
+    button(page, "Compare with my prompt").click()  # this run, at this size
     playwright.expect(page.get_by_role("combobox", name="Pruned model")).not_to_have_value("")
     playwright.expect(page.get_by_role("spinbutton", name="Remove")).to_have_value("40")
     page.get_by_role("textbox", name="Prompt").fill("cat face")

@@ -5,11 +5,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ecodiff
+from ecodiff.checkpoints import lora_names
 from ecodiff.checkpoints.lora import save_lora, trained_lora, translate_lora
 from ecodiff.errors import CheckpointError, PlanError
 from ecodiff.pipelines import denoiser_name, denoiser_of
+from ecodiff.pruning.slicing import kept_features
 from tests.checkpoints.test_folders import some_plan
-from tests.conftest import latents
+from tests.conftest import PIPELINES, latents
 
 pytest.importorskip("peft")
 TARGETS = (
@@ -84,8 +86,6 @@ def check(pipe, file):
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd-1.5", "flux-dev", "sd3.5"])
 def test_translated_equals_fused_and_pruned(kind, tmp_path):
-    from tests.conftest import PIPELINES
-
     pipe = PIPELINES[kind]()
     pipe.set_progress_bar_config(disable=True)
     report = check(pipe, peft_file(pipe, tmp_path / "lora.safetensors"))
@@ -247,3 +247,146 @@ def test_settings_that_are_no_numbers(tiny_sdxl, tmp_path, alpha):
     save_file(tensors, tmp_path / "b.safetensors", metadata=header)
     with pytest.raises(CheckpointError, match="cannot be read"):
         translate_lora(tmp_path / "b.safetensors", tiny_sdxl, some_plan(tiny_sdxl))
+
+
+def original_names(pipe):
+    """{layer of the original authors: (diffusers' layers)} of those that `matrices` are about."""
+    known = lora_names.original_layers(denoiser_of(pipe))
+    wanted = {name for name, _, _ in matrices(pipe)}
+    return {new: olds for new, olds in known.items() if wanted & set(olds)}
+
+
+def original_file(pipe, path, naming):
+    """A LoRA as trainers of the original code write it: q, k and v in one pair."""
+    tensors, noise = {}, torch.Generator().manual_seed(0)
+    modules = dict(denoiser_of(pipe).named_modules())
+    for new, olds in original_names(pipe).items():
+        weights = [modules[old].weight for old in olds]
+        rows, kernel = sum(len(w) for w in weights), weights[0].shape[2:]
+        down = (
+            0.3 * torch.randn(3, weights[0].shape[1], *kernel, generator=noise) / weights[0].shape[1] ** 0.5
+        )
+        up = torch.randn(rows, 3, *(1 for _ in kernel), generator=noise)
+        if naming == "kohya":
+            flat = f"lora_unet_{new.replace('.', '_')}"
+            tensors |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": 2 * up}
+            tensors[f"{flat}.alpha"] = torch.tensor(1.5)
+        else:
+            tensors |= {f"{naming}{new}.lora_A.weight": down, f"{naming}{new}.lora_B.weight": up}
+    save_file(tensors, path)
+    return path
+
+
+def same_update(pipe, file, update):
+    """What is translated for a plan, on what that plan keeps, is the same rows and columns of `update`."""
+    small = ecodiff.variant(pipe, plan := some_plan(pipe))
+    tensors, _ = translate_lora(file, small, plan, dense=denoiser_of(pipe))
+    kept = kept_features(denoiser_of(pipe), plan)
+    checked = 0
+    for layer, whole in update.items():
+        at = f"{denoiser_name(pipe)}.{layer}"
+        if f"{at}.lora_A.weight" not in tensors or ".norm" in layer:
+            continue
+        down, up = (tensors[f"{at}.lora_{side}.weight"].flatten(1) for side in "AB")
+        rows, columns = kept.get((layer, "out")), kept.get((layer, "in"))
+        whole = whole if rows is None else whole[rows]
+        whole = whole if columns is None else whole[:, columns]
+        expected = whole.flatten(1)
+        assert (up @ down - expected).abs().max() <= 2e-6 * expected.abs().max().clamp(min=1e-3), layer
+        checked += 1
+    assert checked > 5
+
+
+def product(up, down):
+    return (up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
+
+
+@pytest.mark.parametrize(
+    "naming", ["kohya", "diffusion_model.", "base_model.model.", "model.diffusion_model."]
+)
+@pytest.mark.parametrize("kind", ["sdxl", "sd-1.5", "flux-dev"])
+def test_the_original_authors_layers(kind, naming, tmp_path):
+    pipe = PIPELINES[kind]()
+    file = original_file(pipe, tmp_path / "original.safetensors", naming)
+    stored, modules, update = load_file(file), dict(denoiser_of(pipe).named_modules()), {}
+    for new, olds in original_names(pipe).items():
+        key = f"lora_unet_{new.replace('.', '_')}.lora_" if naming == "kohya" else f"{naming}{new}.lora_"
+        down, up = (stored[f"{key}{side}.weight"] for side in (("down", "up") if naming == "kohya" else "AB"))
+        whole = product(up, down) * (0.5 if naming == "kohya" else 1)
+        update |= dict(zip(olds, whole.split([len(modules[old].weight) for old in olds]), strict=True))
+    same_update(pipe, file, update)
+
+
+@pytest.mark.parametrize("prefix", ["lora_transformer_", "lycoris_", "lora_unet_"])
+def test_underscored_names_of_diffusers_layers(prefix, tmp_path):
+    pipe = PIPELINES["flux-dev"]()  # OneTrainer's, with MLP layers, and SimpleTuner's
+    tensors, update = {}, {}
+    for name, down, up in matrices(pipe):
+        flat = f"{prefix}{name.replace('.', '_')}"
+        tensors |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up.contiguous()}
+        update[name] = product(up, down)
+    save_file(tensors, tmp_path / "flat.safetensors")
+    same_update(pipe, tmp_path / "flat.safetensors", update)
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "lokr-whole"])
+def test_other_factorisations(kind, tiny_sdxl, tmp_path):
+    tensors, update, noise = {}, {}, torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=noise)
+
+    for name, module in layers(tiny_sdxl):
+        weight = module.weight
+        out, features = len(weight), weight[0].numel()
+        flat = f"lora_unet_{name.replace('.', '_')}"
+        if kind == "loha":
+            parts = {"hada_w1_a": random(out, 2), "hada_w1_b": random(2, features)}
+            parts |= {"hada_w2_a": random(out, 2), "hada_w2_b": random(2, features)}
+            whole = (
+                (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"]) * 0.5
+            )
+        else:
+            inner = 4 if weight.shape[1] % 4 == 0 else 1
+            first = random(4 if out % 4 == 0 else 1, inner)
+            a, b = random(out // len(first), 2), random(2, features // inner)
+            second = {"lokr_w2": a @ b} if kind == "lokr-whole" else {"lokr_w2_a": a, "lokr_w2_b": b}
+            parts = {"lokr_w1": first} | second
+            shape = (len(a), weight.shape[1] // inner, *weight.shape[2:])
+            whole = torch.kron(first.view(*first.shape, *(1 for _ in weight.shape[2:])), (a @ b).view(shape))
+            whole = whole * (1.0 if kind == "lokr-whole" else 0.5)
+        parts["alpha"] = torch.tensor(1.0)
+        tensors |= {f"{flat}.{part}": value for part, value in parts.items()}
+        update[name] = whole.view(weight.shape)
+    save_file(tensors, tmp_path / "lycoris.safetensors")
+    same_update(tiny_sdxl, tmp_path / "lycoris.safetensors", update)
+
+
+def test_half_a_factorisation_is_refused(tiny_sdxl, tmp_path):
+    name, module = next(iter(layers(tiny_sdxl)))
+    flat = f"lora_unet_{name.replace('.', '_')}"
+    save_file({f"{flat}.hada_w1_a": torch.ones(len(module.weight), 2)}, tmp_path / "half.safetensors")
+    with pytest.raises(CheckpointError, match="is not whole"):
+        translate_lora(tmp_path / "half.safetensors", tiny_sdxl, some_plan(tiny_sdxl))
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "flux-dev"])
+def test_written_in_kohyas_naming_it_is_the_same(kind, tmp_path):
+    """Read back by ecodiff for an unpruned model of the same shapes: the pruned one itself."""
+    pipe = PIPELINES[kind]()
+    plan, dense = some_plan(pipe), denoiser_of(pipe)
+    small = ecodiff.variant(pipe, plan)
+    tensors, _ = translate_lora(peft_file(pipe, tmp_path / "lora.safetensors"), small, plan, dense=dense)
+    file = save_lora(tensors, tmp_path / "kohya.safetensors", plan, "kohya", dense)
+    stored = {key: value.float() for key, value in load_file(file).items()}
+    assert all(key.startswith("lora_unet_") for key in stored)
+    pairs, rest = lora_names.translated(stored, lora_names.Names(denoiser_name(pipe), denoiser_of(small)))
+    assert not rest
+    for key, up in tensors.items():
+        path = key.removesuffix(".lora_B.weight")
+        if path != key and not path.endswith(("norm1.linear", "norm.linear")):
+            was = up.flatten(1) @ tensors[f"{path}.lora_A.weight"].flatten(1)
+            now = pairs[key].flatten(1) @ pairs[f"{path}.lora_A.weight"].flatten(1)
+            torch.testing.assert_close(now, was, atol=1e-6, rtol=1e-5)
+    with pytest.raises(CheckpointError, match="There is no naming"):
+        save_lora(tensors, tmp_path / "other.safetensors", plan, "other", dense)

@@ -8,9 +8,11 @@ from ...architectures import find_groups
 from ...errors import BudgetError, RunError
 from ...metrics.fidelity import Sample, fidelity
 from ...pruning.plan import PrunePlan
+from ...runs.pictures import load
 from ...units import ALL_KINDS
 from ..server import server
-from ..tasks import DrawImages, HealRun, results
+from ..tasks import DrawImages, DrawPictures, HealRun, results
+from .learning import changeable
 from .prediction import empty_denoiser, unit_costs
 
 MAX_SIZES, MAX_PROMPTS = 4, 32  # of one call of `sizes`
@@ -63,7 +65,7 @@ def heal(run: str, ratio: float, steps: int = 100) -> Iterator[dict]:
     """
     if not 1 <= steps <= MAX_HEALING:
         raise BudgetError(f"Healing takes 1 to {MAX_HEALING} steps.")
-    opened, made = server().store.open(run), plan(run, ratio)
+    opened, made = changeable(run), plan(run, ratio)
     if not opened.finished:
         raise RunError("The run is not finished. Healing is for what is cut in the end.")
     opened.permit()
@@ -143,6 +145,24 @@ def sizes(
         measured = [asdict(fidelity(samples[0], pruned)) for pruned in samples[1:]]
         found = {name: [row[name] for row in measured] for name in measured[0]}
         yield samples, {"prompt": prompt, "seed": seed, "ratios": sorted(ratios), **found}
+
+
+def pictures(run: str) -> dict:
+    """What was drawn of a run so far: a few prompts that nothing is learned on, at some sizes.
+
+    Returns:
+        {"prompts", "dense": images, "sizes": [{"asked", "ratio", "step": of learning, "repaired", "images",
+        "latent_error", "psnr": one a prompt}]}, or {}; an image is a data URI
+    """
+    return load(server().store.open(run).folder)
+
+
+def draw_pictures(run: str, ratio: float) -> dict:
+    """Draw those prompts at another size, with repaired weights. Returns what `pictures` does."""
+    opened = changeable(run)
+    opened.plan(ratio)  # an impossible size is told before anything is loaded
+    (found,) = results(DrawPictures(str(opened.folder), ratio))
+    return found
 
 
 def defaults(run: str) -> dict:

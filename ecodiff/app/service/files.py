@@ -68,11 +68,12 @@ def _zip(folder: Path, path: Path) -> None:
         raise CheckpointError(f"Could not pack the checkpoint: {error}. Is the disk full?") from None
 
 
-def lora(run: str, ratio: float, file: str) -> dict:
+def lora(run: str, ratio: float, file: str, naming: str = "diffusers") -> dict:
     """Cut a LoRA of the dense model to fit the pruned model of a run at a size.
 
     Args:
-        file: path of a .safetensors file in diffusers', PEFT's or kohya's naming.
+        file: path of a .safetensors file, in any common naming (docs/checkpoints.md).
+        naming: of the result, "diffusers" or "kohya" (for ComfyUI).
 
     Returns:
         {"path", "name", "report": what was done, in words, "dropped": {layer: why}}
@@ -82,9 +83,11 @@ def lora(run: str, ratio: float, file: str) -> dict:
     limits.require_bytes()
     known = opened.known
     pipeline, component = loading.classes(known)
-    tensors, report = translate(file, pipeline, component, made, empty_denoiser(known.name))
-    name = f"{Path(file).stem[:60]}-eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}.safetensors"
-    path = save_lora(tensors, folder / name, made)
+    dense = empty_denoiser(known.name)
+    tensors, report = translate(file, pipeline, component, made, dense)
+    name = f"{Path(file).stem[:60]}-eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}"
+    name += f"{'' if naming == 'diffusers' else '-' + naming}.safetensors"
+    path = save_lora(tensors, folder / name, made, naming, dense)
     return {"path": str(path), "name": name, "report": report.words(), "dropped": report.dropped}
 
 

@@ -1,6 +1,7 @@
 """Runs: predicted, started, watched, stopped, resumed, named."""
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Annotated
 
@@ -11,18 +12,21 @@ from ...checkpoints import hub, loading
 from ...checks import check_class
 from ...errors import RunError
 from ...learning.methods import METHODS
+from ...runs.examples import EXAMPLES, example_of
 from ...runs.folder import Run
 from ...runs.importing import import_run
+from ...runs.pictures import load
 from ...runs.prompts import parse, set_aside
 from .. import limits
 from ..server import server
 from ..tasks import LearnRun, results
 from ..worker import Job
-from .prediction import checked_ratio, known_model, unit_costs
+from .prediction import checked_ratio, known_model, require_memory, unit_costs
 
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 EXPIRY_SECONDS = 24 * 3600  # on a Space; at home runs are kept
+CALIBRATION_STEPS = 3  # of learning, that recording takes as long as, while it was not measured
 CALLS_A_STEP = 3  # denoiser calls of a time step: recorded, differentiated, computed again
 
 
@@ -51,6 +55,7 @@ def start(
     check_class(loading.classes(known.name)[0])
     config = known.learn_config(preset, ratio, seed=int(seed), **changes)
     checked_ratio(ratio, unit_costs(known.name, config.kinds)[0])
+    require_memory(known.name)
     if os.environ.get("SPACE_ID"):
         server().store.sweep(EXPIRY_SECONDS)
     limits.require_room(learning=True)
@@ -112,9 +117,11 @@ def status(run: str) -> dict:
 
     Returns:
         {"run", "model", "preset", "name", "created", "expires": seconds since 1970, or None, "ratio",
+        "drawing": True while pictures of the finished run are drawn,
         "size": the one ratio of a run made of a plan, or None where any can be cut,
         "stage", "step", "steps", "share": of the one step of a ranking method, or None, "ahead",
-        "seconds_left": measured, or None, "error", "memory", "history": one dict a step}; stage is queued,
+        "seconds_left": of all stages, from what they took before, or None,
+        "error", "memory", "history": one dict a step}; stage is queued,
         loading, learning, calibrating, finished, stopped, failed, or interrupted (nothing works on it: the
         server was restarted or, on ZeroGPU, `learn` is to be called).
     """
@@ -132,13 +139,14 @@ def status(run: str) -> dict:
         "expires": opened.touched + EXPIRY_SECONDS if os.environ.get("SPACE_ID") else None,
         "ratio": opened.config.ratio,
         "size": opened.size,
+        "drawing": bool(job and job.drawing),
         "stage": stage,
         "step": step,
         "steps": opened.config.total_steps,
         "warm_steps": opened.config.warm_steps,
         "share": _share(job) if job else None,
         "ahead": server().worker.ahead(job) if job else 0,
-        "seconds_left": job.seconds_left if job and job.active else None,
+        "seconds_left": _seconds_left(job) if job else None,
         "error": opened.error,
         "memory": opened.memory,
         "history": state.history if state else [],
@@ -153,6 +161,22 @@ def _share(job: Job) -> float | None:
         return None
     steps = (config.inference_steps or 50) * config.warm_steps * CALLS_A_STEP
     return min(1.0, job.run.calls / steps)
+
+
+def _seconds_left(job: Job) -> float | None:
+    """Until the run is finished: learning, and what repairing needs after it."""
+    now, pace = time.monotonic(), job.seconds_left
+    share = _share(job)
+    if job.stage == "learning" and pace is None and share and share > 0.05:
+        pace = (now - job.since) * (1 - share) / share
+    step = sum(job.seconds) / len(job.seconds) if job.seconds else None
+    after = server().timings.last(job.run.model, "calibrate")
+    if after is None and step is not None:
+        after = CALIBRATION_STEPS * step
+    if job.stage == "calibrating" and after is not None:
+        left = after - (now - job.since)
+        return left if left > 0 else None  # it takes longer than it took before
+    return pace + (after or 0.0) if job.stage == "learning" and pace is not None else None
 
 
 def _stage(run: Run, step: int) -> str:
@@ -175,15 +199,37 @@ def fail(run: str, message: str) -> dict:
     return status(run)
 
 
+def changeable(run: str) -> Run:
+    """The run of that id. Raises RunError if it is an example, which is everybody's."""
+    if run in EXAMPLES:
+        raise RunError(
+            "This is the example that comes with ecodiff. Prune a model to have a run of your own."
+        )
+    return server().store.open(run)
+
+
+def example(model: str) -> dict:
+    """The finished run that ships with an embedded model.
+
+    Returns:
+        {"run": its id, "title", "pictures": as `pictures` returns them}, or {} where none ships
+    """
+    run = example_of(model)
+    if run is None:
+        return {}
+    opened = server().store.open(run)
+    return {"run": run, "title": opened.known.title, "pictures": load(opened.folder)}
+
+
 def stop(run: str) -> dict:
     """Ask a run to stop. It does so within one time step and can be resumed."""
-    server().worker.stop(server().store.open(run))
+    server().worker.stop(changeable(run))
     return status(run)
 
 
 def resume(run: str) -> dict:
     """Go on with a run that was stopped, failed or interrupted."""
-    opened = server().store.open(run)
+    opened = changeable(run)
     if machine.zerogpu():
         opened.permit()
         opened.forget_error()
@@ -198,7 +244,7 @@ def delete(run: str) -> dict:
     Returns:
         {"deleted": its id}
     """
-    opened, job = server().store.open(run), server().worker.job(run)
+    opened, job = changeable(run), server().worker.job(run)
     if opened.busy or (job and job.active):
         raise RunError("The run is being worked on. Stop it first, then delete it.")
     server().store.delete(opened)
@@ -207,7 +253,7 @@ def delete(run: str) -> dict:
 
 def rename(run: str, name: str) -> dict:
     """Give a run a name of up to 60 characters."""
-    opened = server().store.open(run)
+    opened = changeable(run)
     opened.name = " ".join(str(name).split())[:60]
     opened.save()
     return status(run)

@@ -13,7 +13,7 @@ from ...checkpoints import loading
 from ...checkpoints.formats import FORMATS
 from ...config import LearnConfig
 from ...errors import BudgetError, ModelNotFoundError
-from ...learning import memory
+from ...learning.footprint import Footprint, fits, footprint
 from ...learning.methods import METHODS, measured_best
 from ...pruning.scores import Scores
 from ...units import ALL_KINDS, PRESET_KINDS
@@ -43,19 +43,30 @@ def known_model(model: str) -> catalog.Model:
     return known
 
 
-def predict(model: str, ratio: float, preset: str = "fast", kinds: list[str] | None = None) -> dict:
+@cache
+def needs(model: str, itemsize: int | None = None) -> Footprint:
+    """What a model takes in memory; `itemsize`: bytes of a weight, None: as in its files."""
+    known = catalog.find(model)
+    return footprint(empty_denoiser(known.name), **known.footprint(itemsize))
+
+
+def predict(
+    model: str, ratio: float, preset: str = "fast", kinds: list[str] | None = None, gpu: int | None = None
+) -> dict:
     """What pruning will leave, by arithmetic on the model's configuration.
 
     Args:
         model: embedded name, folder or Hub id.
         ratio: fraction of the denoiser's parameters to remove.
         preset, kinds: as `start` takes them: what may go.
+        gpu: 10^9 bytes of memory of the GPU that it should fit; None: of this machine's device.
 
     Returns:
         {"params_dense", "params_pruned", "bytes_dense", "bytes_pruned", "ceiling": share of the parameters
         that can go at most, "units": what holds those, in words, "licence", "gated",
-        "supported": what the conformance suite passes of this architecture, "memory": {"draw", "learn",
-        "here"}, bytes: estimates of what it takes, and what the device has, "left_alone": {class: parameters
+        "supported": what the conformance suite passes of this architecture, "memory": {"draw": pruned,
+        everything on the device, "learn", "here"}, bytes: estimates, and what the device has, "fits": as
+        `learning.footprint.fits` says, with "gpu", "left_alone": {class: parameters
         that no unit holds}}
     """
     known = known_model(model)
@@ -64,7 +75,8 @@ def predict(model: str, ratio: float, preset: str = "fast", kinds: list[str] | N
     denoiser = empty_denoiser(known.name)
     removed = round(checked_ratio(ratio, scores) * scores.total)
     device = torch.device(machine.device())
-    footprint = known.footprint(4 if device.type == "cpu" else None)
+    here = machine.capacity(device)
+    need = needs(known.name, 4 if device.type == "cpu" and not gpu else None)
     return {
         "params_dense": scores.total,
         "params_pruned": scores.total - removed,
@@ -75,9 +87,21 @@ def predict(model: str, ratio: float, preset: str = "fast", kinds: list[str] | N
         "licence": known.licence,
         "gated": known.gated,
         "supported": catalog.supported(type(denoiser).__name__),
-        "memory": memory.estimate(denoiser, **footprint) | {"here": machine.capacity(device)},
+        "memory": {"draw": need.pruned(ratio).draw, "learn": need.learn, "here": here},
+        "fits": fits(need, ratio, scores.ceiling, gpu * 1e9 if gpu else here) | {"gpu": gpu},
         "left_alone": unrecognised(denoiser, find_groups(denoiser, ALL_KINDS)),
     }
+
+
+def require_memory(model: str) -> None:
+    """Raise BudgetError if a model cannot be learned here, not even on one trajectory at a time."""
+    device = torch.device(machine.device())
+    here, need = machine.capacity(device), needs(model, 4 if device.type == "cpu" else None)
+    if (least := need.learn_least) > here:
+        raise BudgetError(
+            f"Learning on {model} takes at least {machine.megabytes(least)} (estimate), and there are "
+            f"{machine.megabytes(here)} here. Learn it on a larger machine, and import the plan here."
+        )
 
 
 def methods() -> list[tuple[str, str]]:

@@ -59,9 +59,11 @@ def _wire(demo: gr.Blocks, tabs: gr.Tabs, browser: Browser, pruning: Tab, compar
     asked = [runs, current, p["size"], p["compensate"]]
     p["see"].click(placed(compare.come, named), asked, arrived, **PRIVATE)
     demo.load(prune.predict, p["what"], p["predicted"], **PRIVATE)
+    demo.load(prune.shown_of, p["what"][0], p["example"], **PRIVATE)
     demo.load(placed(compare.follow, named), runs, [tabs, runs, *c["settings"]], **PRIVATE)
     seen = demo.load(p["watch"], current, p["watched"], concurrency_limit=None, **PRIVATE)
-    seen.then(p["recut"], [current, p["size"]], p["cut_out"], **PRIVATE)
+    cut = seen.then(p["recut"], [current, p["size"]], p["cut_out"], **PRIVATE)
+    cut.then(p["painted"], [current, p["size"]], p["drawn"], concurrency_limit=None, **PRIVATE)
 
 
 def launch(demo: gr.Blocks, **options):

@@ -47,6 +47,9 @@ PLAIN: dict[str, Callable] = {
     "prune_stop": service.stop,
     "prune_resume": service.resume,
     "cut": service.cut,
+    "example": service.example,
+    "pictures": service.pictures,
+    "draw_pictures": service.draw_pictures,
     "sizes": service.survey,
     "rename": service.rename,
     "delete": service.delete,
@@ -114,7 +117,7 @@ def _with_files() -> None:
         gr.Number(visible=False),
         gr.Checkbox(True, visible=False),
     )
-    chosen = gr.Textbox("diffusers", visible=False)
+    chosen, naming = gr.Textbox("diffusers", visible=False), gr.Textbox("diffusers", visible=False)
     model, file, facts = gr.Textbox(visible=False), gr.File(visible=False), gr.JSON(visible=False)
     one = gr.File(visible=False, file_types=[".safetensors"])
     repo, token = gr.Textbox("", visible=False), gr.Textbox("", visible=False)
@@ -130,8 +133,8 @@ def _with_files() -> None:
 
     @told
     @typed
-    def lora(run: str, ratio: float, file: str):
-        made = service.lora(run, ratio, file)
+    def lora(run: str, ratio: float, file: str, naming: str | None = "diffusers"):
+        made = service.lora(run, ratio, file, naming or "diffusers")
         return made["path"], {key: made[key] for key in ("name", "report", "dropped")}
 
     @told
@@ -145,7 +148,7 @@ def _with_files() -> None:
         return tuple(sample.image for sample in service.lora_images(run, ratio, file, prompt, seed or 0))
 
     _endpoint(download, [run, ratio, compensated, chosen], [file, facts], service.export)
-    _endpoint(lora, [run, ratio, one], [file, facts], service.lora)
+    _endpoint(lora, [run, ratio, one, naming], [file, facts], service.lora)
     _endpoint(lora_images, [run, ratio, one, prompt, seed], images, service.lora_images)
     _endpoint(told(typed(service.plan_file)), [run, ratio], file, service.plan_file)
     _endpoint(bring, [model, several, repo, token], facts, service.import_)

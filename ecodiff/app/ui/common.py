@@ -12,6 +12,7 @@ from gradio.context import LocalContext
 
 from ... import catalog, units
 from ...errors import EcodiffError
+from ...runs.examples import EXAMPLES
 from .. import limits, service
 from ..server import server
 
@@ -161,8 +162,10 @@ def mine(runs: list[str]) -> list[dict]:
 
 
 def choices(runs: list[str], scored: bool = False) -> list[tuple[str, str]]:
-    """(label, id) of those runs; `scored`: only those that something can be cut from."""
-    return [(label(s), s["run"]) for s in mine(runs) if s["step"] or not scored]
+    """(label, id) of those runs; `scored`: only those that something can be cut from, and the examples."""
+    found = [(label(s), s["run"]) for s in mine(runs) if s["step"] or not scored]
+    examples = [service.status(run) for run in EXAMPLES] if scored else []
+    return found + [(s["name"], s["run"]) for s in examples if s["run"] not in (runs or [])]
 
 
 def lock_size(run: str | None) -> dict:

@@ -53,7 +53,7 @@ def build(browser: Browser) -> Tab:
             ratio = percent_box()
             prompt = gr.Textbox("red apple", label="Prompt", max_length=400)
             seed = seed_box()
-            compensate = gr.Checkbox(True, label="Compensate", info=COMPENSATE)
+            compensate = gr.Checkbox(True, label="Repair weights", info=COMPENSATE)
             known = catalog.MODELS["emoji-sdxl"]
             with gr.Accordion("Advanced", open=False):
                 steps = lenient(gr.Slider(1, 100, value=known.steps, step=1, label="Time steps"))

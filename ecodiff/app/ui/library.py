@@ -40,7 +40,7 @@ def build(browser: Browser) -> Tab:
         with gr.Row():
             size = percent_box()
             chosen = gr.Dropdown(service.formats(), value="diffusers", label="Format", min_width=240)
-            make = gr.Button("Make the files", variant="primary")
+            make = gr.Button("Build checkpoint", variant="primary")
         with gr.Row():
             plan = gr.DownloadButton("Plan file", interactive=False)
             model = gr.DownloadButton("Pruned pipeline", interactive=False)
@@ -76,6 +76,9 @@ def _loras(run: gr.Dropdown, size: gr.Slider) -> None:
     with gr.Accordion("Use a LoRA of the dense model", open=False):
         gr.Markdown("A LoRA that was made for the dense model, cut to fit this run at this size.")
         lora = gr.File(label="LoRA (.safetensors)", file_types=[".safetensors"], height=150)
+        naming = gr.Radio(
+            [("diffusers", "diffusers"), ("kohya, for ComfyUI", "kohya")], value="diffusers", label="Naming"
+        )
         lora_prompt = gr.Textbox(
             label="Prompt of a preview", max_length=500, info="With the words that wake the LoRA"
         )
@@ -90,7 +93,7 @@ def _loras(run: gr.Dropdown, size: gr.Slider) -> None:
         fitting = gr.DownloadButton("Translated LoRA", interactive=False)
     private = {"api_visibility": "private"}
     named = {"report": report, "fitting": fitting, "pair": pair, "dense": shown[0], "pruned": shown[1]}
-    translate.click(placed(fit_lora, named), [run, size, lora], [report, fitting], **private)
+    translate.click(placed(fit_lora, named), [run, size, lora, naming], [report, fitting], **private)
     asked = [run, size, lora, lora_prompt]
     preview.click(placed(preview_lora, named), asked, [pair, *shown], **private)
 
@@ -221,11 +224,11 @@ def files(run, percent, chosen):
 
 
 @told
-def fit_lora(run, percent, file):
+def fit_lora(run, percent, file, naming):
     """A LoRA cut to fit, with what was dropped."""
     if not run or not file:
         raise gr.Error("Choose a run and a LoRA file first.", duration=8)
-    made = service.lora(run, percent / 100, file)
+    made = service.lora(run, percent / 100, file, naming)
     dropped = "".join(f"\n- `{name}` dropped: {why}" for name, why in made["dropped"].items())
     file = gr.DownloadButton(made["name"], value=made["path"], interactive=True)
     return {"report": made["report"] + dropped, "fitting": file}

@@ -1,16 +1,12 @@
 """The Prune tab: choose, watch it learn, stop and resume, cut, download."""
 
-import time
-
 import gradio as gr
-import pandas as pd
 
-from ...errors import EcodiffError, RunError
+from ...errors import EcodiffError
 from ...units import PRESET_KINDS
 from .. import service
-from . import show
+from . import predicted, run_panel, show, strip
 from .common import (
-    COMPENSATE,
     KINDS,
     MODELS,
     PRESETS,
@@ -18,12 +14,11 @@ from .common import (
     Tab,
     percent_box,
     placed,
-    readable,
     seed_box,
     told,
 )
 
-POLL_SECONDS = 0.7
+GPUS = (8, 12, 16, 24, 48, 80)  # 10^9 bytes
 
 
 def build(browser: Browser) -> Tab:
@@ -37,40 +32,50 @@ def build(browser: Browser) -> Tab:
         with gr.Column(scale=2, min_width=300):
             form = _form()
         with gr.Column(scale=3, min_width=300):
-            predicted = gr.HTML()
-            panel = _panel()
-    results = _results()
+            prediction, example = gr.HTML(), gr.HTML()
+            panel = run_panel.panel()
+    results = run_panel.results()
 
     turn = gr.State(0)
-    named = form | panel | results | {"turn": turn}
-    watched = [*panel.values(), results["column"]]
-    cut_out = [results[name] for name in ("figures", "layers", "download", "packed", "code")]
+    named = form | panel | results | {"turn": turn, "example": example}
+    watched = [*panel.values(), results["column"], results["size"], example]
+    cut_out = [results[name] for name in run_panel.CUT]
+    drawn = [results[name] for name in run_panel.DRAWN]
     size, compensate = results["size"], results["compensate"]
     asked = [form[name] for name in ("model", "ratio", "preset", "seed", "kinds", "method", "prompts")]
 
     private = {"api_visibility": "private"}
     hidden = private | {"show_progress": "hidden"}
     watching = hidden | {"concurrency_limit": None}
-    what = [form[name] for name in ("model", "ratio", "preset", "kinds")]
-    for event in (form["model"].change, form["ratio"].release, form["ratio"].change, form["kinds"].change):
-        event(predict, what, predicted, show_progress="minimal", **private)
+    what = [form[name] for name in ("model", "ratio", "preset", "kinds", "gpu")]
+    for box in ("model", "ratio", "kinds", "gpu"):
+        form[box].change(predict, what, prediction, show_progress="minimal", **private)
+    form["model"].change(shown_of, form["model"], example, **hidden)
     form["model"].change(preset_of, form["model"], form["preset"], **hidden)
     # The published method prunes heads and neurons only: what will be pruned is what is ticked.
     form["preset"].change(preset_kinds, form["preset"], form["kinds"], **hidden)
     begun = form["start"].click(begin, [*asked, runs], [runs, current, size], **private)
-    panel["stop"].click(end, current, None, queue=False, **private)
-    resumed = panel["resume"].click(go_on, current, None, **private)
-    cutting = placed(recut, named)
+    panel["stop"].click(run_panel.end, current, None, queue=False, **private)
+    resumed = panel["resume"].click(run_panel.go_on, current, None, **private)
+    cutting = placed(run_panel.recut, named)
     for event in (begun.success, resumed.success, turn.change):
-        ended = event(placed(drive, named), [current, turn], [*watched, turn], **watching)
-        ended.then(cutting, [current, size], cut_out, **hidden)
+        ended = event(placed(run_panel.drive, named), [current, turn], [*watched, turn], **watching)
+        cut = ended.then(cutting, [current, size], cut_out, **hidden)
+        cut.then(placed(run_panel.painted, named), [current, size], drawn, **watching)
     size.release(cutting, [current, size], cut_out, **hidden)
     compensate.change(cutting, [current, size], cut_out, **hidden)
+    results["paint"].click(placed(run_panel.paint, named), [current, size], drawn, **private)
     files = [results[name] for name in ("download", "packed", "code")]
-    results["pack"].click(placed(make, named), [current, size, compensate], files, **private)
-    parts: dict = {"what": what, "predicted": predicted}
+    results["pack"].click(placed(run_panel.make, named), [current, size, compensate], files, **private)
+    parts: dict = {"what": what, "predicted": prediction, "example": example, "drawn": drawn}
     parts |= {name: results[name] for name in ("size", "compensate", "see")}
-    parts |= {"watched": watched, "cut_out": cut_out, "watch": placed(watch, named), "recut": cutting}
+    parts |= {
+        "watched": watched,
+        "cut_out": cut_out,
+        "watch": placed(run_panel.watch, named),
+        "recut": cutting,
+        "painted": placed(run_panel.painted, named),
+    }
     return Tab(parts=parts)
 
 
@@ -84,6 +89,12 @@ def _form() -> dict[str, gr.components.Component]:
         allow_custom_value=True,
     )
     ratio = percent_box()
+    gpu = gr.Dropdown(
+        [("This machine", 0), *((f"A GPU of {size} GB", size) for size in GPUS)],
+        value=0,
+        label="To fit",
+        info="Where the pruned model is to run",
+    )
     preset = gr.Radio(PRESETS, value="fast", label="Learn for")
     with gr.Accordion("Advanced", open=False):
         kinds = gr.CheckboxGroup(KINDS, value=list(PRESET_KINDS), label="Units to prune")
@@ -106,57 +117,8 @@ def _form() -> dict[str, gr.components.Component]:
     if service.zerogpu():
         gr.Markdown("A large model? On a GPU of your own it learns without a quota:")
         gr.DuplicateButton("Duplicate this Space", size="sm")
-    form = {"model": model, "ratio": ratio, "preset": preset, "kinds": kinds, "method": method}
+    form = {"model": model, "ratio": ratio, "gpu": gpu, "preset": preset, "kinds": kinds, "method": method}
     return form | {"seed": seed, "prompts": prompts, "start": start}
-
-
-def _panel() -> dict[str, gr.components.Component]:
-    """The run that is watched: in the order of what `view` returns."""
-    with gr.Column(visible=False) as panel:
-        status = gr.HTML()
-        with gr.Row():
-            stop = gr.Button("Stop", interactive=False)
-            resume = gr.Button("Resume", interactive=False)
-        with gr.Row(visible=False) as charts:
-            loss = gr.LinePlot(x="step", y="loss", title="Loss", height=220)
-            removed = gr.LinePlot(x="step", y="removed", title="% removed, expected", height=220)
-    return {
-        "panel": panel,
-        "status": status,
-        "stop": stop,
-        "resume": resume,
-        "charts": charts,
-        "loss": loss,
-        "removed": removed,
-    }
-
-
-def _results() -> dict[str, gr.components.Component]:
-    """What was cut, at a size that can be moved, and the download."""
-    with gr.Column(visible=False) as column:
-        gr.Markdown("## What is left\nMove the size: nothing is learned again.")
-        size = percent_box()
-        figures = gr.HTML()
-        layers = gr.HTML(label="Kept in each layer")
-        compensate = gr.Checkbox(True, label="Compensate", info=COMPENSATE)
-        with gr.Row():
-            see = gr.Button("Compare images", variant="primary")
-            pack = gr.Button("Make the download")
-            download = gr.DownloadButton("Download", interactive=False)
-        packed = gr.Markdown()
-        code = gr.Code(language="python", label="Load it", visible=False, interactive=False)
-    return {
-        "column": column,
-        "size": size,
-        "figures": figures,
-        "layers": layers,
-        "compensate": compensate,
-        "see": see,
-        "pack": pack,
-        "download": download,
-        "packed": packed,
-        "code": code,
-    }
 
 
 def preset_kinds(preset):
@@ -172,10 +134,22 @@ def preset_of(model):
         return gr.skip()
 
 
-def predict(model, percent, preset, kinds):
+def shown_of(model):
+    """What pruning does to a model's images, if that ships with it."""
+    found = service.example(model)
+    if not found:
+        return ""
+    title = (
+        f"<p><b>{found['title']}</b>, pruned on two CPU cores with these very settings: prompts that "
+        "nothing was learned on, each from the same noise.</p>"
+    )
+    return strip.strip(found["pictures"], (0.2, 0.4, 0.6), title=title)
+
+
+def predict(model, percent, preset, kinds, gpu):
     """What a size will leave, or why it cannot be."""
     try:
-        return show.prediction(service.predict(model, percent / 100, preset, kinds))
+        return predicted.prediction(service.predict(model, percent / 100, preset, kinds, gpu or None))
     except EcodiffError as error:
         return show.failure(str(error))
 
@@ -194,113 +168,3 @@ def begin(model, percent, preset, seed, kinds, method, prompts, runs):
     own = prompts.splitlines() if prompts.strip() else None
     made = service.start(model, percent / 100, method or preset, seed, kinds, own)["run"]
     return [*(runs or []), made], made, percent
-
-
-def view(found):
-    """A run's status as updates of the panel and the results."""
-    rows = [row for row in found["history"] if "loss" in row]
-    table = pd.DataFrame(
-        {
-            "step": [row["step"] for row in rows],
-            "loss": [row["loss"] for row in rows],
-            "removed": [100 * row["expected"] for row in rows],
-        }
-    )
-    active = found["stage"] in service.ACTIVE
-    can_resume = found["stage"] in ("stopped", "failed", "interrupted")
-    resume = {"interactive": can_resume, "variant": "primary" if can_resume else "secondary"}
-    return {
-        "panel": gr.update(visible=True),
-        "status": show.progress(found),
-        "stop": gr.update(value="Stop", interactive=active),  # without a value its text is lost
-        "resume": gr.update(value="Resume", **resume),
-        "charts": gr.update(visible=len(rows) > 1),
-        "loss": table,
-        "removed": table,
-        "column": gr.update(visible=found["step"] > 0 and not active),
-    }
-
-
-@told
-def watch(run):
-    """Updates of the panel for as long as the run goes on."""
-    nothing = {"panel": gr.update(visible=False)}
-    if not run:
-        yield nothing
-        return
-    try:
-        before = None
-        while True:
-            found = service.status(run)
-            done = round(100 * (found["share"] or 0))
-            seen = (found["stage"], found["step"], round(found["seconds_left"] or 0), done)
-            if seen != before:
-                yield view(found)
-                before = seen
-            if found["stage"] not in service.ACTIVE:
-                return
-            time.sleep(POLL_SECONDS)
-    except RunError:
-        yield nothing
-
-
-@told
-def drive(run, turn):
-    """See the run through. On ZeroGPU it learns in calls of a minute, each an event of its own.
-
-    An event that ends while there is more to do changes `turn`, which starts the next one.
-    """
-    if not service.zerogpu():
-        yield from watch(run)
-        return
-    before = service.status(run)["step"]
-    try:
-        for found in service.learn(run):
-            yield view(found)
-    except gr.Error as error:  # of ZeroGPU: the call was ended, or there is no quota
-        found, why = service.status(run), readable(error).message
-        if "aborted" not in why or found["step"] == before:
-            yield view(service.fail(run, why))
-            return
-    if found["stage"] in ("interrupted", "calibrating"):
-        stage = "learning" if found["stage"] == "interrupted" else "calibrating"
-        yield view(found | {"stage": stage}) | {"turn": turn + 1}
-
-
-@told
-def recut(run, percent):
-    """What is left at another size; a download that was made is of the size before."""
-    if not run:
-        return {"packed": gr.skip()}  # Gradio takes an empty dict for a value
-    facts = service.cut(run, percent / 100)
-    return {
-        "figures": show.size(facts),
-        "layers": show.layers(facts["kept"], facts["kinds"]),
-        "download": gr.DownloadButton("Download", value=None, interactive=False),
-        "packed": "",
-        "code": gr.Code(visible=False),
-    }
-
-
-@told
-def make(run, percent, compensate):
-    """The pruned folder as a file."""
-    made = service.export(run, percent / 100, compensate)
-    about = f"**{made['name']}** · {service.megabytes(made['bytes'])} · SHA-256 `{made['sha256']}`"
-    return {
-        "download": gr.DownloadButton(f"Download {made['name']}", value=made["path"], interactive=True),
-        "packed": f"{about}\n\nUnpack it, then:",
-        "code": gr.Code(made["code"], visible=True),
-    }
-
-
-@told
-def end(run):
-    """Ask the run to stop."""
-    service.stop(run)
-
-
-@told
-def go_on(run):
-    """Go on with a run that was stopped."""
-    service.resume(run)

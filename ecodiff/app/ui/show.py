@@ -11,7 +11,7 @@ STAGES = {
     "queued": "Waiting",
     "loading": "Loading the model",
     "learning": "Learning",
-    "calibrating": "Preparing compensation",
+    "calibrating": "Preparing the repair",
     "finished": "Finished",
     "stopped": "Stopped",
     "failed": "Failed",
@@ -55,55 +55,10 @@ def failure(message: str) -> str:
     return f'<p class="eco-error" role="alert">{escape(message)}</p>'
 
 
-def prediction(facts: dict) -> str:
-    """What a size will leave, before anything is started."""
-    removed = 1 - facts["params_pruned"] / facts["params_dense"]
-    passed = facts["supported"]
-    whole = (
-        "with its whole pipeline"
-        if any(row["pipeline"] for row in passed)
-        else "its denoiser in a loop of its own"
-    )
-    notes = [
-        f"Licence: {escape(facts['licence'])}" + (", gated: accept it on the Hub first" * facts["gated"])
-    ]
-    if facts["memory"]["learn"] > 1e9:
-        draw, learn, here = (megabytes(facts["memory"][name]) for name in ("draw", "learn", "here"))
-        notes.append(f"Memory, estimate: {draw} to draw, {learn} to learn; there are {here} here")
-    notes.append(
-        f"This architecture passed the conformance suite, {whole}"
-        if passed
-        else "This architecture is not in the conformance suite: its layers are known by their structure"
-    )
-    alone = {kind: count / facts["params_dense"] for kind, count in facts["left_alone"].items()}
-    largest = [f"{escape(kind)} {share:.1%}" for kind, share in alone.items() if share >= 0.001]
-    notes.append(f"Left alone: {', '.join(largest) or 'next to nothing'} of the parameters")
-    found = _figures_of(facts, removed) + f'<p class="eco-notes">{" · ".join(notes)}</p>'
-    if facts["memory"]["learn"] > facts["memory"]["here"]:
-        found += failure("By that estimate this machine has too little memory to learn on this model.")
-    return found
-
-
-def _figures_of(facts: dict, removed: float) -> str:
-    return figures(
-        [
-            (
-                "Parameters of the denoiser",
-                millions(facts["params_pruned"]),
-                f"of {millions(facts['params_dense'])}, −{removed:.0%}",
-            ),
-            (
-                "Download",
-                megabytes(facts["bytes_pruned"]),
-                f"predicted; dense {megabytes(facts['bytes_dense'])}",
-            ),
-            (
-                "Can be removed at most",
-                f"{facts['ceiling']:.0%}",
-                f"what its {facts['units']} hold",
-            ),
-        ]
-    )
+def heading(name: str, status: dict) -> str:
+    """Which run it is."""
+    size = f"−{status['size'] or status['ratio']:.0%}"
+    return f'<p class="eco-run"><b>{escape(name)}</b> · learned for {size}</p>'
 
 
 def progress(status: dict) -> str:
@@ -123,7 +78,7 @@ def progress(status: dict) -> str:
         words.append(f"loss {learned[-1]['loss']:.4f}")
         words.append(f"{learned[-1]['expected']:.1%} removed")
     if status["seconds_left"] is not None:
-        words.append(f"{duration(status['seconds_left'])} left")
+        words.append(f"about {duration(status['seconds_left'])} left")
     share = 100 * (step / max(1, steps) if status["share"] is None else status["share"])
     if status["memory"] and stage == "learning":
         words.append(f"memory: {escape(status['memory'])}")
@@ -177,7 +132,7 @@ def comparison(facts: dict, link: str) -> str:
             f"{facts['step_ms_pruned']:.0f} ms",
             f"dense {facts['step_ms_dense']:.0f} ms ({faster:.2f}×)",
         ),
-        ("Latent error", _error(facts["latent_error"]), "0 is identical"),
+        ("Latent error", latent_error(facts["latent_error"]), "0 is identical"),
         ("PSNR", f"{facts['psnr']:.1f} dB", closeness(facts["psnr"])),
         ("SSIM", f"{facts['ssim']:.3f}", "1 is identical"),
     ]
@@ -213,7 +168,7 @@ def surveyed(means: list[dict], count: int, done: int = 0) -> str:
         (
             f"−{m['ratio']:.0%}",
             closeness(m["psnr"]),
-            f"PSNR {m['psnr']:.1f} dB, error {_error(m['latent_error'])}",
+            f"PSNR {m['psnr']:.1f} dB, error {latent_error(m['latent_error'])}",
         )
         for m in means
     ]
@@ -260,7 +215,7 @@ def measured(found: dict) -> list[dict[str, str]]:
     methods.sort(key=lambda method: -cells[method, ratios[-1]]["latent_error"][0])
     return [
         {"method": method}
-        | {f"{ratio:.0%}": _error(cells[method, ratio]["latent_error"][0]) for ratio in ratios}
+        | {f"{ratio:.0%}": latent_error(cells[method, ratio]["latent_error"][0]) for ratio in ratios}
         | {"top-1 at 40 %": f"{cells.get((method, 0.4), {}).get('top1', [float('nan')])[0]:.2f}"}
         | {"trajectories": str(cells[method, ratios[0]]["trajectories"])}
         for method in methods
@@ -274,7 +229,8 @@ def benchmark(found: dict) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row.values())} |" for row in rows)])
 
 
-def _error(value: float) -> str:
+def latent_error(value: float) -> str:
+    """Two digits, and no exponent."""
     return f"{value:.3f}" if value >= 0.1 else f"{value:.2g}" if value >= 1e-4 else f"{value:.5f}"
 
 

@@ -31,7 +31,7 @@ def build(browser: Browser) -> Tab:
                 info=f"Up to {service.MAX_SIZES}: % of the denoiser's parameters removed",
             )
             count = lenient(gr.Slider(1, service.MAX_PROMPTS, value=6, step=1, label="Prompts"))
-            compensate = gr.Checkbox(True, label="Compensate")
+            compensate = gr.Checkbox(True, label="Repair weights")
             with gr.Row():
                 draw = gr.Button("Draw them", variant="primary", size="lg")
                 stop = gr.Button("Stop", size="lg")

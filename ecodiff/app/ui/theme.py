@@ -66,6 +66,21 @@ CSS = """
 #strips .grid-container { grid-template-columns: 1fr !important; gap: 12px; }
 #strips .thumbnail-item { aspect-ratio: auto; height: auto; }
 #strips .thumbnail-item img { width: 100%; height: auto; object-fit: contain; }
+.eco-strip { display: grid; gap: 4px; margin-top: 10px; }
+.eco-strip .head { font-size: 14px; font-variant-numeric: tabular-nums; margin-top: 4px; }
+.eco-strip .head small { color: var(--body-text-color-subdued); }
+.eco-strip .images { display: grid; grid-template-columns: repeat(4, minmax(0, 128px)); gap: 8px; }
+.eco-strip figure { margin: 0; }
+.eco-strip img { width: 100%; border-radius: 8px; display: block; background: white; }
+.eco-strip figcaption { font-size: 12px; color: var(--body-text-color-subdued); line-height: 1.3;
+  overflow-wrap: anywhere; }
+.eco-curve { margin: 0; }
+.eco-curve figcaption { font-size: 12px; color: var(--body-text-color-subdued); }
+.eco-curve polyline { fill: none; stroke: var(--primary-600); stroke-width: 2; }
+.eco-curve circle { fill: var(--background-fill-primary); stroke: var(--primary-600); stroke-width: 2; }
+.eco-curve circle.here { fill: var(--primary-600); }
+.eco-curve text { font-size: 11px; text-anchor: middle; fill: var(--body-text-color-subdued); }
+.eco-run { margin: 0 0 4px; }
 .eco-status { font-variant-numeric: tabular-nums; }
 .eco-error { border-left: 4px solid #dc2626; padding: 6px 12px; }
 .eco-layers { display: grid; gap: 4px; }

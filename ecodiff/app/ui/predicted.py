@@ -1,0 +1,79 @@
+"""What pruning a model will leave, and where that fits, as HTML."""
+
+from html import escape
+from math import ceil
+
+from ..service import megabytes
+from .show import figures, millions
+
+
+def prediction(facts: dict) -> str:
+    """What a size will leave, before anything is started."""
+    removed = 1 - facts["params_pruned"] / facts["params_dense"]
+    passed = facts["supported"]
+    whole = (
+        "with its whole pipeline"
+        if any(row["pipeline"] for row in passed)
+        else "its denoiser in a loop of its own"
+    )
+    notes = [
+        f"Licence: {escape(facts['licence'])}" + (", gated: accept it on the Hub first" * facts["gated"])
+    ]
+    notes.append(
+        f"This architecture passed the conformance suite, {whole}"
+        if passed
+        else "This architecture is not in the conformance suite: its layers are known by their structure"
+    )
+    alone = {kind: count / facts["params_dense"] for kind, count in facts["left_alone"].items()}
+    largest = [f"{escape(kind)} {share:.1%}" for kind, share in alone.items() if share >= 0.001]
+    notes.append(f"Left alone: {', '.join(largest) or 'next to nothing'} of the parameters")
+    return f'{_figures_of(facts, removed)}<p>{fits(facts)}</p><p class="eco-notes">{" · ".join(notes)}</p>'
+
+
+# How a model is drawn with, by what `learning.footprint.fits` says.
+DRAWN = {
+    "whole": "draws with everything in memory",
+    "offloaded": "draws with one component in memory at a time (<code>enable_model_cpu_offload</code>)",
+    "groups": "draws a few layers at a time, slowly (<code>enable_group_offload</code>)",
+    "no": "is too large to draw with",
+}
+
+
+def fits(facts: dict) -> str:
+    """What a device can do with the model, in a few sentences: estimates."""
+    found, need, ratio = facts["fits"], facts["memory"], 1 - facts["params_pruned"] / facts["params_dense"]
+    room = f"{found['gpu']} GB" if found["gpu"] else f"This machine's {megabytes(need['here'])}"
+    words = f"<b>{room}</b> (estimate): at −{ratio:.0%} it {DRAWN[found['draw']]}"
+    words += f" ({megabytes(need['draw'])})" * (found["draw"] == "whole") + ". "
+    if found["dense"] != found["draw"]:
+        words += f"The dense model {DRAWN[found['dense']]}. "
+    elif found["draw"] != "whole" and found["cut"]:
+        words += f"From −{ceil(100 * found['cut'])} % on it is drawn with everything in memory. "
+    where = "there" if found["gpu"] else "here"
+    if not found["learn"]:
+        words += f"Learning takes {megabytes(need['learn'])}: too much to learn it {where}. "
+    elif need["learn"] > 1e9:
+        words += f"It can be learned {where} ({megabytes(need['learn'])})."
+    return words
+
+
+def _figures_of(facts: dict, removed: float) -> str:
+    return figures(
+        [
+            (
+                "Parameters of the denoiser",
+                millions(facts["params_pruned"]),
+                f"of {millions(facts['params_dense'])}, −{removed:.0%}",
+            ),
+            (
+                "Download",
+                megabytes(facts["bytes_pruned"]),
+                f"predicted; dense {megabytes(facts['bytes_dense'])}",
+            ),
+            (
+                "Can be removed at most",
+                f"{facts['ceiling']:.0%}",
+                f"what its {facts['units']} hold",
+            ),
+        ]
+    )

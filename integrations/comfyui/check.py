@@ -1,0 +1,269 @@
+"""Pruned models in the real ComfyUI against diffusers: `python integrations/comfyui/check.py COMFYUI`.
+
+Needs what ComfyUI needs (torchvision, torchaudio, av, ... are replaced by nothing where they are missing: a
+denoiser does not use them). Prints, for every model and size, the largest difference of one denoiser call
+and of the latents that ComfyUI's sampler gives, relative to the largest value; and memory and time beside
+the dense model.
+"""
+
+import argparse
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import ecodiff
+from ecodiff.checkpoints.comfyui import save_comfyui
+from ecodiff.checkpoints.lora import save_lora, translate_lora
+from ecodiff.pipelines import denoiser_calls, denoiser_name, denoiser_of, prompt_rows
+from ecodiff.pruning.scores import Scores
+from ecodiff.pruning.slicing import plan_of
+
+OPTIONAL = ("torchvision", "torchaudio", "av", "kornia", "spandrel", "alembic", "scipy")
+
+
+class _Nothing(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Empty modules in place of those that are missing."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in OPTIONAL:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        module = types.ModuleType(spec.name)
+        module.__path__ = []
+        module.__getattr__ = lambda name: type(name, (), {})  # type: ignore[method-assign]
+        return module
+
+    def exec_module(self, module):
+        pass
+
+
+def start(comfyui: Path):
+    """ComfyUI's modules, without a server, on the CPU unless there is a GPU; and the node's own."""
+    sys.meta_path.append(_Nothing())
+    sys.path.insert(0, str(comfyui))
+    arguments, sys.argv = sys.argv, ["check"] + ([] if torch.cuda.is_available() else ["--cpu"])
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.sample
+    import comfy.samplers
+
+    sys.argv = arguments
+    here = Path(__file__).parent
+    where = [str(here)]
+    spec = importlib.util.spec_from_file_location(
+        "ecodiff_comfyui", here / "__init__.py", submodule_search_locations=where
+    )
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    sys.modules["ecodiff_comfyui"] = module
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return sys.modules["ecodiff_comfyui.nodes"]
+
+
+def pruned(pipe, ratio: float):
+    """A pipeline without a random part of its units, one attention without any head."""
+    kinds = ("heads", "ffn", "resnet", "modulation_directions")
+    noise, denoiser = torch.Generator().manual_seed(0), denoiser_of(pipe)
+    groups = [group for group in ecodiff.find_groups(denoiser, kinds) if group.kind in kinds]
+    values = {group.name: torch.rand(group.size, generator=noise) for group in groups}
+    bases = {}
+    for group in groups:
+        if group.activations:
+            z = torch.linalg.qr(torch.randn(group.size, group.size, generator=noise)).Q
+            bases[group.name] = (z, z.mT.contiguous())
+    heads = [group.name for group in groups if group.kind == "heads"]
+    for emptied in (heads[0], heads[-1]):
+        values[emptied] = torch.full_like(values[emptied], -1.0)
+    plan = Scores.of(denoiser, values, bases=bases).plan(ratio=ratio)
+    assert not plan[heads[0]].any() and not plan[heads[-1]].any()
+    return ecodiff.variant(pipe, plan)
+
+
+def compare(nodes, name: str, ratio: float, folder: Path) -> dict:
+    """Largest relative differences of one call and of sampled latents."""
+    pipe = ecodiff.load(name)
+    small = pruned(pipe, ratio)
+    file = folder / f"{name}-{ratio}.safetensors"
+    nodes_file = save_comfyui(small, file)
+    patcher = nodes.load(str(nodes_file))
+    model = patcher.model.diffusion_model
+    found = {"call": _call(small, model), "sampled": _sampled(small, patcher)}
+    return found | {"with a LoRA": _with_lora(pipe, small, patcher, folder)}
+
+
+def _with_lora(pipe, small, patcher, folder: Path) -> float:
+    """A LoRA of the dense model on every attention and feed-forward layer, cut to fit, in both."""
+    import comfy.model_management
+    import comfy.sd
+    import comfy.utils
+
+    denoiser, noise = denoiser_of(pipe), torch.Generator().manual_seed(1)
+    tensors, name = {}, denoiser_name(pipe)
+    for path, module in denoiser.named_modules():
+        if isinstance(module, torch.nn.Linear) and any(part in path for part in ("attn", "ff", "proj_mlp")):
+            out, features = module.weight.shape
+            for side, shape in (("A", (4, features)), ("B", (out, 4))):
+                values = torch.randn(shape, generator=noise)
+                tensors[f"{name}.{path}.lora_{side}.weight"] = 0.3 * values / shape[1] ** 0.5
+    save_file(tensors, folder / "lora.safetensors")
+    fitting, _ = translate_lora(folder / "lora.safetensors", small, dense=denoiser)
+    file = folder / "fitting.safetensors"
+    save_lora(fitting, file, plan_of(denoiser_of(small)), "kohya", denoiser)
+    small.load_lora_weights(fitting)
+    lora = comfy.utils.load_torch_file(str(file))
+    patched, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0)
+    comfy.model_management.unload_all_models()
+    comfy.model_management.load_models_gpu([patched], force_patch_weights=True)
+    try:
+        return _call(small, patched.model.diffusion_model)
+    finally:
+        comfy.model_management.unload_all_models()
+        small.unload_lora_weights()
+
+
+def _arguments(small, kwargs: dict, args: tuple) -> tuple:
+    """One recorded call of diffusers' denoiser as ComfyUI's takes it."""
+    denoiser = denoiser_of(small)
+    if hasattr(small, "unet"):
+        added = kwargs["added_cond_kwargs"]
+        width = denoiser.config.addition_time_embed_dim
+        from diffusers.models.embeddings import get_timestep_embedding
+
+        ids = get_timestep_embedding(added["time_ids"].flatten(), width, True, 0).reshape(len(args[0]), -1)
+        y = torch.cat([added["text_embeds"], ids], dim=1)
+        time_step = args[1].reshape(-1).float().expand(len(args[0]))
+        return (args[0], time_step), {"context": kwargs["encoder_hidden_states"], "y": y}
+    x = _unpacked(small, kwargs["hidden_states"])
+    given = {"context": kwargs["encoder_hidden_states"], "y": kwargs["pooled_projections"]}
+    return (x, kwargs["timestep"]), given | {"guidance": kwargs.get("guidance")}
+
+
+def _unpacked(small, output: torch.Tensor) -> torch.Tensor:
+    if hasattr(small, "unet"):
+        return output
+    side, channels = int(output.shape[1] ** 0.5), output.shape[2] // 4
+    output = output.view(-1, side, side, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return output.reshape(-1, channels, 2 * side, 2 * side)
+
+
+@torch.no_grad()
+def _call(small, model) -> float:
+    rows = prompt_rows(["red apple", "cat face"], range(2), 0, {"num_inference_steps": 2})
+    args, kwargs = denoiser_calls(small, rows, limit=1)[0]
+    theirs = _unpacked(small, denoiser_of(small)(*args, **kwargs | {"return_dict": False})[0])
+    given, named = _arguments(small, kwargs, args)
+    ours = model(*given, **named)
+    return float((theirs - ours).abs().max() / theirs.abs().max())
+
+
+@torch.no_grad()
+def _sampled(small, patcher) -> float:
+    """ComfyUI's Euler sampler with guidance on its own model, and on diffusers' in its place."""
+    import comfy.sample
+    from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
+
+    rows = prompt_rows(["red apple"], range(1), 0, {"num_inference_steps": 2})
+    _, kwargs = denoiser_calls(small, rows, limit=1)[0]
+    unet = hasattr(small, "unet")
+    if unet:
+        patcher.model.embedder = Timestep(denoiser_of(small).config.addition_time_embed_dim)
+        pooled, channels = kwargs["added_cond_kwargs"]["text_embeds"], 4
+    else:
+        pooled, channels = kwargs["pooled_projections"], patcher.model.model_config.unet_config["in_channels"]
+    text = kwargs["encoder_hidden_states"]
+    last = len(text) - 1
+    conds = [[[text[i, None], {"pooled_output": pooled[i, None], "guidance": 3.0}]] for i in (last, 0)]
+    latent = torch.zeros(1, channels, 16, 16)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+    found, own = [], patcher.model.diffusion_model
+    for model in (own, _Theirs(small, own)):
+        patcher.model.diffusion_model = model
+        found.append(comfy.sample.sample(patcher, noise, 6, 3.0, "euler", "normal", *conds, latent, seed=0))
+    patcher.model.diffusion_model = own
+    return float((found[0] - found[1]).abs().max() / found[1].abs().max())
+
+
+class _Theirs(torch.nn.Module):
+    """diffusers' denoiser in the place of ComfyUI's."""
+
+    def __init__(self, small, own):
+        super().__init__()
+        self.small, self.own, self.dtype = (small,), (own,), own.dtype
+        if hasattr(own, "patch_size"):
+            self.patch_size, self.img_in = own.patch_size, own.img_in
+
+    def forward(self, x, timestep, context=None, y=None, guidance=None, **kwargs):
+        small = self.small[0]
+        denoiser = denoiser_of(small)
+        if hasattr(small, "unet"):
+            return _unet(denoiser, x, timestep, context, y)
+        side = x.shape[-1] // 2
+        tokens = (
+            x.view(len(x), -1, side, 2, side, 2).permute(0, 2, 4, 1, 3, 5).reshape(len(x), side * side, -1)
+        )
+        ids = torch.zeros(side, side, 3)
+        ids[..., 1], ids[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None]
+        output = denoiser(
+            hidden_states=tokens,
+            timestep=timestep,
+            encoder_hidden_states=context,
+            pooled_projections=y,
+            guidance=guidance,
+            img_ids=ids.reshape(-1, 3),
+            txt_ids=torch.zeros(context.shape[1], 3),
+            return_dict=False,
+        )[0]
+        return _unpacked(small, output)
+
+
+def _unet(denoiser, x, timestep, context, y):
+    """`y` is the pooled text and embedded sizes, which diffusers' UNet would embed itself."""
+    width = 6 * denoiser.config.addition_time_embed_dim
+
+    class Embedded(torch.nn.Module):
+        def forward(self, ids):
+            return y[:, -width:].reshape(len(ids), -1)
+
+    original, denoiser.add_time_proj = denoiser.add_time_proj, Embedded()
+    try:
+        added = {"text_embeds": y[:, :-width], "time_ids": torch.zeros(len(x), 6)}
+        # One row for each id, as diffusers flattens them.
+        denoiser.add_time_proj.forward = lambda ids: y[:, -width:].reshape(len(ids), width // 6)
+        return denoiser(x, timestep, context, added_cond_kwargs=added, return_dict=False)[0]
+    finally:
+        denoiser.add_time_proj = original
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("comfyui", type=Path)
+    parser.add_argument("--models", nargs="+", default=["emoji-sdxl", "emoji-flux"])
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.4, 0.8])
+    options = parser.parse_args()
+    nodes = start(options.comfyui)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.models:
+            for ratio in options.ratios:
+                begun = time.monotonic()
+                found = compare(nodes, name, ratio, Path(folder))
+                words = {what: f"{value:.1e}" for what, value in found.items()}
+                print(
+                    json.dumps({"model": name, "ratio": ratio} | words),
+                    f"{time.monotonic() - begun:.0f} s",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

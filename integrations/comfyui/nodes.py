@@ -1,0 +1,81 @@
+"""The node: loads a model that ecodiff exported (`python -m ecodiff export SMALL --format comfyui`)."""
+
+import json
+import logging
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.supported_models
+import comfy.utils
+import folder_paths
+
+from .layers import BASIS, fit, project, shaped
+
+HEADER = "ecodiff_comfyui"
+KNOWN = ("SD15", "SDXL", "Flux", "FluxSchnell")  # of comfy.supported_models
+
+
+def described(metadata: dict | None, file: str) -> dict:
+    """What the header of a file says about its model. Raises ValueError if ecodiff did not write it."""
+    text = (metadata or {}).get(HEADER)
+    about = json.loads(text) if text else {}
+    if about.get("format") != 1 or about.get("model") not in KNOWN:
+        raise ValueError(
+            f"{file} is not a pruned model for ComfyUI. Write one with: "
+            "python -m ecodiff export SMALL --format comfyui --out model.safetensors"
+        )
+    return about
+
+
+def load(file: str):
+    """A pruned diffusion model as a ModelPatcher, as ComfyUI's own loaders give it."""
+    tensors, metadata = comfy.utils.load_torch_file(file, return_metadata=True)
+    about = described(metadata, file)
+    config = getattr(comfy.supported_models, about["model"])(dict(about["config"]))
+
+    management = comfy.model_management
+    device, parameters = management.get_torch_device(), comfy.utils.calculate_parameters(tensors)
+    supported = list(config.supported_inference_dtypes)
+    stored = comfy.utils.weight_dtype(tensors)
+    dtype = management.unet_dtype(model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
+    cast = management.unet_manual_cast(dtype, device, supported)
+    config.set_inference_dtype(dtype, cast)
+    operations = shaped(comfy.ops.pick_operations(dtype, cast), about.get("norm_groups", 32))
+    config.custom_operations = operations
+
+    model = config.get_model(tensors, "")
+    tensors.pop("v_pred", None)  # a mark that ComfyUI has read by now
+    if about.get("basis"):
+        rank, features = tensors[f"{BASIS}.weight"].shape
+        project(model.diffusion_model, operations, features, rank, dtype, management.unet_offload_device())
+    model = model.to(management.unet_offload_device())
+    model.load_model_weights(tensors, "")
+    fit(model.diffusion_model, about["heads"])
+    logging.info("ecodiff: %s, %.2f G parameters", about["model"], parameters / 1e9)
+    offload = management.unet_offload_device()
+    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+
+
+class LoadPruned:
+    """A node like ComfyUI's "Load Diffusion Model", for models that ecodiff pruned."""
+
+    CATEGORY = "loaders"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load"
+    DESCRIPTION = (
+        "Loads a diffusion model that ecodiff pruned and exported for ComfyUI. Text encoders and VAE are "
+        "those of the dense model. A LoRA of the dense model does not fit: translate it with "
+        "'python -m ecodiff lora'."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802 - ComfyUI's name
+        return {"required": {"unet_name": (folder_paths.get_filename_list("diffusion_models"),)}}
+
+    def load(self, unet_name):
+        return (load(folder_paths.get_full_path_or_raise("diffusion_models", unet_name)),)
+
+
+NODE_CLASS_MAPPINGS = {"EcodiffLoadPruned": LoadPruned}
+NODE_DISPLAY_NAME_MAPPINGS = {"EcodiffLoadPruned": "Load pruned model (ecodiff)"}

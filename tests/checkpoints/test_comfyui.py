@@ -1,0 +1,171 @@
+"""What is exported for ComfyUI draws there what it draws in diffusers, pruned, emptied, projected.
+
+ComfyUI cannot be installed by pip: its models are stood in for by tests/original_layout.py. Against the real
+one: integrations/comfyui/check.py, whose output is in docs/comfyui.md.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import ecodiff
+from ecodiff.checkpoints import comfyui
+from ecodiff.errors import CheckpointError, UnsupportedModelError
+from ecodiff.pipelines import denoiser_calls, denoiser_of, prompt_rows
+from ecodiff.pruning.scores import Scores
+from tests import original_layout
+from tests.conftest import PIPELINES
+
+HERE = Path(__file__).parents[2] / "integrations" / "comfyui"
+
+
+def imported(name):
+    spec = importlib.util.spec_from_file_location(f"comfyui_{name}", HERE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+layers = imported("layers")
+
+
+def pruned(pipe, ratio, *more):
+    """Random units gone, the first and the last attention emptied."""
+    kinds = ("heads", "ffn", "resnet", *more)
+    noise, denoiser = torch.Generator().manual_seed(0), denoiser_of(pipe)
+    groups = [g for g in ecodiff.find_groups(denoiser, kinds) if g.kind in kinds]
+    values = {g.name: torch.rand(g.size, generator=noise) for g in groups}
+    bases = {}
+    for group in groups:
+        if group.activations:
+            z = torch.linalg.qr(torch.randn(group.size, group.size, generator=noise)).Q
+            bases[group.name] = (z, z.mT.contiguous())
+    heads = [g.name for g in groups if g.kind == "heads"]
+    for name in (heads[0], heads[-1]):
+        values[name] = torch.full_like(values[name], -1.0)
+    plan = Scores.of(denoiser, values, bases=bases).plan(ratio=ratio)
+    assert not plan[heads[0]].any()
+    return ecodiff.variant(pipe, plan)
+
+
+def loaded(file):
+    """As the node does it."""
+    with safe_open(file, "pt") as opened:
+        about = json.loads(opened.metadata()[comfyui.HEADER])
+    operations = layers.shaped(original_layout.Operations, about.get("norm_groups", 32))
+    tensors = load_file(file)
+    tensors.pop("v_pred", None)
+    model = getattr(original_layout, "Flux" if "Flux" in about["model"] else "UNet")(
+        about["config"], operations
+    )
+    if about.get("basis"):
+        rank, features = tensors[f"{layers.BASIS}.weight"].shape
+        layers.project(model, operations, features, rank, torch.float32, "cpu")
+    result = model.load_state_dict(tensors, strict=False)
+    assert not result.missing_keys and not result.unexpected_keys
+    layers.fit(model, about["heads"])
+    return model.eval()
+
+
+def close(ours, theirs):
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ratio", [0.4, 0.8])
+def test_a_unet(ratio, tmp_path):
+    pipe = ecodiff.load("emoji-sdxl")
+    small = pruned(pipe, ratio)
+    model = loaded(comfyui.save_comfyui(small, tmp_path / "unet.safetensors"))
+    rows = prompt_rows(["red apple", "cat face"], range(2), 0, {"num_inference_steps": 2})
+    args, kwargs = denoiser_calls(small, rows, limit=1)[0]
+    theirs = small.unet(*args, **kwargs | {"return_dict": False})[0]
+    added = kwargs["added_cond_kwargs"]
+    ids = get_timestep_embedding(added["time_ids"].flatten(), 16, True, 0).reshape(len(args[0]), -1)
+    y = torch.cat([added["text_embeds"], ids], dim=1)
+    close(model(args[0], args[1].expand(len(args[0])), kwargs["encoder_hidden_states"], y), theirs)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == sum(p.numel() for p in small.unet.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["modulation_directions", "modulation"])
+@pytest.mark.parametrize("ratio", [0.4, 0.8])
+def test_flux(ratio, kind, tmp_path):
+    pipe = ecodiff.load("emoji-flux")
+    small = pruned(pipe, ratio, kind)
+    model = loaded(comfyui.save_comfyui(small, tmp_path / "out"))
+    rows = prompt_rows(["red apple", "cat face"], range(2), 0, {"num_inference_steps": 2})
+    _, kwargs = denoiser_calls(small, rows, limit=1)[0]
+    theirs = small.transformer(**kwargs | {"return_dict": False})[0]
+    ours = model(
+        kwargs["hidden_states"],
+        kwargs["img_ids"],
+        kwargs["encoder_hidden_states"],
+        kwargs["txt_ids"],
+        kwargs["timestep"],
+        kwargs["pooled_projections"],
+        kwargs["guidance"],
+    )
+    close(ours, theirs)
+    if kind == "modulation_directions":  # the projection stays one, and small
+        count = sum(p.numel() for p in model.parameters())
+        assert count == sum(p.numel() for p in small.transformer.parameters())
+
+
+def test_the_file(tmp_path):
+    small = pruned(ecodiff.load("emoji-sdxl"), 0.3)
+    file = comfyui.save_comfyui(small, tmp_path / "small", torch.float16)
+    assert file == tmp_path / "small" / "small.safetensors"
+    assert {t.dtype for t in load_file(file).values() if t.numel()} == {torch.float16}
+    with pytest.raises(CheckpointError, match="exists"):
+        comfyui.save_comfyui(small, tmp_path / "small")
+
+
+def test_true_sizes():
+    """SDXL, SD 1.5 and FLUX.1 as ComfyUI describes them itself."""
+    from ecodiff.checkpoints.loading import empty_denoiser
+
+    sdxl = comfyui.unet_config(empty_denoiser("sdxl"))
+    assert sdxl["transformer_depth"] == [0, 0, 2, 2, 10, 10] and sdxl["num_head_channels"] == 64
+    assert sdxl["transformer_depth_output"] == [0, 0, 0, 2, 2, 2, 10, 10, 10]
+    assert (sdxl["channel_mult"], sdxl["adm_in_channels"]) == ([1, 2, 4], 2816)
+    older = comfyui.unet_config(empty_denoiser("sd-1.5"))
+    assert older["num_heads"] == 8 and older["transformer_depth"] == [1, 1, 1, 1, 1, 1, 0, 0]
+    assert "num_classes" not in older and not older["use_linear_in_transformer"]
+    flux = comfyui.flux_config(empty_denoiser("flux-dev"))
+    assert (flux["hidden_size"], flux["depth"], flux["depth_single_blocks"]) == (3072, 19, 38)
+    for name in ("sdxl", "sd-1.5"):
+        tensors = comfyui.unet_tensors(empty_denoiser(name))
+        assert "input_blocks.1.0.in_layers.2.weight" in tensors and "out.2.bias" in tensors
+
+
+def test_others_are_refused_in_words(tiny_sdxl):
+    with pytest.raises(UnsupportedModelError, match="not pruned"):
+        comfyui.described(tiny_sdxl)
+    with pytest.raises(UnsupportedModelError, match=r"SD 1\.5, SDXL and FLUX\.1"):
+        comfyui.described(pruned(PIPELINES["sd3.5"](), 0.2))
+
+
+def test_a_tensor_that_is_larger_is_refused(tmp_path):
+    linear = layers.shaped(original_layout.Operations).Linear(4, 4)
+    with pytest.raises(ValueError, match="when dense"):
+        linear.load_state_dict({"weight": torch.ones(5, 4), "bias": torch.ones(5)})
+
+
+@pytest.mark.skipif("COMFYUI" not in os.environ, reason="COMFYUI= names no folder of ComfyUI")
+def test_in_the_real_comfyui(tmp_path):
+    sys.path.insert(0, str(HERE))
+    import check
+
+    nodes = check.start(Path(os.environ["COMFYUI"]))
+    for name in ("emoji-sdxl", "emoji-flux"):
+        assert max(check.compare(nodes, name, 0.4, tmp_path).values()) < 1e-5
