@@ -19,12 +19,12 @@ from ..server import server
 MODELS = [(model.title, model.name) for model in catalog.MODELS.values()]
 
 PRESETS = [
-    ("Fast: a minute or two on the small models", "fast"),
+    ("Fast", "fast"),
     ("Balanced", "balanced"),
-    ("Surgeon: counts what repair mends; best measured on transformers", "surgeon"),
-    ("Gauss-Newton: for transformers of any size", "gauss-newton"),
-    ("Paper: as many trajectories as the paper", "paper"),
-    ("EcoDiff as published, to compare with", "ecodiff"),
+    ("Surgeon (best measured on transformers)", "surgeon"),
+    ("Gauss-Newton (large transformers)", "gauss-newton"),
+    ("Paper (as many trajectories as the paper)", "paper"),
+    ("EcoDiff as published", "ecodiff"),
 ]
 
 COMPENSATE = "Repairs the weights that stay, in closed form: closer images, same size"

@@ -24,6 +24,7 @@ GPUS = (8, 12, 16, 24, 48, 80)  # 10^9 bytes
 def build(browser: Browser) -> Tab:
     """Lay out the tab."""
     runs, current = browser.runs, browser.current
+    example = gr.HTML()
     gr.Markdown(
         "Pick a model and how much of it to remove. ecodiff learns which parts its images depend on, "
         "and cuts the rest out. **emoji-sdxl** works right away, here."
@@ -32,7 +33,7 @@ def build(browser: Browser) -> Tab:
         with gr.Column(scale=2, min_width=300):
             form = _form()
         with gr.Column(scale=3, min_width=300):
-            prediction, example = gr.HTML(), gr.HTML()
+            prediction = gr.HTML()
             panel = run_panel.panel()
     results = run_panel.results()
 
@@ -95,7 +96,7 @@ def _form() -> dict[str, gr.components.Component]:
         label="To fit",
         info="Where the pruned model is to run",
     )
-    preset = gr.Radio(PRESETS, value="fast", label="Learn for")
+    preset = gr.Dropdown(PRESETS, value="fast", label="Preset", info="How its units are ranked")
     with gr.Accordion("Advanced", open=False):
         kinds = gr.CheckboxGroup(KINDS, value=list(PRESET_KINDS), label="Units to prune")
         method = gr.Dropdown(
@@ -140,10 +141,10 @@ def shown_of(model):
     if not found:
         return ""
     title = (
-        f"<p><b>{found['title']}</b>, pruned on two CPU cores with these very settings: prompts that "
-        "nothing was learned on, each from the same noise.</p>"
+        f'<p class="eco-lead">What it does to <b>{model}</b>: prompts that nothing was learned on, each from '
+        "the same noise.</p>"
     )
-    return strip.strip(found["pictures"], (0.2, 0.4, 0.6), title=title)
+    return strip.cards(found["pictures"], (0.2, 0.4, 0.6), title)
 
 
 def predict(model, percent, preset, kinds, gpu):
@@ -165,6 +166,6 @@ def begin(model, percent, preset, seed, kinds, method, prompts, runs):
     """Start a run and remember its id in the browser."""
     if not kinds:
         raise gr.Error("Choose units to prune, under Advanced.", duration=8)
-    own = prompts.splitlines() if prompts.strip() else None
+    own = (prompts or "").strip().splitlines() or None
     made = service.start(model, percent / 100, method or preset, seed, kinds, own)["run"]
     return [*(runs or []), made], made, percent

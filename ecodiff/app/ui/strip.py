@@ -29,6 +29,30 @@ def strip(found: dict, asked: Sequence[float], steps: int = 0, title: str = "") 
     return f'<div class="eco-strip">{title}{inner}</div>'
 
 
+def cards(found: dict, asked: Sequence[float], title: str) -> str:
+    """The dense model's images and those of each size, as cards side by side.
+
+    Args:
+        found, asked: as of `strip`.
+        title: HTML above them.
+    """
+    prompts = found["prompts"]
+    sizes = [row for row in found["sizes"] if _is(row, asked)]
+    every = [("Dense", "the original", found["dense"])]
+    every += [(f"−{row['ratio']:.0%}", closeness(median(row["psnr"])), row["images"]) for row in sizes]
+    inner = "".join(
+        f'<div class="eco-card"><div class="head"><b>{name}</b> {words}</div><div class="images">'
+        + "".join(_image(image, prompt, name) for image, prompt in zip(images, prompts, strict=False))
+        + "</div></div>"
+        for name, words, images in every
+    )
+    return f'{title}<div class="eco-cards">{inner}</div>'
+
+
+def _image(image: str, prompt: str, name: str) -> str:
+    return f'<img src="{escape(image)}" alt="{escape(prompt)}, {escape(name)}" title="{escape(prompt)}">'
+
+
 def _is(row: dict, asked: Sequence[float]) -> bool:
     return any(abs(row["asked"] - ratio) < 5e-3 for ratio in asked)
 
@@ -56,8 +80,7 @@ def _cost(row: dict, steps: int) -> str:
 
 def _row(name: str, words: str, images: Sequence[str], prompts: Sequence[str], notes: Sequence[str]) -> str:
     cells = "".join(
-        f'<figure><img src="{escape(image)}" alt="{escape(prompt)}, {escape(name)}" title="{escape(prompt)}">'
-        f"<figcaption>{escape(note)}</figcaption></figure>"
+        f"<figure>{_image(image, prompt, name)}<figcaption>{escape(note)}</figcaption></figure>"
         for image, prompt, note in zip(images, prompts, notes, strict=False)
     )
     return f'<div class="head"><b>{name}</b> {words}</div><div class="images">{cells}</div>'

@@ -74,6 +74,13 @@ CSS = """
 .eco-strip img { width: 100%; border-radius: 8px; display: block; background: white; }
 .eco-strip figcaption { font-size: 12px; color: var(--body-text-color-subdued); line-height: 1.3;
   overflow-wrap: anywhere; }
+.eco-cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 12px; }
+.eco-card { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 8px; }
+.eco-card .head { font-size: 14px; margin: 0 2px 6px; }
+.eco-card .images { display: grid; grid-template-columns: 1fr 1fr; gap: 6px; }
+.eco-card img { width: 100%; border-radius: 6px; background: white; display: block; }
+.eco-lead { margin: 0 0 8px; }
+@media (max-width: 600px) { .eco-cards { grid-template-columns: 1fr 1fr; gap: 8px; } }
 .eco-curve { margin: 0; }
 .eco-curve figcaption { font-size: 12px; color: var(--body-text-color-subdued); }
 .eco-curve polyline { fill: none; stroke: var(--primary-600); stroke-width: 2; }
