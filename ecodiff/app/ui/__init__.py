@@ -63,7 +63,8 @@ def _wire(demo: gr.Blocks, tabs: gr.Tabs, browser: Browser, pruning: Tab, compar
     demo.load(placed(compare.follow, named), runs, [tabs, runs, *c["settings"]], **PRIVATE)
     seen = demo.load(p["watch"], current, p["watched"], concurrency_limit=None, **PRIVATE)
     cut = seen.then(p["recut"], [current, p["size"]], p["cut_out"], **PRIVATE)
-    cut.then(p["painted"], [current, p["size"]], p["drawn"], concurrency_limit=None, **PRIVATE)
+    done = cut.then(p["painted"], [current, p["size"]], p["drawn"], concurrency_limit=None, **PRIVATE)
+    done.then(p["redrawn"], [current, p["size"]], p["drawn"], **PRIVATE)
 
 
 def launch(demo: gr.Blocks, **options):

@@ -62,7 +62,8 @@ def build(browser: Browser) -> Tab:
     for event in (begun.success, resumed.success, turn.change):
         ended = event(placed(run_panel.drive, named), [current, turn], [*watched, turn], **watching)
         cut = ended.then(cutting, [current, size], cut_out, **hidden)
-        cut.then(placed(run_panel.painted, named), [current, size], drawn, **watching)
+        done = cut.then(placed(run_panel.painted, named), [current, size], drawn, **watching)
+        done.then(placed(run_panel.redrawn, named), [current, size], drawn, **hidden)
     size.release(cutting, [current, size], cut_out, **hidden)
     compensate.change(cutting, [current, size], cut_out, **hidden)
     results["paint"].click(placed(run_panel.paint, named), [current, size], drawn, **private)
@@ -76,6 +77,7 @@ def build(browser: Browser) -> Tab:
         "watch": placed(run_panel.watch, named),
         "recut": cutting,
         "painted": placed(run_panel.painted, named),
+        "redrawn": placed(run_panel.redrawn, named),
     }
     return Tab(parts=parts)
 

@@ -22,7 +22,7 @@ def panel() -> dict[str, gr.components.Component]:
         with gr.Row():
             stop = gr.Button("Stop", interactive=False)
             resume = gr.Button("Resume", interactive=False)
-        with gr.Row(visible=False) as charts:
+        with gr.Accordion("Learning curves", open=False, visible=False) as charts, gr.Row():
             loss = gr.LinePlot(x="step", y="loss", title="Loss", height=220)
             removed = gr.LinePlot(x="step", y="removed", title="% removed, expected", height=220)
     return {
@@ -95,8 +95,10 @@ def view(found):
         "example": gr.update(visible=False),
         "status": show.heading(label(found), found) + show.progress(found),
         "sketch": sketch,
-        "stop": gr.update(value="Stop", interactive=active),  # without a value its text is lost
-        "resume": gr.update(value="Resume", **resume),
+        "stop": gr.update(
+            value="Stop", interactive=active, visible=active
+        ),  # without a value its text is lost
+        "resume": gr.update(value="Resume", visible=can_resume, **resume),
         "charts": gr.update(visible=len(rows) > 1),
         "loss": table,
         "removed": table,
@@ -185,19 +187,27 @@ def _pictures(run, percent):
 
 @told
 def painted(run, percent):
-    """The pictures of a run that has just been finished, as they are drawn."""
-    if not run:
-        yield {"curve": gr.skip()}
-        return
-    count = None
-    while service.status(run)["drawing"]:
+    """The pictures of a run that has just been finished, as they are drawn.
+
+    The strip is shown once: whoever moves the size meanwhile keeps what is shown then.
+    """
+    count = 0
+    while run and service.status(run)["drawing"]:
         found = service.pictures(run)
-        if len(found.get("sizes", [])) != count:
-            count = len(found.get("sizes", []))
-            yield _pictures(run, percent)
+        if len(found.get("sizes", [])) > count:
+            shown = _pictures(run, percent) if not count else {"curve": strip.curve(found)}
+            count = len(found["sizes"])
+            yield shown
         time.sleep(POLL_SECONDS)
-    if service.status(run)["step"]:
-        yield _pictures(run, percent)
+    yield {"curve": gr.skip()}
+
+
+@told
+def redrawn(run, percent):
+    """All that was drawn, at the size that is shown by now."""
+    if not run or not service.status(run)["step"]:
+        return {"curve": gr.skip()}
+    return _pictures(run, percent)
 
 
 @told

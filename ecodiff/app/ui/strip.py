@@ -86,7 +86,7 @@ def _row(name: str, words: str, images: Sequence[str], prompts: Sequence[str], n
     return f'<div class="head"><b>{name}</b> {words}</div><div class="images">{cells}</div>'
 
 
-def curve(found: dict, asked: float) -> str:
+def curve(found: dict, asked: float = -1.0) -> str:
     """Mean latent error against the size, as a drawing; the size that is asked for is filled.
 
     Sizes that were not drawn with repaired weights are left out.
