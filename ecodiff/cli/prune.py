@@ -31,7 +31,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         metavar="NAME",
         help="fast, balanced, paper or ecodiff; or a scoring method: surgeon, wanda, taylor, ... (default: "
-        "as measured, surgeon or gauss-newton where modulation has directions, else balanced)",
+        "the best as measured: surgeon if its statistics take less than 8 GB, else gauss-newton where "
+        "modulation has directions, else balanced)",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the pruned pipeline")
     parser.add_argument("--run", metavar="DIR", help="the run's folder; an unfinished one is resumed")

@@ -13,11 +13,12 @@ MEMORY = 8 << 30  # bytes that the surgeon's statistics may take where it is cho
 
 
 def measured_best(denoiser: nn.Module, default: str) -> str:
-    """The preset that is measured to be best for a model of this kind (benchmarks/fidelity*.json).
+    """The preset that is measured to be best, repaired (benchmarks/fidelity*.json).
 
-    Where modulation has directions, a method that finds them: the surgeon, if memory lasts, else the plain
-    diagonal. Elsewhere `default`.
+    The surgeon, if memory lasts; else, where modulation has directions, the plain diagonal, which finds them
+    too; else `default`.
     """
-    if not any(group.activations for group in find_groups(denoiser, ALL_KINDS)):
-        return default
-    return "surgeon" if surgeon.statistics_bytes(denoiser) < MEMORY else "gauss-newton"
+    if surgeon.statistics_bytes(denoiser) < MEMORY:
+        return "surgeon"
+    directed = any(group.activations for group in find_groups(denoiser, ALL_KINDS))
+    return "gauss-newton" if directed else default

@@ -95,7 +95,10 @@ def again(page, name, text):
 
 def test_the_main_job(page, url, tmp_path):
     page.get_by_text("Can be removed at most").wait_for()
+    page.get_by_role("img", name="auto rickshaw, −40%").wait_for()
     shot(page, "1-first")
+    page.get_by_label("Preset").click()
+    page.get_by_role("option", name="Fast").click()
     button(page, "Prune").click()
     page.get_by_text("finding a start").wait_for(timeout=LEARNED)
     page.get_by_text(" left").first.wait_for(timeout=LEARNED)
@@ -108,7 +111,8 @@ def test_the_main_job(page, url, tmp_path):
     page.get_by_text("Nothing is lost").wait_for(timeout=30_000)
     button(page, "Resume").click()
     page.get_by_text("Finished").first.wait_for(timeout=LEARNED)
-    page.get_by_text("What is left").wait_for()
+    page.get_by_role("heading", name="The result").wait_for()
+    page.get_by_role("img", name="auto rickshaw, −20%").wait_for(timeout=60_000)
     page.get_by_text("6.66 M").nth(1).wait_for()
     shot(page, "4-finished")
     accessible(page, "a finished run")

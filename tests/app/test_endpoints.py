@@ -38,6 +38,9 @@ ENDPOINTS = {
     "/sizes",
     "/download",
     "/plan_file",
+    "/example",
+    "/pictures",
+    "/draw_pictures",
 }
 
 
@@ -85,8 +88,9 @@ def test_the_docs_have_an_example_of_each(client):
 def test_the_main_job(client, tmp_path):
     predicted = client.predict("emoji-sdxl", 0.2, api_name="/predict")
     assert predicted["params_dense"] == 8_327_876
-    assert client.predict("emoji-sdxl", api_name="/default_preset") == "fast"
+    assert client.predict("emoji-sdxl", api_name="/default_preset") == "surgeon"
     assert client.predict("emoji-flux", api_name="/default_preset") == "surgeon"
+    assert client.predict("sdxl", api_name="/default_preset") == "fast"  # its statistics would take 40 GB
     assert client.predict("flux-dev", api_name="/default_preset") == "gauss-newton"
     published = client.predict("emoji-sdxl", 0.2, "ecodiff", api_name="/predict")
     assert published["ceiling"] < predicted["ceiling"]  # what the preset prunes, as `prune_start` does
@@ -111,6 +115,25 @@ def test_the_main_job(client, tmp_path):
     assert while_learning["ms_dense"] > 0
     done = wait(client, run, "finished")
     assert done["step"] == done["steps"] and done["history"][-1]["loss"] > 0
+
+    drawn = client.predict(run, api_name="/pictures")  # while it learned, and repaired since
+    assert len(drawn["prompts"]) == len(drawn["dense"]) == 4
+    assert drawn["dense"][0].startswith("data:image/webp;base64,")
+    for _ in range(240):
+        if not client.predict(run, api_name="/prune_status")["drawing"]:
+            break
+        time.sleep(0.5)
+    drawn = client.predict(run, 0.35, api_name="/draw_pictures")
+    rows = {row["asked"]: row for row in drawn["sizes"]}
+    assert rows[0.2]["repaired"] and rows[0.35]["repaired"]
+    assert sum(rows[0.2]["latent_error"]) < sum(rows[0.35]["latent_error"])
+    shown = client.predict("emoji-sdxl", api_name="/example")
+    assert {row["asked"] for row in shown["pictures"]["sizes"]} == {0.1, 0.2, 0.3, 0.4, 0.5, 0.6}
+    cut = client.predict(shown["run"], 0.4, api_name="/cut")
+    assert abs(cut["ratio"] - 0.4) < 0.005
+    for changed, *more in (("/delete",), ("/rename", "mine"), ("/draw_pictures", 0.33), ("/prune_stop",)):
+        with pytest.raises(AppError, match="is the example"):
+            client.predict(shown["run"], *more, api_name=changed)
 
     cuts = [client.predict(run, ratio, api_name="/cut") for ratio in (0.2, 0.4)]
     assert [round(c["ratio"], 2) for c in cuts] == [0.2, 0.4]

@@ -98,7 +98,9 @@ def _form() -> dict[str, gr.components.Component]:
         label="To fit",
         info="Where the pruned model is to run",
     )
-    preset = gr.Dropdown(PRESETS, value="fast", label="Preset", info="How its units are ranked")
+    preset = gr.Dropdown(
+        PRESETS, value=service.default_preset("emoji-sdxl"), label="Preset", info="How its units are ranked"
+    )
     with gr.Accordion("Advanced", open=False):
         kinds = gr.CheckboxGroup(KINDS, value=list(PRESET_KINDS), label="Units to prune")
         method = gr.Dropdown(
