@@ -24,7 +24,7 @@ def test_the_table_is_as_measured():
     measured = show.benchmark(FIDELITY).splitlines()
     names = tuple(f"| {row['method']} |" for row in FIDELITY["rows"])
     shown = [line for line in README.splitlines() if line.startswith(names)]
-    assert len(shown) == 6 and set(shown) <= set(measured) and measured[0] in README
+    assert len(shown) == 7 and set(shown) <= set(measured) and measured[0] in README
     for row in json.loads((ROOT / "benchmarks" / "ablation.json").read_text())["parts"]:
         assert f"| {row['part']} | {row['error']:.4f} |" in BENCHMARKS
 
@@ -37,6 +37,9 @@ def test_the_presets_win_their_table(file):
     baselines = {method for method, _ in errors if method.removesuffix(" +") not in ours}
     for ratio in (0.1, 0.2, 0.3, 0.4):
         best = min(errors[method, ratio] for method in baselines)
+        if file == "fidelity":
+            every = [error for (_, size), error in errors.items() if size == ratio]
+            assert errors["surgeon +", ratio] == min(every), "the default is not the best"
         if file == "fidelity-emoji-flux":  # with directions
             assert errors["surgeon +", ratio] <= (0.25 if ratio <= 0.3 else 0.5) * best
         for preset in ("fast +", "balanced +"):

@@ -221,6 +221,11 @@ def example(model: str) -> dict:
     return {"run": run, "title": opened.known.title, "pictures": load(opened.folder)}
 
 
+def examples() -> list[dict]:
+    """Status of every example."""
+    return [status(run) for run in EXAMPLES]
+
+
 def stop(run: str) -> dict:
     """Ask a run to stop. It does so within one time step and can be resumed."""
     server().worker.stop(changeable(run))

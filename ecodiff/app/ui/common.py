@@ -12,7 +12,6 @@ from gradio.context import LocalContext
 
 from ... import catalog, units
 from ...errors import EcodiffError
-from ...runs.examples import EXAMPLES
 from .. import limits, service
 from ..server import server
 
@@ -164,7 +163,7 @@ def mine(runs: list[str]) -> list[dict]:
 def choices(runs: list[str], scored: bool = False) -> list[tuple[str, str]]:
     """(label, id) of those runs; `scored`: only those that something can be cut from, and the examples."""
     found = [(label(s), s["run"]) for s in mine(runs) if s["step"] or not scored]
-    examples = [service.status(run) for run in EXAMPLES] if scored else []
+    examples = service.examples() if scored else []
     return found + [(s["name"], s["run"]) for s in examples if s["run"] not in (runs or [])]
 
 
