@@ -7,7 +7,7 @@ back plain data, and what it loaded stays with it. Elsewhere `spaces.GPU` does n
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,9 @@ from ..checkpoints.card import model_card
 from ..checkpoints.formats import find_format
 from ..errors import EcodiffError, OutOfMemoryError, RunError, memory_advice
 from ..learning import calibration
+from ..metrics.cost import speedup
 from ..metrics.fidelity import Sample, generate
+from ..pipelines import call_options, prompt_rows
 from ..pruning.plan import PrunePlan
 from ..runs.folder import Run
 from ..runs.healing import heal_run, healed
@@ -117,6 +119,7 @@ class DrawImages:
     compensate: bool = True
     kept: str = ""  # folder of compensated or healed weights
     prompts: list[str] = field(default_factory=list)  # to compensate on; none: the model's
+    timed: bool = False  # measure how much faster the last one is than the dense one
 
     def run(self) -> Iterator[tuple[Sample, ...]]:
         begun, device = time.monotonic(), server().devices.drawing
@@ -136,6 +139,13 @@ class DrawImages:
                     for pipe in pipes:
                         generate(pipe, prompt, seed, **self.options | {"steps": 2})
                 samples = tuple(generate(pipe, prompt, seed, **self.options) for pipe in pipes)
+                if self.timed:
+                    options = call_options(pipes[0], **self.options)
+                    call = prompt_rows([prompt], [0], seed, options)
+                    samples = (
+                        *samples[:-1],
+                        replace(samples[-1], speedup=speedup(pipes[0], pipes[-1], call)),
+                    )
             server().timings.note(self.model, draw=(time.monotonic() - started) / len(pipes))
             yield samples
 

@@ -31,6 +31,7 @@ class Sample:
         milliseconds: that the whole image took.
         step_milliseconds: median of its time steps; that of the image if there was only one.
         peak_bytes: what the pipeline needed on its device at most; None where nobody counts them.
+        speedup: of its denoiser over the dense one's, as `cost.speedup` gives it; None: not measured.
     """
 
     image: Image.Image
@@ -38,6 +39,7 @@ class Sample:
     milliseconds: float
     step_milliseconds: float = 0.0
     peak_bytes: int | None = None
+    speedup: tuple[float, float, float] | None = None
 
 
 def generate(

@@ -140,7 +140,7 @@ def test_the_main_job(page, url, tmp_path):
     page.get_by_role("textbox", name="Prompt").fill("cat face")
     button(page, "Draw both").click()
     page.get_by_text("Latent error").wait_for(timeout=60_000)
-    page.get_by_text("ms (").wait_for()
+    page.get_by_text("Speed of a step").wait_for()
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     button(page, "Copy the link").click()
     page.wait_for_function("navigator.clipboard.readText().then(text => text.includes('prompt=cat+face'))")
