@@ -1,6 +1,7 @@
 """What the benchmarks share: the clock, the device's name, a model's own call, the file of results."""
 
 import json
+import os
 import platform
 import time
 from pathlib import Path
@@ -32,7 +33,11 @@ def call_of(pipe, model: catalog.Model, batch: int, steps: int | None = None) ->
 
 
 def keep_results(out: Path, found: dict) -> None:
-    """Print what was found and write it beside what other models and devices gave."""
+    """Print what was found and write it beside what other models and devices gave.
+
+    $ECODIFF_RESULTS is a folder for it in place of this one (benchmarks/gpu.py).
+    """
+    out = Path(os.environ.get("ECODIFF_RESULTS", out.parent)) / out.name
     print(json.dumps(found, indent=1))
     results = json.loads(out.read_text()) if out.exists() else {}
     name = f"{found['model']}, {found['device']}"
