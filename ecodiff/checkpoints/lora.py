@@ -86,12 +86,12 @@ def translate(
     lora: str | Path, pipeline: type, name: str, plan: PrunePlan, dense: nn.Module
 ) -> tuple[dict[str, Tensor], LoraReport]:
     """`translate_lora` without a pipeline: of its class, whose component `name` is like `dense`."""
-    tensors = _read(Path(lora), pipeline, name, plan, dense)
+    tensors, lost = _read(Path(lora), pipeline, name, plan, dense)
     kept, modules = kept_features(dense, plan), dict(dense.named_modules())
     groups = [g for g in find_groups(dense, ALL_KINDS) if g.name in plan and not plan[g.name].all()]
     scattered = {slot.module for group in groups for slot in group.slots if slot.scattered}
     lifts = {slot.module: plan.basis(g.name)[1] for g in groups if g.activations for slot in g.consumers}
-    found, report = {}, LoraReport()
+    found, report = {}, LoraReport(dropped=lost)
     for path in dict.fromkeys(key.rpartition(".lora_")[0] for key in tensors if key.startswith(name + ".")):
         down, up = (tensors.get(f"{path}.lora_{side}.weight") for side in "AB")
         layer = path.removeprefix(name + ".")
@@ -129,8 +129,11 @@ def translate(
     return found | others, report
 
 
-def _read(path: Path, pipeline: type, name: str, plan: PrunePlan, dense: nn.Module) -> dict[str, Tensor]:
-    """A LoRA's tensors in float32 under the names that diffusers gives them, scales folded into B."""
+def _read(
+    path: Path, pipeline: type, name: str, plan: PrunePlan, dense: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A LoRA's tensors in float32 under the names that diffusers gives them, scales folded into B; and
+    layers that diffusers does not take, with the reason."""
     if path.suffix != ".safetensors" or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
         raise CheckpointError(f"{path.name} is not a LoRA in a .safetensors file of at most 4 GiB.")
     loader = getattr(pipeline, "lora_state_dict", None)
@@ -143,6 +146,9 @@ def _read(path: Path, pipeline: type, name: str, plan: PrunePlan, dense: nn.Modu
             fits = "It fits this model as it is." if made_for == plan.digest else "It fits no other size."
             raise PlanError(f"{path.name} was made on a pruned model already. {fits}")
         pairs, rest = translated(stored, Names(name, dense))
+        third = {key for key in rest if key.startswith(("lora_te3_", "text_encoder_3."))}
+        lost = dict.fromkeys(map(_layer, third), "diffusers loads none on the third text encoder")
+        rest = {key: tensor for key, tensor in rest.items() if key not in third}
         known = inspect.signature(loader).parameters
         options = {"return_alphas": True} if "return_alphas" in known else {}
         read = loader(rest, unet_config=dense.config, **options) if rest else ({}, None)
@@ -159,7 +165,7 @@ def _read(path: Path, pipeline: type, name: str, plan: PrunePlan, dense: nn.Modu
             for key in found:
                 if key.endswith((".lora_B.weight", ".up.weight")):
                     found[key] = found[key] * _scale(_layer(key), found[key].shape[1], alphas, settings)
-        return own | others
+        return own | others, lost
 
 
 def _stored(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:

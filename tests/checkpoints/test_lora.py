@@ -390,3 +390,13 @@ def test_written_in_kohyas_naming_it_is_the_same(kind, tmp_path):
             torch.testing.assert_close(now, was, atol=1e-6, rtol=1e-5)
     with pytest.raises(CheckpointError, match="There is no naming"):
         save_lora(tensors, tmp_path / "other.safetensors", plan, "other", dense)
+
+
+def test_what_is_for_the_third_text_encoder_is_listed(tmp_path):
+    pipe = PIPELINES["sd3.5"]()
+    stored = load_file(peft_file(pipe, tmp_path / "lora.safetensors"))
+    layer = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
+    stored |= {f"{layer}.lora_down.weight": torch.ones(2, 4), f"{layer}.lora_up.weight": torch.ones(4, 2)}
+    save_file(stored, tmp_path / "three.safetensors")
+    _, report = translate_lora(tmp_path / "three.safetensors", pipe, some_plan(pipe))
+    assert "third text encoder" in report.dropped[layer] and "third text encoder" in report.words()
