@@ -111,7 +111,7 @@ def fits(need: Footprint, ratio: float, ceiling: float, room: float) -> dict[str
             return "whole"
         if of.draw_offloaded <= usable:
             return "offloaded"
-        return "groups" if max(of.call, of.decode) <= 0.5 * usable else "no"
+        return "groups" if of.call <= 0.5 * usable else "no"  # the autoencoder can work in tiles
 
     return {
         "draw": way(small),

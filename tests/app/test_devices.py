@@ -80,7 +80,7 @@ def test_images_do_not_wait_for_learning_on_another_device(run, monkeypatch):
     asked = ([plan], [(PROMPT, 0)], options, False, str(run.folder / "variants"))
     ((dense, _),) = tasks.results(tasks.DrawImages(run.model, *asked))
     drawn.set()
-    while job.active:
+    while job.active or job.drawing:
         threading.Event().wait(0.05)
     assert job.stage == "finished" and run.finished
     assert first.dense(run.model) is not second.dense(run.model)
@@ -176,7 +176,7 @@ def test_a_failure_after_the_end_is_no_failed_run(run, monkeypatch):
 
     monkeypatch.setattr(worker.Worker, "_prepare", broken)
     job = server.server().worker.submit(run)
-    while job.active:
+    while job.active or job.drawing:
         threading.Event().wait(0.05)
     threading.Event().wait(0.2)
     assert job.stage == "finished" and not run.error

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ... import machine
+from ... import catalog, machine
 from ...checkpoints import hub, loading
 from ...checks import check_class
 from ...errors import RunError
@@ -217,13 +217,12 @@ def example(model: str) -> dict:
     run = example_of(model)
     if run is None:
         return {}
-    opened = server().store.open(run)
-    return {"run": run, "title": opened.known.title, "pictures": load(opened.folder)}
+    return {"run": run, "title": catalog.find(model).title, "pictures": load(EXAMPLES[run])}
 
 
 def examples() -> list[dict]:
-    """Status of every example."""
-    return [status(run) for run in EXAMPLES]
+    """{"run": id, "name"} of every example. None is copied to the runs before somebody opens it."""
+    return [{"run": run, "name": Run.open(folder).name} for run, folder in EXAMPLES.items()]
 
 
 def stop(run: str) -> dict:
