@@ -4,7 +4,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from ..catalog import EMBEDDED
+from ..catalog import EMBEDDED, MODELS
 
 
 def _id(model: str) -> str:
@@ -12,7 +12,11 @@ def _id(model: str) -> str:
 
 
 # {id: folder}; `recipes/example.py` makes them.
-EXAMPLES = {_id(file.parent.parent.name): file.parent for file in sorted(EMBEDDED.glob("*/example/run.json"))}
+EXAMPLES = {
+    _id(name): EMBEDDED / name / "example"
+    for name in MODELS
+    if (EMBEDDED / name / "example" / "run.json").is_file()
+}
 
 
 def example_of(model: str) -> str | None:

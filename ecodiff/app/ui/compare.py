@@ -53,6 +53,7 @@ def build(browser: Browser) -> Tab:
             ratio = percent_box()
             prompt = gr.Textbox("red apple", label="Prompt", max_length=400)
             seed = seed_box()
+            another = gr.Button("Another seed", size="sm")
             compensate = gr.Checkbox(True, label="Repair weights", info=COMPENSATE)
             known = catalog.MODELS["emoji-sdxl"]
             with gr.Accordion("Advanced", open=False):
@@ -82,7 +83,14 @@ def build(browser: Browser) -> Tab:
     names = ("run", "ratio", "prompt", "seed", "steps", "guidance", "compensate")
     named = dict(zip(names, settings, strict=True)) | {"empty": empty, "runs": runs}
     drawn = {"slider": slider, "figures": figures, "history": history, "copy": copy}
-    draw.click(placed(compare, drawn), [*settings, history], [*drawn.values()], api_visibility="private")
+    gr.on(
+        [draw.click, prompt.submit],
+        placed(compare, drawn),
+        [*settings, history],
+        [*drawn.values()],
+        api_visibility="private",
+    )
+    another.click(None, None, seed, js="() => Math.floor(Math.random() * 2**31)", api_visibility="private")
     copy.click(None, js=COPY, api_visibility="private")
 
     # Not on every change: a link brings settings of its own.

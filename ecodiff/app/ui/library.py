@@ -37,10 +37,9 @@ def build(browser: Browser) -> Tab:
             with gr.Column(scale=1, min_width=120):
                 rename = gr.Button("Rename", size="sm")
                 delete = gr.Button("Delete", size="sm", variant="stop")
-        with gr.Row():
-            size = percent_box()
-            chosen = gr.Dropdown(service.formats(), value="diffusers", label="Format", min_width=240)
-            make = gr.Button("Build checkpoint", variant="primary")
+        size = percent_box()
+        chosen = gr.Radio(service.formats(), value="diffusers", label="Format")
+        make = gr.Button("Build checkpoint", variant="primary")
         with gr.Row():
             plan = gr.DownloadButton("Plan file", interactive=False)
             model = gr.DownloadButton("Pruned pipeline", interactive=False)

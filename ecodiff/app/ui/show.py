@@ -130,7 +130,7 @@ def comparison(facts: dict, link: str) -> str:
         (
             "Speed of a step",
             f"{faster:.2f}×" if faster else "not measured",
-            f"the dense one's; {low:.2f} to {high:.2f} (95 %)" if faster else "the machine is busy",
+            f"of the dense model's; {low:.2f} to {high:.2f} (95 %)" if faster else "the machine is busy",
         ),
         ("Latent error", latent_error(facts["latent_error"]), "0 is identical"),
         ("PSNR", f"{facts['psnr']:.1f} dB", closeness(facts["psnr"])),
