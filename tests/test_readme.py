@@ -37,9 +37,8 @@ def test_the_presets_win_their_table(file):
     baselines = {method for method, _ in errors if method.removesuffix(" +") not in ours}
     for ratio in (0.1, 0.2, 0.3, 0.4):
         best = min(errors[method, ratio] for method in baselines)
-        if file == "fidelity":
-            every = [error for (_, size), error in errors.items() if size == ratio]
-            assert errors["surgeon +", ratio] == min(every), "the default is not the best"
+        every = [error for (_, size), error in errors.items() if size == ratio]
+        assert errors["surgeon +", ratio] == min(every), "the default is not the best"
         if file == "fidelity-emoji-flux":  # with directions
             assert errors["surgeon +", ratio] <= (0.25 if ratio <= 0.3 else 0.5) * best
         for preset in ("fast +", "balanced +"):
