@@ -6,8 +6,8 @@ makes the same step. In a single process everything here is the identity.
 
 import os
 
-import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather, reduce
 from torch import Tensor, distributed
 
 from ..errors import BudgetError
@@ -49,26 +49,14 @@ def share(batch: int) -> slice:
 
 def mean(tensor: Tensor) -> Tensor:
     """The mean over all processes, the same bits in each."""
-    if count() > 1:
-        total = tensor.cpu().contiguous()
-        distributed.all_reduce(total)
-        return (total / count()).to(tensor.device)
-    return tensor
+    return reduce(tensor.cpu(), "mean").to(tensor.device) if count() > 1 else tensor
 
 
 def whole(part: Tensor) -> Tensor:
     """All processes' parts of a batch, in order."""
-    if count() == 1:
-        return part
-    parts = [torch.empty_like(part, device="cpu") for _ in range(count())]
-    distributed.all_gather(parts, part.cpu().contiguous())
-    return torch.cat(parts).to(part.device)
+    return gather(part.cpu().contiguous()).to(part.device) if count() > 1 else part
 
 
 def agreed(value):
     """What the first process says."""
-    if count() == 1:
-        return value
-    said = [value]
-    distributed.broadcast_object_list(said)
-    return said[0]
+    return broadcast_object_list([value])[0] if count() > 1 else value
