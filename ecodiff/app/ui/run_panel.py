@@ -5,7 +5,7 @@ import time
 import gradio as gr
 import pandas as pd
 
-from ...errors import RunError
+from ...errors import EcodiffError, RunError
 from .. import service
 from . import show, strip
 from .common import COMPENSATE, label, percent_box, readable, told
@@ -149,7 +149,7 @@ def drive(run, turn):
     try:
         for found in service.learn(run):
             yield view(found)
-    except gr.Error as error:  # of ZeroGPU: the call was ended, or there is no quota
+    except (gr.Error, EcodiffError) as error:  # ZeroGPU ended the call, or there is no quota, or it failed
         found, why = service.status(run), readable(error).message
         if "aborted" not in why or found["step"] == before:
             yield view(service.fail(run, why))
