@@ -11,6 +11,7 @@ are in PART.json. A part that failed or ran out of time is run again by the next
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -44,15 +45,7 @@ PARTS: dict[str, list[str]] = {
 }
 DRY: dict[str, list[str]] = {
     "tests": ["-m", "pytest", "-q", "-x", "tests/metrics", "-k", "turn"],
-    "learning-emoji-sdxl": [
-        "benchmarks/learning.py",
-        "--model",
-        "emoji-turbo",
-        "--repeats",
-        "1",
-        "--batch",
-        "1",
-    ],
+    "learning-emoji-sdxl": ["benchmarks/learning.py", "--model", "emoji-flux", "--repeats", "1"],
     "speed-emoji-sdxl": [
         "benchmarks/speed.py",
         "--model",
@@ -106,17 +99,14 @@ def run(part: str, command: list[str], out: Path) -> bool:
     begun, file = time.monotonic(), out / f"{part}.json"
     found: dict = {"part": part, "command": command}
     try:
+        # What scripts keep beside themselves is kept in this folder.
+        settings = os.environ | {"ECODIFF_RESULTS": str(out.resolve())}
+        asked = [sys.executable, *command]
         done = subprocess.run(
-            [sys.executable, *command],
-            cwd=HERE.parent,
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
-            check=False,
+            asked, cwd=HERE.parent, env=settings, capture_output=True, text=True, timeout=LIMIT, check=False
         )
         found |= {"ended": done.returncode, "printed": done.stdout[-8000:], "errors": done.stderr[-2000:]}
-        if lines := [line for line in done.stdout.splitlines() if line[:1] + line[-1:] == "{}"]:
-            found["figures"] = [json.loads(line) for line in lines]
+        found["figures"] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
     except subprocess.TimeoutExpired as over:
         printed = over.stdout or b""
         found |= {"ended": "out of time", "printed": printed.decode(errors="replace")[-8000:]}
