@@ -15,9 +15,8 @@ from ecodiff.learning.methods import measured_best
 from ecodiff.pipelines import denoiser_of
 from ecodiff.runs import Run
 from ecodiff.runs.loop import advance
-from ecodiff.runs.pictures import FILE, Painter
+from ecodiff.runs.pictures import FILE, SIZES, Painter
 
-SIZES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 FILES = ("run.json", "state.safetensors", "scores.safetensors", FILE)
 
 

@@ -12,8 +12,8 @@ from ..errors import EcodiffError, OutOfMemoryError, RunError, memory_advice
 from ..learning.state import LearnState
 from ..pruning.slicing import variant
 from ..runs.folder import Run
-from ..runs.loop import learn_run
-from ..runs.pictures import Painter
+from ..runs.loop import Stopped, learn_run
+from ..runs.pictures import SIZES, Painter
 from .devices import Device, Devices
 
 MAX_WAITING = 16
@@ -22,8 +22,6 @@ MAX_KEPT = 64  # jobs that are done
 ADVICE = (
     "Nothing is lost. Try again when nothing else is learned or drawn here, or take a smaller model or image."
 )
-
-CURVE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # sizes that a finished run is drawn at while nobody waits
 
 ACTIVE = ("queued", "loading", "learning", "calibrating")
 
@@ -139,14 +137,19 @@ class Worker:
         pipe = device.dense(job.run.model)
         job.stage, job.since = "learning", time.monotonic()
 
-        painter, learned = Painter(job.run, pipe, device.lock), 0.0
+        def raise_if_stopped(step: int) -> None:
+            if job.run.stop_requested:
+                raise Stopped
+
+        painter, learned = Painter(job.run, pipe, device.lock, raise_if_stopped), 0.0
         for state, seconds in learn_run(job.run, pipe, device.lock):
             job.state = state
             job.seconds.append(seconds)
             learned += seconds
             if painter.due(learned, seconds) and (job.run.folder / "scores.safetensors").exists():
-                plan = job.run.plan(job.run.config.ratio)
-                painter.paint(variant(pipe, plan), plan, job.run.config.ratio, repaired=False)
+                with suppress(EcodiffError, Stopped), memory_advice(ADVICE):  # a picture is worth no run
+                    plan = job.run.plan(job.run.config.ratio)
+                    painter.paint(variant(pipe, plan), plan, job.run.config.ratio, repaired=False)
         finished = job.run.finished
         if finished:
             job.stage, job.since = "calibrating", time.monotonic()
@@ -157,7 +160,7 @@ class Worker:
         job.stage = "finished" if finished else "stopped"
         if finished:
             try:
-                with suppress(EcodiffError), memory_advice(ADVICE):
+                with suppress(EcodiffError, Stopped), memory_advice(ADVICE):
                     self._prepare(job.run, device, painter, learned)
             finally:
                 job.drawing = False
@@ -175,7 +178,7 @@ class Worker:
             with device.lock:
                 device.calibration(run.model, run.learned_on).prepare()
         begun = time.monotonic()
-        for ratio in CURVE:
+        for ratio in SIZES:
             if self._waiting or time.monotonic() - begun > learned:  # never longer than learning took
                 return
             if abs(ratio - run.config.ratio) > 1e-6:

@@ -179,14 +179,15 @@ def kohya(
 ) -> dict[str, Tensor]:
     """A LoRA in PEFT's naming as one in kohya's, which ComfyUI, A1111, Forge and diffusers read.
 
-    A FLUX.1 layer that holds several of diffusers' gets them as one pair, their ups on its diagonal.
+    A FLUX.1 layer that holds several of diffusers' gets them as one pair, their ups on its diagonal. What is
+    not of the denoiser, text encoders' layers, keeps its names.
 
     Args:
         widths: output features of each of the pruned denoiser's layers.
     """
     original = original_layers(denoiser) if component == "transformer" else {}
     fused = {layer: (name, olds) for name, olds in original.items() for layer in olds}
-    found: dict[str, Tensor] = {}
+    found = {key: tensor for key, tensor in tensors.items() if key.partition(".")[0] != component}
 
     def put(name: str, down: Tensor, up: Tensor) -> None:
         flat = name.replace(".", "_")

@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ..storage import write_json
 from .folder import Run
 
 FILE = "pictures.json"
+SIZES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # that a finished run is drawn at
 COUNT = 4  # prompts; prompt i is drawn with seed i
 SIDE = 256  # pixels of a picture at most
 SHARE = 0.25  # of the time that was spent on learning, what pictures of it may take
@@ -51,10 +53,17 @@ class Painter:
     Args:
         dense: the dense pipeline.
         lock: held while an image is drawn.
+        on_step: called after every time step with their number; raise in it to stop.
     """
 
-    def __init__(self, run: Run, dense: DiffusionPipeline, lock: AbstractContextManager | None = None):
-        self.run, self._dense, self._lock = run, dense, lock or nullcontext()
+    def __init__(
+        self,
+        run: Run,
+        dense: DiffusionPipeline,
+        lock: AbstractContextManager | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ):
+        self.run, self._dense, self._lock, self._on_step = run, dense, lock or nullcontext(), on_step
         self._asked = list(zip(run.judged_on[:COUNT], range(COUNT), strict=False))
         self._known: list[Sample] = []
         self._spent = self._last = 0.0
@@ -104,8 +113,8 @@ class Painter:
         return found
 
     def _drawn(self, pipe: DiffusionPipeline) -> list[Sample]:
-        made = []
+        made, options = [], self.run.known.drawing()
         for prompt, seed in self._asked:
             with self._lock:  # others draw in between
-                made.append(generate(pipe, prompt, seed, **self.run.known.drawing()))
+                made.append(generate(pipe, prompt, seed, **options, on_step=self._on_step))
         return made

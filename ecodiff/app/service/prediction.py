@@ -129,6 +129,7 @@ def kinds_of(preset: str) -> tuple[str, ...]:
 
 
 def checked_ratio(ratio: float, scores: Scores) -> float:
+    """The ratio. Raises BudgetError unless that much can be removed."""
     if not 0 < ratio <= scores.ceiling:
         raise BudgetError(
             f"Between 0 and {scores.ceiling:.1%} of this model's parameters can be removed (the rest "

@@ -9,14 +9,13 @@ from .show import closeness, latent_error
 CURVE_WIDTH, CURVE_HEIGHT, MARGIN = 360, 132, 34  # of the drawing's own units
 
 
-def strip(found: dict, asked: Sequence[float], steps: int = 0, title: str = "") -> str:
+def strip(found: dict, asked: Sequence[float], steps: int = 0) -> str:
     """Rows of images: the dense model's, and one for each size.
 
     Args:
         found: as `service.pictures` returns it.
         asked: ratios that are shown, if they were drawn.
         steps: of the run; a size that was drawn before the last one says so.
-        title: HTML above the rows.
     """
     rows = [row for row in found.get("sizes", []) if _is(row, asked)]
     if not rows:
@@ -26,7 +25,7 @@ def strip(found: dict, asked: Sequence[float], steps: int = 0, title: str = "") 
     for row in rows:
         notes = [f"{psnr:.0f} dB" for psnr in row["psnr"]]
         inner += _row(f"−{row['ratio']:.0%}", _cost(row, steps), row["images"], prompts, notes)
-    return f'<div class="eco-strip">{title}{inner}</div>'
+    return f'<div class="eco-strip">{inner}</div>'
 
 
 def cards(found: dict, asked: Sequence[float], title: str) -> str:
