@@ -71,9 +71,13 @@ def start(comfyui: Path):
     return sys.modules["ecodiff_comfyui.nodes"]
 
 
-def pruned(pipe, ratio: float):
-    """A pipeline without a random part of its units, one attention without any head."""
-    kinds = ("heads", "ffn", "resnet", "modulation_directions")
+def pruned(pipe, ratio: float, modulation: str = "modulation_directions"):
+    """A pipeline without a random part of its units, its first and last attention without any head.
+
+    Args:
+        modulation: the kind of its units that goes: directions, or rows ("modulation").
+    """
+    kinds = ("heads", "ffn", "resnet", modulation)
     noise, denoiser = torch.Generator().manual_seed(0), denoiser_of(pipe)
     groups = [group for group in ecodiff.find_groups(denoiser, kinds) if group.kind in kinds]
     values = {group.name: torch.rand(group.size, generator=noise) for group in groups}

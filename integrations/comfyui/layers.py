@@ -107,19 +107,17 @@ def _emptied(base: type) -> type:
     return type(f"Emptied{base.__name__}", (base,), {"forward": forward})
 
 
-class Projected(nn.Module):
+@cache
+def _projected(base: type) -> type:
     """A modulation layer that reads the model's one projection of the embedding.
 
     Its tensors keep their names, so that ComfyUI loads, moves and patches them as it does any others.
     """
 
-    @staticmethod
-    @cache
-    def of(base: type) -> type:
-        def forward(self, x):
-            return base.forward(self, self.basis[0](x))
+    def forward(self, x):
+        return base.forward(self, self.basis[0](x))
 
-        return type(f"Projected{base.__name__}", (base,), {"forward": forward})
+    return type(f"Projected{base.__name__}", (base,), {"forward": forward})
 
 
 def project(model: nn.Module, operations: type, features: int, rank: int, dtype, device) -> None:
@@ -129,7 +127,7 @@ def project(model: nn.Module, operations: type, features: int, rank: int, dtype,
     for path, module in list(model.named_modules()):
         if path.endswith((".lin", "adaLN_modulation.1")):
             module.basis = (basis,)  # not a child of each: it is loaded once
-            module.__class__ = Projected.of(type(module))
+            module.__class__ = _projected(type(module))
             shape = (module.weight.shape[0], rank)
             module.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
             module.in_features = rank

@@ -7,7 +7,6 @@ one: integrations/comfyui/check.py, whose output is in docs/comfyui.md.
 import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,7 @@ from safetensors.torch import load_file
 import ecodiff
 from ecodiff.checkpoints import comfyui
 from ecodiff.errors import CheckpointError, UnsupportedModelError
-from ecodiff.pipelines import denoiser_calls, denoiser_of, prompt_rows
-from ecodiff.pruning.scores import Scores
+from ecodiff.pipelines import denoiser_calls, prompt_rows
 from tests import original_layout
 from tests.conftest import PIPELINES
 
@@ -34,26 +32,7 @@ def imported(name):
     return module
 
 
-layers = imported("layers")
-
-
-def pruned(pipe, ratio, *more):
-    """Random units gone, the first and the last attention emptied."""
-    kinds = ("heads", "ffn", "resnet", *more)
-    noise, denoiser = torch.Generator().manual_seed(0), denoiser_of(pipe)
-    groups = [g for g in ecodiff.find_groups(denoiser, kinds) if g.kind in kinds]
-    values = {g.name: torch.rand(g.size, generator=noise) for g in groups}
-    bases = {}
-    for group in groups:
-        if group.activations:
-            z = torch.linalg.qr(torch.randn(group.size, group.size, generator=noise)).Q
-            bases[group.name] = (z, z.mT.contiguous())
-    heads = [g.name for g in groups if g.kind == "heads"]
-    for name in (heads[0], heads[-1]):
-        values[name] = torch.full_like(values[name], -1.0)
-    plan = Scores.of(denoiser, values, bases=bases).plan(ratio=ratio)
-    assert not plan[heads[0]].any()
-    return ecodiff.variant(pipe, plan)
+layers, check = imported("layers"), imported("check")
 
 
 def loaded(file):
@@ -83,7 +62,7 @@ def close(ours, theirs):
 @pytest.mark.parametrize("ratio", [0.4, 0.8])
 def test_a_unet(ratio, tmp_path):
     pipe = ecodiff.load("emoji-sdxl")
-    small = pruned(pipe, ratio)
+    small = check.pruned(pipe, ratio)
     model = loaded(comfyui.save_comfyui(small, tmp_path / "unet.safetensors"))
     rows = prompt_rows(["red apple", "cat face"], range(2), 0, {"num_inference_steps": 2})
     args, kwargs = denoiser_calls(small, rows, limit=1)[0]
@@ -101,7 +80,7 @@ def test_a_unet(ratio, tmp_path):
 @pytest.mark.parametrize("ratio", [0.4, 0.8])
 def test_flux(ratio, kind, tmp_path):
     pipe = ecodiff.load("emoji-flux")
-    small = pruned(pipe, ratio, kind)
+    small = check.pruned(pipe, ratio, kind)
     model = loaded(comfyui.save_comfyui(small, tmp_path / "out"))
     rows = prompt_rows(["red apple", "cat face"], range(2), 0, {"num_inference_steps": 2})
     _, kwargs = denoiser_calls(small, rows, limit=1)[0]
@@ -122,7 +101,7 @@ def test_flux(ratio, kind, tmp_path):
 
 
 def test_the_file(tmp_path):
-    small = pruned(ecodiff.load("emoji-sdxl"), 0.3)
+    small = check.pruned(ecodiff.load("emoji-sdxl"), 0.3)
     file = comfyui.save_comfyui(small, tmp_path / "small", torch.float16)
     assert file == tmp_path / "small" / "small.safetensors"
     assert {t.dtype for t in load_file(file).values() if t.numel()} == {torch.float16}
@@ -152,7 +131,7 @@ def test_others_are_refused_in_words(tiny_sdxl):
     with pytest.raises(UnsupportedModelError, match="not pruned"):
         comfyui.described(tiny_sdxl)
     with pytest.raises(UnsupportedModelError, match=r"SD 1\.5, SDXL and FLUX\.1"):
-        comfyui.described(pruned(PIPELINES["sd3.5"](), 0.2))
+        comfyui.described(check.pruned(PIPELINES["sd3.5"](), 0.2))
 
 
 def test_a_tensor_that_is_larger_is_refused(tmp_path):
@@ -163,9 +142,6 @@ def test_a_tensor_that_is_larger_is_refused(tmp_path):
 
 @pytest.mark.skipif("COMFYUI" not in os.environ, reason="COMFYUI= names no folder of ComfyUI")
 def test_in_the_real_comfyui(tmp_path):
-    sys.path.insert(0, str(HERE))
-    import check
-
     nodes = check.start(Path(os.environ["COMFYUI"]))
     for name in ("emoji-sdxl", "emoji-flux"):
         assert max(check.compare(nodes, name, 0.4, tmp_path).values()) < 1e-5
