@@ -20,7 +20,7 @@ MODELS = [(model.title, model.name) for model in catalog.MODELS.values()]
 PRESETS = [
     ("Fast", "fast"),
     ("Balanced", "balanced"),
-    ("Surgeon (best measured on transformers)", "surgeon"),
+    ("Surgeon (best measured)", "surgeon"),
     ("Gauss-Newton (large transformers)", "gauss-newton"),
     ("Paper (as many trajectories as the paper)", "paper"),
     ("EcoDiff as published", "ecodiff"),
