@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .pruning.masking import masked
     from .pruning.plan import PrunePlan
     from .pruning.scores import Scores
-    from .pruning.slicing import slice_, variant
+    from .pruning.slicing import slice_, slice_like_, variant
     from .units import PruneGroup
 
 _HOMES = {
@@ -53,6 +53,7 @@ _HOMES = {
     "save": "checkpoints.saving",
     "save_lora": "checkpoints.lora",
     "slice_": "pruning.slicing",
+    "slice_like_": "pruning.slicing",
     "trajectory": "learning.trajectory",
     "translate_lora": "checkpoints.lora",
     "variant": "pruning.slicing",
@@ -77,6 +78,7 @@ __all__ = [
     "save",
     "save_lora",
     "slice_",
+    "slice_like_",
     "trajectory",
     "translate_lora",
     "variant",

@@ -117,6 +117,11 @@ def _advance(state: LearnState, budget: Budget, objective: Objective, keep: Keep
     if not all(isfinite(v) for v in row.values()) or not all(
         v.isfinite().all() for v in state.vectors.values()
     ):
+        if not objective.target(objective.batch_of(state.step))[0].isfinite().all():
+            raise LearningError(
+                "The dense model itself gives values that are not numbers with these prompts and settings. "
+                "Try float32 or bfloat16 instead of float16, another guidance, or other prompts."
+            )
         raise LearningError(
             f"Step {state.step + 1} gave values that are not numbers. The state before it is "
             "kept. Try float32 or bfloat16 instead of float16, or another seed."

@@ -8,6 +8,7 @@ differs from a fresh one. Nothing else is done: no network, no files but this on
 """
 
 import base64
+import copyreg
 import inspect
 import os
 import shutil
@@ -77,6 +78,10 @@ def fit_processor(attention: nn.Module) -> None:
         attention.processor = AttnAddedKVProcessor()
 
 
+class _Emptied(type):
+    """Of attentions without heads. Pickled by what it was made of, as `_Sliced` is."""
+
+
 @cache
 def emptied_class(base: type) -> type:
     """An attention without heads: whatever processor it is given, it works as `EmptiedAttnProcessor` does.
@@ -101,7 +106,7 @@ def emptied_class(base: type) -> type:
     members |= {"fuse_projections": nothing, "unfuse_projections": nothing}
     # diffusers divides by it, and refuses a slice that is larger.
     members["sliceable_head_dim"] = property(lambda self: 1, lambda self, value: None)
-    return type(f"Emptied{base.__name__}", (base,), members)
+    return _Emptied(f"Emptied{base.__name__}", (base,), members)
 
 
 def gather_rope(attention: nn.Module, heads: torch.Tensor, count: int) -> None:
@@ -255,6 +260,11 @@ class _Sliced(type(ModelMixin)):
 
     def __hash__(cls):
         return hash(cls.__mro__[1])
+
+
+# A process that is spawned finds this file by the name it was opened under, but no class made on demand.
+copyreg.pickle(_Sliced, lambda cls: (sliced_class, cls.__bases__))
+copyreg.pickle(_Emptied, lambda cls: (emptied_class, cls.__bases__))
 
 
 @cache

@@ -197,6 +197,40 @@ def _describe(denoiser: ModelMixin, plan: PrunePlan, groups: list[PruneGroup], c
     denoiser.register_to_config(ecodiff=description)
 
 
+def slice_like_(model: nn.Module, pruned: nn.Module) -> nn.Module:
+    """Cut `model`, in place, as the denoiser `pruned` was, and give it the weights they share. Returns it.
+
+    For what diffusers builds of a denoiser's blocks, which it can only of a dense one: AnimateDiff's
+    `UNetMotionModel.from_unet2d(dense.unet, adapter)`, or a ControlNet to be trained,
+    `ControlNetModel.from_unet(dense.unet)`. Layers that `pruned` does not have are left as they are.
+    (Trained ControlNets need nothing: they work on a pruned denoiser as on the dense one.)
+
+    Raises:
+        PlanError: `pruned` is not pruned, or `model` has none of its layers.
+
+    Example:
+        >>> motion = UNetMotionModel.from_unet2d(dense.unet, adapter)
+        >>> ecodiff.slice_like_(motion, small.unet)
+    """
+    plan = plan_of(pruned)
+    if plan is None:
+        raise PlanError(f"This {type(pruned).__name__} is not pruned: there is nothing to cut by.")
+    sizes = {group.name: group.size for group in find_groups(model, ALL_KINDS)}
+    common = {name: keep for name, keep in plan.items() if sizes.get(name) == len(keep)}
+    if not common:
+        raise PlanError(
+            f"This {type(model).__name__} has none of the layers that the {type(pruned).__name__} lost units "
+            "in. Make it of the dense model that was pruned."
+        )
+    part = PrunePlan(common, plan.metadata)
+    part.bases.update({name: basis for name, basis in plan.bases.items() if name in common})
+    slice_(model, part)
+    own = model.state_dict()
+    shared = {n: w for n, w in pruned.state_dict().items() if n in own and own[n].shape == w.shape}
+    model.load_state_dict(shared, strict=False)
+    return model
+
+
 def _in_units_of_the_dense(metadata: dict, before: dict) -> dict:
     """What is said of a cut of a cut: the model, its size and the ratio are of the dense model."""
     found = metadata | {

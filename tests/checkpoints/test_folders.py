@@ -38,6 +38,24 @@ _, again = draw("{folder}-again")
 save_file({{"latents": latents.contiguous(), "again": again.contiguous()}}, "{folder}.latents")
 """
 
+SPAWNED = """
+import sys
+sys.modules["ecodiff"] = None
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+pipe = DiffusionPipeline.from_pretrained("{folder}", trust_remote_code=True)
+name = "unet" if hasattr(pipe, "unet") else "transformer"
+mine = getattr(pipe, name)
+with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+    theirs = pool.apply(nn.Module.eval, (mine,))
+assert type(theirs) is type(mine), type(theirs)
+assert [type(part) for part in theirs.modules()] == [type(part) for part in mine.modules()]
+assert all(torch.equal(weight, theirs.state_dict()[key]) for key, weight in mine.state_dict().items())
+theirs.save_pretrained("{folder}-spawned")
+"""
+
 
 def drawn_by_diffusers_alone(folder, pipe) -> dict[str, torch.Tensor]:
     """Latents of PROMPT by a process without ecodiff: {"latents", "again": saved by it and reloaded}."""
@@ -82,6 +100,15 @@ def test_reloads_bit_exactly_both_ways_and_again(pipe, tmp_path):
         assert torch.equal(found, expected), name
     suffixes = {file.suffix for file in folder.rglob("*") if file.is_file()}
     assert suffixes <= {".safetensors", ".json", ".py", ".md", ".txt"}, "no pickles"
+
+
+def test_a_model_opened_by_remote_code_can_be_sent_to_a_process_that_is_spawned(pipe, tmp_path):
+    small = ecodiff.variant(pipe, some_plan(pipe))
+    folder = ecodiff.save(small, tmp_path / "small")
+    script = [sys.executable, "-c", SPAWNED.format(folder=folder)]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "small-spawned" / "ecodiff_sliced_v1.py").is_file()
 
 
 @pytest.mark.parametrize("model", ["emoji-sdxl", "emoji-flux"])

@@ -2,17 +2,20 @@
 
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 
 import ecodiff
+from ecodiff.errors import LearningError
 from ecodiff.learning.budget import Budget
 from ecodiff.learning.learn import learn
 from ecodiff.learning.methods import METHODS
 from ecodiff.learning.state import LearnState
 from ecodiff.pipelines import denoiser_of
 from ecodiff.units import ALL_KINDS
-from tests.conftest import PROMPT, short
+from tests.conftest import PROMPT, randomise, short, tiny_vae
+from tests.pipelines import TEXT, letters
 
 LEARNED = tuple(kind for kind in ALL_KINDS if kind != "modulation_directions")  # or rows: not both
 CALL = {"prompt": [PROMPT, "cat"], "num_inference_steps": 3}
@@ -83,3 +86,28 @@ def test_what_is_beyond_reach_of_learning_keeps_its_order(tiny_sdxl):
     assert len(values.unique()) == len(values)
     for end in (values[:20], values[-20:]):  # up to what one Adam step of 0.05 may have moved
         assert (end.log().diff() > -0.1).all() and end[-1] > end[0]
+
+
+def test_a_dense_model_that_gives_no_numbers_is_named_as_the_cause():
+    """Lumina-Next divides by the number of its negative prompt's tokens: none, without a BOS token."""
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    text = GemmaConfig(**TEXT)
+    transformer = diffusers.LuminaNextDiT2DModel(
+        sample_size=4, in_channels=4, hidden_size=32, num_layers=1, num_attention_heads=2, num_kv_heads=2,
+        multiple_of=16,
+        cross_attention_dim=16,
+    )  # fmt: skip
+    pipe = diffusers.LuminaPipeline(
+        transformer=randomise(transformer),
+        vae=randomise(tiny_vae()),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        text_encoder=randomise(GemmaForCausalLM(text)),
+        tokenizer=letters(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    config = ecodiff.LearnConfig(warm_steps=1, steps=0, inference_steps=2, size=16, batch=1)
+    with pytest.raises(LearningError, match="dense model itself"):
+        ecodiff.learn_masks(pipe, ["a cat"], config)
+    guided = replace(config, guidance_scale=1.0)  # without a negative prompt it is a model as others are
+    assert ecodiff.learn_masks(pipe, ["a cat"], guided).removable > 0

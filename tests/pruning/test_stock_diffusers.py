@@ -6,9 +6,10 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import ecodiff
+from ecodiff.errors import PlanError
 from ecodiff.pipelines import denoiser_of
 from tests.checkpoints.test_folders import some_plan
-from tests.conftest import PIPELINES, flux, latents
+from tests.conftest import PIPELINES, PROMPT, flux, latents, randomise, stable_diffusion
 
 CALLS = {
     "enable_attention_slicing": lambda p: p.enable_attention_slicing(),
@@ -50,6 +51,45 @@ def test_from_pipe_takes_the_pruned_model_over(build, name):
     assert denoiser_of(made) is denoiser_of(small)
     dense, pruned = type(denoiser_of(pipe)), type(denoiser_of(small))
     assert pruned == dense and pruned is not dense
+
+
+def test_what_is_built_of_a_dense_unet_is_cut_like_the_pruned_one():
+    """AnimateDiff's UNet, and a ControlNet to be trained: with the weights of the pruned (repaired) UNet."""
+    pipe = stable_diffusion()
+    small = ecodiff.variant(pipe, some_plan(pipe))
+    with torch.no_grad():
+        for parameter in small.unet.parameters():
+            parameter.mul_(1.01)  # as if it were repaired
+    adapter = randomise(
+        diffusers.MotionAdapter(
+            block_out_channels=(16, 32), motion_layers_per_block=1, motion_norm_num_groups=4,
+            motion_num_attention_heads=4, use_motion_mid_block=False,
+        )
+    )  # fmt: skip
+    for build in (
+        lambda unet: diffusers.UNetMotionModel.from_unet2d(unet, adapter),
+        diffusers.ControlNetModel.from_unet,
+    ):
+        made = ecodiff.slice_like_(build(pipe.unet), small.unet)
+        pruned, whole = small.unet.state_dict(), build(pipe.unet).state_dict()
+        own = {name for name in pruned if name in whole}
+        assert len(own) > len(pruned) / 3 and any(pruned[n].shape != whole[n].shape for n in own)
+        assert all(torch.equal(made.state_dict()[name], pruned[name]) for name in own)
+        assert any("motion" in name or "controlnet" in name for name in made.state_dict())
+    motion = ecodiff.slice_like_(diffusers.UNetMotionModel.from_unet2d(pipe.unet, adapter), small.unet)
+    shared = {name: getattr(small, name) for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
+    drawn = diffusers.AnimateDiffPipeline(**shared, unet=motion, motion_adapter=adapter)
+    drawn.set_progress_bar_config(disable=True)
+    frames = drawn(PROMPT, num_frames=3, num_inference_steps=2, output_type="latent").frames
+    assert frames.shape[2] == 3 and frames.isfinite().all()
+
+
+def test_a_model_of_other_layers_is_not_cut(tiny_sdxl):
+    small = ecodiff.variant(tiny_sdxl, some_plan(tiny_sdxl))
+    with pytest.raises(PlanError, match="none of the layers"):
+        ecodiff.slice_like_(flux().transformer, small.unet)
+    with pytest.raises(PlanError, match="not pruned"):
+        ecodiff.slice_like_(small.unet, tiny_sdxl.unet)
 
 
 def test_variant_and_shards_are_written_as_asked(tiny_sdxl, tmp_path):
