@@ -40,16 +40,17 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mappi
 
 
 def write_json(path: str | Path, data) -> Path:
-    """Write JSON, whole or not at all. Returns the path.
+    """Write JSON, whole or not at all. Returns the path. Raises CheckpointError, as `write_tensors`."""
+    return write_text(path, json.dumps(data, indent=1))
 
-    Raises:
-        CheckpointError: as `write_tensors`.
-    """
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write text, whole or not at all. Returns the path. Raises CheckpointError, as `write_tensors`."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(data, indent=1), encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)

@@ -109,7 +109,8 @@ class LearnRun:
 class DrawImages:
     """For each (prompt, seed), a dense and the pruned images from the same noise, timed after a warm-up.
 
-    On ZeroGPU it ends early when the call's time is up.
+    Yields image after image, so that whoever does not wait for the next one ends it. On ZeroGPU it ends
+    early, after the last image of a prompt, when the call's time is up.
     """
 
     model: str
@@ -121,33 +122,34 @@ class DrawImages:
     prompts: list[str] = field(default_factory=list)  # to compensate on; none: the model's
     timed: bool = False  # measure how much faster the last one is than the dense one
 
-    def run(self) -> Iterator[tuple[Sample, ...]]:
+    def run(self) -> Iterator[Sample]:
         begun, device = time.monotonic(), server().devices.drawing
         pipes: list[DiffusionPipeline] = []
         for index, (prompt, seed) in enumerate(self.asked):
-            started = time.monotonic()
-            if index and machine.zerogpu() and started - begun > machine.CHUNK_SECONDS:
+            if index and machine.zerogpu() and time.monotonic() - begun > machine.CHUNK_SECONDS:
                 return
-            with device.lock:  # others draw and learn between prompts
-                if not pipes:
-                    kept = Path(self.kept)
-                    variants = [
-                        device.pruned(self.model, plan, self.compensate, kept, prompts=self.prompts)
-                        for plan in self.plans
-                    ]
-                    pipes = [device.dense(self.model), *variants]
-                    for pipe in pipes:
-                        generate(pipe, prompt, seed, **self.options | {"steps": 2})
-                samples = tuple(generate(pipe, prompt, seed, **self.options) for pipe in pipes)
-                if self.timed:
-                    options = call_options(pipes[0], **self.options)
-                    call = prompt_rows([prompt], [0], seed, options)
-                    samples = (
-                        *samples[:-1],
-                        replace(samples[-1], speedup=speedup(pipes[0], pipes[-1], call)),
-                    )
+            started = time.monotonic()
+            for place in range(1 + len(self.plans)):
+                with device.lock:  # others draw and learn between images
+                    pipes = pipes or self._pipes(prompt, seed)
+                    sample = generate(pipes[place], prompt, seed, **self.options)
+                    if self.timed and place == len(self.plans):
+                        call = prompt_rows([prompt], [0], seed, call_options(pipes[0], **self.options))
+                        sample = replace(sample, speedup=speedup(pipes[0], pipes[-1], call))
+                yield sample
             server().timings.note(self.model, draw=(time.monotonic() - started) / len(pipes))
-            yield samples
+
+    def _pipes(self, prompt: str, seed: int) -> list[DiffusionPipeline]:
+        """The dense one and a variant a plan, warm."""
+        device, kept = server().devices.drawing, Path(self.kept)
+        variants = [
+            device.pruned(self.model, plan, self.compensate, kept, prompts=self.prompts)
+            for plan in self.plans
+        ]
+        pipes = [device.dense(self.model), *variants]
+        for pipe in pipes:
+            generate(pipe, prompt, seed, **self.options | {"steps": 2})
+        return pipes
 
     def seconds(self, timings: machine.Timings) -> float:
         images = (1 + len(self.plans)) * len(self.asked)

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from ..errors import EcodiffError
-from ._common import drawing_arguments, drawing_of, open_pruned, report, save_image, say_cut_off
+from ._common import drawing_arguments, drawing_of, open_pruned, save_image, say_cut_off
+from ._common import report as tell
 
 HELP = "measure a pruned model against its dense one"
 
@@ -15,6 +16,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", help="one prompt (default: held-out prompts)")
     parser.add_argument("--dense", help="the dense model (default: the one that the plan names)")
     parser.add_argument("--count", type=int, default=16, help="how many held-out prompts")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="size, speed and error, also with int8 weights, into its model card",
+    )
     drawing_arguments(parser)
 
 
@@ -29,6 +35,8 @@ def run(options: argparse.Namespace) -> int:
     defaults = drawing_of(base, options)
     if options.count < 1:
         raise EcodiffError(f"--count is {options.count}; give at least 1.")
+    if options.report:
+        return _report(options, pipe, small, base)
     if options.prompt:
         say_cut_off(pipe, options.prompt)
         dense, pruned = (generate(p, options.prompt, options.seed, **defaults) for p in (pipe, small))
@@ -49,5 +57,24 @@ def run(options: argparse.Namespace) -> int:
         ("PSNR", f"{values['psnr']:.1f} dB"),
         ("SSIM", f"{values['ssim']:.3f}"),
     ]
-    report(options, rows, found)
+    tell(options, rows, found)
+    return 0
+
+
+def _report(options: argparse.Namespace, pipe, small, base: str) -> int:
+    """The fixed report, printed and kept in the folder's README.md."""
+    from .. import catalog
+    from ..metrics.report import into_card, markdown, report
+    from ..storage import write_text
+
+    prompts = [options.prompt] if options.prompt else catalog.find(base).prompts("heldout")[: options.count]
+    found = report(pipe, small, prompts, [options.seed], **drawing_of(base, options))
+    card = Path(options.model) / "README.md"
+    before = card.read_text(encoding="utf-8") if card.is_file() else ""
+    write_text(card, into_card(before, markdown(found)))
+    rows = []
+    for name, row in found["models"].items():
+        error = f", latent error {row['error']['mean']:.2g}" if row["error"] else ""
+        rows.append((name, f"{row['bytes'] / 1e6:.1f} MB{error}"))
+    tell(options, [*rows, ("kept in", str(card))], found)
     return 0

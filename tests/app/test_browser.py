@@ -1,6 +1,7 @@
 """The page as a person uses it: headless Chromium on the real app.py."""
 
 import contextlib
+import io
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from gradio_client import Client, handle_file
+from PIL import Image
 
 import ecodiff
 from benchmarks.server import serve
@@ -100,6 +102,8 @@ def test_the_main_job(page, url, tmp_path):
     page.get_by_label("Preset").click()
     page.get_by_role("option", name="Fast").click()
     button(page, "Prune").click()
+    page.wait_for_timeout(700)
+    button(page, "Prune").click()  # an impatient visitor
     page.get_by_text("finding a start").wait_for(timeout=LEARNED)
     page.get_by_text(" left").first.wait_for(timeout=LEARNED)
     shot(page, "2-learning")
@@ -148,6 +152,7 @@ def test_the_main_job(page, url, tmp_path):
     shot(page, "6-compare")
     accessible(page, "a comparison")
     link = page.get_by_role("link", name="Link to this comparison").get_attribute("href")
+    settings_come_back(page)
     page.get_by_role("tab", name="Sizes").click()
     playwright.expect(page.get_by_role("combobox", name="Pruned model")).not_to_have_value("")
     number(page, "Prompts", "2")
@@ -157,9 +162,33 @@ def test_the_main_job(page, url, tmp_path):
     shot(page, "6-sizes")
     accessible(page, "sizes")
     page.get_by_role("tab", name="Library").click()
-    page.locator("text=16/16 >> visible=true").first.wait_for()
+    row = page.locator(".eco-shelf-row", has_text="Finished")
+    row.wait_for()
+    assert row.count() == 1, "two clicks on Prune are one run"
     page.wait_for_timeout(500)
     shot(page, "7-library")
+    accessible(page, "the library")
+    search = page.get_by_role("textbox", name="Search")
+    search.fill("flux")
+    page.get_by_text("No run matches these words").wait_for()
+    search.fill("FAST finished")
+    row.wait_for()
+    page.get_by_role("textbox", name="New name").fill(" ")
+    button(page, "Rename").click()
+    page.get_by_text("write its new name").wait_for()
+    page.get_by_role("textbox", name="New name").fill("my <run>")
+    button(page, "Rename").click()
+    search.fill("<run>")
+    page.locator(".eco-shelf b", has_text="my <run>").wait_for()
+    page.locator(".eco-shelf-row").get_by_role("button", name="Download").click()
+    page.get_by_text("SHA-256").last.wait_for(timeout=60_000)
+    built = page.get_by_role("button", name=re.compile("emoji-sdxl-eco20")).last
+    built.wait_for()
+    number(page, "Remove", "30")
+    built.wait_for(state="hidden")  # it is of another size
+    page.locator(".eco-shelf-row").get_by_role("button", name="Open").click()
+    page.get_by_role("heading", name="The result").wait_for()
+    page.get_by_text("my <run>").first.wait_for()
     assert not page.foreign, "requests to another host"
 
     # Somebody who was sent the link, on another machine.
@@ -178,6 +207,25 @@ def test_the_main_job(page, url, tmp_path):
     assert "steps=7" in other.get_by_role("link", name="Link to this comparison").get_attribute("href")
     shot(other, "6-link")
     other.close()
+
+
+def settings_come_back(page):
+    """Enter draws; images carry their settings in their names and inside, and give them back."""
+    prompt = page.get_by_role("textbox", name="Prompt")
+    prompt.fill("qqq www")
+    prompt.press("Enter")
+    page.get_by_text("knows emoji by their names only").wait_for(timeout=60_000)
+    page.wait_for_timeout(1000)
+    thumbnails = page.locator("#history img")
+    assert thumbnails.count() == 4
+    source = thumbnails.nth(3).get_attribute("src")
+    assert source.endswith("cat-face-seed0-minus40.png")
+    image = Image.open(io.BytesIO(page.request.get(source).body()))
+    assert image.info["parameters"].startswith("cat face\nSteps: 20, CFG scale: 3")
+    assert "40 % of the denoiser removed" in image.info["parameters"]
+    thumbnails.nth(3).click()
+    button(page, "Use this image's settings").click()
+    playwright.expect(prompt).to_have_value("cat face")
 
 
 def test_a_wrong_model_is_told(page):

@@ -78,7 +78,7 @@ def test_images_do_not_wait_for_learning_on_another_device(run, monkeypatch):
     plan = unit_costs(run.model)[0].plan(ratio=0.2)
     options = catalog.find(run.model).drawing()
     asked = ([plan], [(PROMPT, 0)], options, False, str(run.folder / "variants"))
-    ((dense, _),) = tasks.results(tasks.DrawImages(run.model, *asked))
+    dense, _ = tasks.results(tasks.DrawImages(run.model, *asked))
     drawn.set()
     while job.active or job.drawing:
         threading.Event().wait(0.05)
@@ -106,17 +106,37 @@ def test_learning_that_does_not_fit_is_kept(run, monkeypatch):
     assert advance(run, pipe) and not run.error
 
 
+def test_whoever_does_not_wait_for_an_image_ends_the_work(run, monkeypatch):
+    learned(run)
+    real, drawn = fidelity.generate, []
+
+    def counted(*args, **kwargs):
+        drawn.append(kwargs["steps"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(tasks, "generate", counted)
+    drawing_both = service.compare(run.id, 0.2, PROMPT, steps=3, compensate=False)
+    dense, pruned, facts = next(drawing_both)
+    assert dense.image.size and pruned is None and not facts
+    drawing_both.close()  # as Gradio does when the client has gone, or pressed Stop
+    assert drawn == [2, 2, 3], "two to warm up, and the dense image"
+    sizes = service.sizes(run.id, [0.1, 0.2], 4, compensate=False)
+    assert len(next(sizes)[0]) == 3
+    sizes.close()
+    assert len(drawn) == 3 + 3 + 3
+
+
 def test_images_that_do_not_fit_free_what_others_left(run, monkeypatch):
     learned(run)
-    service.compare(run.id, 0.2, PROMPT, compensate=False)
+    list(service.compare(run.id, 0.2, PROMPT, compensate=False))
     assert drawing()._variants
     real = fidelity.generate
     monkeypatch.setattr(tasks, "generate", out_of_memory)
     with pytest.raises(RunError, match="ran out of memory"):
-        service.compare(run.id, 0.2, PROMPT, compensate=False)
+        list(service.compare(run.id, 0.2, PROMPT, compensate=False))
     assert not drawing()._variants
     monkeypatch.setattr(tasks, "generate", real)
-    assert len(service.compare(run.id, 0.2, PROMPT, compensate=False)) == 3
+    assert len(list(service.compare(run.id, 0.2, PROMPT, compensate=False))) == 2
 
 
 def test_compensation_that_does_not_fit_leaves_a_finished_run(run, monkeypatch):
@@ -186,4 +206,4 @@ def test_a_failure_after_the_end_is_no_failed_run(run, monkeypatch):
 def test_time_steps_have_a_limit_at_the_service(run, steps):
     learned(run)
     with pytest.raises(BudgetError, match="1 to 100"):
-        service.compare(run.id, 0.2, PROMPT, steps=steps)
+        next(service.compare(run.id, 0.2, PROMPT, steps=steps))

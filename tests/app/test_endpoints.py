@@ -153,7 +153,10 @@ def test_the_main_job(client, tmp_path):
     assert 0 < low <= faster <= high
     assert facts["peak_dense"] is None, "CUDA counts bytes, a CPU does not"
 
-    found = client.predict(run, [0.4, 0.1], 2, api_name="/sizes")
+    job = client.submit(run, [0.4, 0.1], 2, api_name="/sizes")
+    found = job.result()
+    # What comes between tells Gradio whether the client is still there: without it the work would go on.
+    assert [len(part["rows"]) for part in job.outputs()][:2] == [1, 2]
     assert [row["seed"] for row in found["rows"]] == [0, 1] and found["rows"][0]["prompt"]
     small, large = found["means"]
     assert (small["ratio"], large["ratio"]) == (0.1, 0.4)

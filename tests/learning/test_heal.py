@@ -121,7 +121,7 @@ def test_a_run_is_healed_stopped_and_gone_on_with(tmp_path, monkeypatch):
     size = service.status(run)["size"]
     with pytest.raises(BudgetError, match="has one size"):
         service.cut(run, 0.9)
-    compensated = service.compare(run, size, "red apple")
+    *_, compensated = service.compare(run, size, "red apple")
     before = service.export(run, size)["name"]
 
     going = service.heal(run, size, 4)
@@ -134,7 +134,7 @@ def test_a_run_is_healed_stopped_and_gone_on_with(tmp_path, monkeypatch):
     assert [f["step"] for f in found] == [3, 4, 4], "it goes on where it was stopped"
 
     assert found[-1]["stage"] == "healed" and found[-1]["after"] < found[-1]["before"]
-    drawn = service.compare(run, size, "red apple")
+    *_, drawn = service.compare(run, size, "red apple")
     assert not drawn[1].latents.equal(compensated[1].latents), "images are the healed model's now"
     assert drawn[0].latents.equal(compensated[0].latents)
     made = service.export(run, size)
@@ -147,5 +147,5 @@ def test_a_run_is_healed_stopped_and_gone_on_with(tmp_path, monkeypatch):
     torch.testing.assert_close(latents_, drawn[1].latents, atol=0.05, rtol=0.05)  # saved as float16
 
     assert [f["stage"] for f in service.heal(run, size, 4)][-1] in ("healed", "unchanged"), "once more"
-    assert service.compare(run, size, "red apple")[1].latents.equal(drawn[1].latents), "merged once"
+    assert list(service.compare(run, size, "red apple"))[-1][1].latents.equal(drawn[1].latents), "merged once"
     assert [f["step"] for f in service.heal(run, size, 5)][:1] == [5], "more steps go on"

@@ -17,9 +17,11 @@ from .drawing import (
     draw_pictures,
     heal,
     means,
+    picture,
     pictures,
     plan,
     sizes,
+    suggestions,
     survey,
 )
 from .files import export, lora, lora_images, plan_file, push
@@ -68,6 +70,7 @@ __all__ = [
     "megabytes",
     "methods",
     "offers_sign_in",
+    "picture",
     "pictures",
     "plan",
     "plan_file",
@@ -80,6 +83,7 @@ __all__ = [
     "start",
     "status",
     "stop",
+    "suggestions",
     "survey",
     "zerogpu",
 ]

@@ -1,7 +1,9 @@
 """What can be had of a run: sizes, images, how close they are."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from difflib import get_close_matches
 from statistics import fmean
 
 from ...architectures import find_groups
@@ -89,13 +91,14 @@ def compare(
     steps: int | None = None,
     guidance_scale: float | None = None,
     compensate: bool = True,
-) -> tuple[Sample, Sample, dict]:
+) -> Iterator[tuple[Sample, Sample | None, dict]]:
     """Draw one prompt with the dense and the pruned model, from the same noise, and measure.
 
     Args:
         compensate: let the weights that remain take over from those that went (closed form).
 
-    Returns:
+    Yields:
+        once the dense image is there: it, None and {}; then, and this is the answer:
         dense sample, pruned sample, and `cut`'s result with latent_error, psnr, ssim; ms_dense, ms_pruned:
         milliseconds for this image, after a warm-up; step_ms_dense, step_ms_pruned: for a time step of it, a
         median; speedup: of a denoiser call, (low, ratio, high), 95 %, measured in turn, or None where the
@@ -113,12 +116,16 @@ def compare(
     kept = str(opened.folder / "variants")
     asked = [(prompt, int(seed))]
     task = DrawImages(known.name, [made], asked, options, compensate, kept, opened.learned_on, True)
-    (samples,) = results(task)
+    samples = []
+    for sample in results(task):
+        samples.append(sample)
+        if len(samples) == 1:
+            yield sample, None, {}
     facts |= asdict(fidelity(*samples)) | {"speedup": samples[1].speedup}
     for name, sample in zip(("dense", "pruned"), samples, strict=True):
         facts |= {f"ms_{name}": sample.milliseconds, f"step_ms_{name}": sample.step_milliseconds}
         facts |= {f"peak_{name}": sample.peak_bytes}
-    return *samples, facts
+    yield samples[0], samples[1], facts
 
 
 def sizes(
@@ -143,10 +150,10 @@ def sizes(
     kept = str(opened.folder / "variants")
     task = DrawImages(known.name, plans, asked, known.drawing(), compensate, kept, opened.learned_on)
     drawn = results(task)
-    for (prompt, seed), samples in zip(asked, drawn, strict=False):
+    for (prompt, seed), *samples in zip(asked, *[drawn] * (1 + len(plans)), strict=False):
         measured = [asdict(fidelity(samples[0], pruned)) for pruned in samples[1:]]
         found = {name: [row[name] for row in measured] for name in measured[0]}
-        yield samples, {"prompt": prompt, "seed": seed, "ratios": sorted(ratios), **found}
+        yield tuple(samples), {"prompt": prompt, "seed": seed, "ratios": sorted(ratios), **found}
 
 
 def pictures(run: str) -> dict:
@@ -159,6 +166,16 @@ def pictures(run: str) -> dict:
     return load(server().store.open(run).folder)
 
 
+def picture(run: str) -> str:
+    """One image of a run, for a list of runs: a data URI, or "" where nothing is drawn yet."""
+    found = pictures(run)
+    if not found:
+        return ""
+    wanted = server().store.open(run).config.ratio
+    nearest = min(found["sizes"], key=lambda size: abs(size["ratio"] - wanted))
+    return nearest["images"][0]
+
+
 def draw_pictures(run: str, ratio: float) -> dict:
     """Draw those prompts at another size, with repaired weights. Returns what `pictures` does."""
     opened = changeable(run)
@@ -167,20 +184,38 @@ def draw_pictures(run: str, ratio: float) -> dict:
     return found
 
 
+def suggestions(run: str, prompt: str) -> list[str]:
+    """Prompts that an embedded model knows, if it knows no word of this one: it was trained on such alone."""
+    known = server().store.open(run).known
+    if not known.embedded:
+        return []
+    captions = known.prompts("calibration") + known.prompts("heldout")
+    if _words(prompt) & set().union(*map(_words, captions)):
+        return []
+    near = get_close_matches(prompt.lower(), captions, n=3, cutoff=0.0)
+    return list(dict.fromkeys([*near, *captions[:3]]))[:4]
+
+
+def _words(prompt: str) -> set[str]:
+    return set(re.findall(r"[a-z]{3,}", prompt.lower())) - {"the", "and", "with"}
+
+
 def defaults(run: str) -> dict:
     """How a run's model draws by default: {"steps", "guidance_scale": 0 without guidance}."""
     known = server().store.open(run).known
     return {"steps": known.steps, "guidance_scale": known.guidance_scale or 0}
 
 
-def survey(run: str, ratios: list[float], count: int = 8, compensate: bool = True) -> dict:
-    """All that `sizes` yields at once.
+def survey(run: str, ratios: list[float], count: int = 8, compensate: bool = True) -> Iterator[dict]:
+    """What `sizes` measures, so far.
 
-    Returns:
-        {"means": a row a size, "rows": a row a prompt}
+    Yields:
+        {"means": a row a size, "rows": a row a prompt}, after each prompt
     """
-    rows = [row for _, row in sizes(run, ratios, count, compensate)]
-    return {"means": means(rows), "rows": rows}
+    rows: list[dict] = []
+    for _, row in sizes(run, ratios, count, compensate):
+        rows.append(row)
+        yield {"means": means(rows), "rows": list(rows)}
 
 
 def means(rows: Sequence[dict]) -> list[dict]:

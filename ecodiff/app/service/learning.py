@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ... import catalog, machine
 from ...checkpoints import hub, loading
+from ...checkpoints.saving import folder_bytes
 from ...checks import check_class
 from ...errors import RunError
 from ...learning.methods import METHODS
@@ -120,7 +121,7 @@ def status(run: str) -> dict:
         "drawing": True while pictures of the finished run are drawn,
         "size": the one ratio of a run made of a plan, or None where any can be cut,
         "stage", "step", "steps", "share": of the one step of a ranking method, or None, "ahead",
-        "seconds_left": of all stages, from what they took before, or None,
+        "seconds_left": of all stages, from what they took before, or None, "bytes": of its files,
         "error", "memory", "history": one dict a step}; stage is queued,
         loading, learning, calibrating, finished, stopped, failed, or interrupted (nothing works on it: the
         server was restarted or, on ZeroGPU, `learn` is to be called).
@@ -147,6 +148,7 @@ def status(run: str) -> dict:
         "share": _share(job) if job else None,
         "ahead": server().worker.ahead(job) if job else 0,
         "seconds_left": _seconds_left(job) if job else None,
+        "bytes": folder_bytes(opened.folder),
         "error": opened.error,
         "memory": opened.memory,
         "history": state.history if state else [],

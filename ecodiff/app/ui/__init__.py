@@ -47,24 +47,27 @@ def build_demo(own: Server | None = None) -> gr.Blocks:
                     tab = built[name] = module.build(browser)
                 if tab.refresh is not None:
                     place.select(tab.refresh, tab.inputs, tab.outputs, **PRIVATE)
-        _wire(demo, tabs, browser, built["prune"], built["compare"])
+        _wire(demo, tabs, browser, built)
     return demo
 
 
-def _wire(demo: gr.Blocks, tabs: gr.Tabs, browser: Browser, pruning: Tab, comparing: Tab) -> None:
-    """From the Prune tab to its images; what happens when the page is opened."""
-    p, c, runs, current = pruning.parts, comparing.parts, browser.runs, browser.current
+def _wire(demo: gr.Blocks, tabs: gr.Tabs, browser: Browser, built: dict[str, Tab]) -> None:
+    """From the Prune tab to its images and from the Library to it; what happens when the page is opened."""
+    p, c, runs, current = built["prune"].parts, built["compare"].parts, browser.runs, browser.current
     named = c["named"] | {"tabs": tabs}
-    arrived = [tabs, named["ratio"], named["compensate"], *comparing.outputs]
+    arrived = [tabs, named["ratio"], named["compensate"], *built["compare"].outputs]
     asked = [runs, current, p["size"], p["compensate"]]
     p["see"].click(placed(compare.come, named), asked, arrived, **PRIVATE)
     demo.load(prune.predict, p["what"], p["predicted"], **PRIVATE)
     demo.load(prune.shown_of, p["what"][0], p["example"], **PRIVATE)
-    demo.load(placed(compare.follow, named), runs, [tabs, runs, *c["settings"]], **PRIVATE)
-    seen = demo.load(p["watch"], current, p["watched"], concurrency_limit=None, **PRIVATE)
-    cut = seen.then(p["recut"], [current, p["size"]], p["cut_out"], **PRIVATE)
-    done = cut.then(p["painted"], [current, p["size"]], p["drawn"], concurrency_limit=None, **PRIVATE)
-    done.then(p["redrawn"], [current, p["size"]], p["drawn"], **PRIVATE)
+    demo.load(placed(compare.follow, named), runs, [tabs, runs, *c["settings"], c["linked"]], **PRIVATE)
+    opened = built["library"].parts["opened"]
+    turned = opened.change(prune.turn_to, opened, [tabs, current, p["size"]], **PRIVATE)
+    for event in (demo.load, turned.success):
+        seen = event(p["watch"], current, p["watched"], concurrency_limit=None, **PRIVATE)
+        cut = seen.then(p["recut"], [current, p["size"]], p["cut_out"], **PRIVATE)
+        done = cut.then(p["painted"], [current, p["size"]], p["drawn"], concurrency_limit=None, **PRIVATE)
+        done.then(p["redrawn"], [current, p["size"]], p["drawn"], **PRIVATE)
 
 
 def launch(demo: gr.Blocks, **options):

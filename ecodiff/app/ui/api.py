@@ -22,8 +22,7 @@ def typed(function: Callable) -> Callable:
     """Refuse arguments that are not what `function` is annotated with: anybody may send any JSON."""
     names, checked = list(inspect.signature(function).parameters), validate_call(function)
 
-    @functools.wraps(function)
-    def wrapper(*args, **kwargs):
+    def call(*args, **kwargs):
         try:
             return checked(*args, **kwargs)
         except ValidationError as error:
@@ -34,10 +33,14 @@ def typed(function: Callable) -> Callable:
                 f"{name} is {wrong['input']!r:.80}. {wrong['msg']}.", print_exception=False
             ) from None
 
-    return wrapper
+    def generator(*args, **kwargs):
+        yield from call(*args, **kwargs)
+
+    return functools.wraps(function)(generator if inspect.isgeneratorfunction(function) else call)
 
 
-# Endpoints that take and give plain data, by name. Of a generator the last result is the answer.
+# Endpoints that take and give plain data, by name. Of a generator the last result is the answer; those before
+# it tell Gradio whether the client is still there, and if it is not, the work ends.
 PLAIN: dict[str, Callable] = {
     "predict": service.predict,
     "default_preset": service.default_preset,
@@ -58,25 +61,17 @@ PLAIN: dict[str, Callable] = {
 }
 
 
-def last(function: Callable) -> Callable:
-    """A generator function as one that returns the last thing that it yields."""
-    if not inspect.isgeneratorfunction(function):
-        return function
-
-    @functools.wraps(function)
-    def wrapper(*args, **kwargs) -> dict:
-        for found in function(*args, **kwargs):  # noqa: B007 - the last one is the answer
-            pass
-        return found
-
-    wrapper.__dict__["__signature__"] = inspect.signature(function).replace(return_annotation=dict)
-    wrapper.__annotations__ = function.__annotations__ | {"return": dict}
-    return wrapper
+def of_dicts(function: Callable) -> Callable:
+    """A generator function of dicts as Gradio wants one to be annotated: with what it yields."""
+    if inspect.isgeneratorfunction(function):
+        function.__dict__["__signature__"] = inspect.signature(function).replace(return_annotation=dict)
+        function.__annotations__ = function.__annotations__ | {"return": dict}
+    return function
 
 
 def _plain() -> None:
     for name, function in PLAIN.items():
-        gr.api(told(typed(last(function))), api_name=name, api_description=function.__doc__)
+        gr.api(of_dicts(told(typed(function))), api_name=name, api_description=function.__doc__)
 
 
 def _with_images() -> None:
@@ -103,8 +98,8 @@ def _with_images() -> None:
     ):
         own = guidance_scale is None or guidance_scale < 0
         asked = (run, ratio, prompt, seed or 0, steps or None, None if own else guidance_scale, compensate)
-        a, b, found = service.compare(*asked)
-        return a.image, b.image, found
+        for a, b, found in service.compare(*asked):
+            yield a.image, b and b.image, found
 
     given = [run, ratio, prompt, seed, steps, guidance, compensated]
     _endpoint(compare, given, [dense, pruned, gr.JSON(visible=False)], service.compare)

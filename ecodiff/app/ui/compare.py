@@ -1,9 +1,12 @@
 """The Compare tab: one prompt, one noise, dense and pruned; a link gives the comparison to others."""
 
+import re
 from math import isfinite
 from urllib.parse import urlencode
 
 import gradio as gr
+from gradio import utils
+from gradio.processing_utils import save_pil_to_cache
 from PIL import Image
 
 from ... import catalog
@@ -32,7 +35,11 @@ COPY = """() => {
   return [];
 }"""
 
+SETTINGS = ("run", "ratio", "prompt", "seed", "steps", "guidance", "compensate")
+
 QUERY = ("run", "size", "prompt", "seed", "steps", "guidance", "compensate")  # of a link
+
+KEPT = 24  # images of the gallery
 
 EXAMPLES = ["red apple", "woman artist, medium skin tone", "cat face", "rocket", "france flag"]
 
@@ -45,28 +52,15 @@ def for_the_eye(image: Image.Image) -> Image.Image:
 
 def build(browser: Browser) -> Tab:
     """Lay out the tab."""
-    runs, current = browser.runs, browser.current
     empty = gr.Markdown("Nothing to compare yet: prune a model first, in the **Prune** tab.")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            run = gr.Dropdown([], label="Pruned model", info="Your runs, newest first")
-            ratio = percent_box()
-            prompt = gr.Textbox("red apple", label="Prompt", max_length=400)
-            seed = seed_box()
-            another = gr.Button("Another seed", size="sm")
-            compensate = gr.Checkbox(True, label="Repair weights", info=COMPENSATE)
-            known = catalog.MODELS["emoji-sdxl"]
-            with gr.Accordion("Advanced", open=False):
-                steps = lenient(gr.Slider(1, 100, value=known.steps, step=1, label="Time steps"))
-                guidance = lenient(
-                    gr.Slider(0, 15, value=known.guidance_scale, step=0.5, label="Guidance scale")
-                )
-            draw = gr.Button("Draw both", variant="primary", size="lg")
-            gr.Examples(EXAMPLES, prompt, label="Try")
+            form, draw, stop, another = _form()
         with gr.Column(scale=3, min_width=300):
             slider = gr.ImageSlider(label="Dense ◂ ▸ pruned", format="png", max_height=460, interactive=False)
             figures = gr.HTML(elem_id="figures")
             copy = gr.Button("Copy the link", size="sm", visible=False)
+    back = gr.Button("Use this image's settings", size="sm", visible=False)
     history = gr.Gallery(
         label="Drawn in this session: dense, pruned, dense, pruned, …",
         show_label=False,
@@ -78,45 +72,117 @@ def build(browser: Browser) -> Tab:
         object_fit="contain",
         visible=False,
     )
-
-    settings = [run, ratio, prompt, seed, steps, guidance, compensate]
-    names = ("run", "ratio", "prompt", "seed", "steps", "guidance", "compensate")
-    named = dict(zip(names, settings, strict=True)) | {"empty": empty, "runs": runs}
-    drawn = {"slider": slider, "figures": figures, "history": history, "copy": copy}
-    gr.on(
-        [draw.click, prompt.submit],
-        placed(compare, drawn),
-        [*settings, history],
+    drawn_with = gr.State([])  # settings of each image of the gallery
+    drawn = {"slider": slider, "figures": figures, "history": history, "copy": copy, "drawn_with": drawn_with}
+    settings = list(form.values())
+    parts = _wire(browser, form, empty)
+    asked, outputs, private = (
+        [*settings, history, drawn_with],
         [*drawn.values()],
-        api_visibility="private",
+        {"api_visibility": "private"},
     )
-    another.click(None, None, seed, js="() => Math.floor(Math.random() * 2**31)", api_visibility="private")
-    copy.click(None, js=COPY, api_visibility="private")
+    shown = private | {"show_progress": "minimal", "show_progress_on": figures}
+    drawing = gr.on([draw.click, form["prompt"].submit], placed(compare, drawn), asked, outputs, **shown)
+    followed = parts["linked"].change(placed(linked_to, drawn), [parts["linked"], *asked], outputs, **shown)
+    stop.click(lambda: "", None, figures, cancels=[drawing, followed], **private)
+    another.click(None, None, form["seed"], js="() => Math.floor(Math.random() * 2**31)", **private)
+    copy.click(None, js=COPY, **private)
+    picked, hidden = gr.State(-1), private | {"show_progress": "hidden"}
+    history.select(pick, None, [picked, back], **hidden)
+    back.click(placed(send_back, form), [drawn_with, picked], settings, **hidden)
+    outputs = [form["run"], empty, form["steps"], form["guidance"]]
+    inputs = [browser.runs, browser.current, form["run"]]
+    return Tab(placed(refresh, parts["named"]), inputs, outputs, parts)
 
-    # Not on every change: a link brings settings of its own.
+
+def _form() -> tuple[dict[str, gr.components.Component], gr.Button, gr.Button, gr.Button]:
+    """What is drawn, in the order of SETTINGS; the buttons that draw, stop, and take another seed."""
+    run = gr.Dropdown([], label="Pruned model", info="Your runs, newest first")
+    ratio = percent_box()
+    prompt = gr.Textbox("red apple", label="Prompt", max_length=400)
+    seed = seed_box()
+    another = gr.Button("Another seed", size="sm")
+    compensate = gr.Checkbox(True, label="Repair weights", info=COMPENSATE)
+    known = catalog.MODELS["emoji-sdxl"]
+    with gr.Accordion("Advanced", open=False):
+        steps = lenient(gr.Slider(1, 100, value=known.steps, step=1, label="Time steps"))
+        guidance = lenient(gr.Slider(0, 15, value=known.guidance_scale, step=0.5, label="Guidance scale"))
+    with gr.Row():
+        draw = gr.Button("Draw both", variant="primary", size="lg", scale=3)
+        stop = gr.Button("Stop", size="lg", scale=1, min_width=80)
+    gr.Examples(EXAMPLES, prompt, label="Try")
+    boxes = (run, ratio, prompt, seed, steps, guidance, compensate)
+    return dict(zip(SETTINGS, boxes, strict=True)), draw, stop, another
+
+
+def _wire(browser: Browser, form: dict, empty: gr.Markdown) -> dict:
+    """Settings follow the run that is chosen. Returns what the page itself is wired to."""
     hidden = {"api_visibility": "private", "show_progress": "hidden"}
-    run.input(placed(told(defaults), named), run, [steps, guidance], **hidden)
+    named = form | {"empty": empty, "runs": browser.runs, "linked": gr.State(0)}
+    run = form["run"]
+    # Not on every change: a link brings settings of its own.
+    run.input(placed(told(defaults), named), run, [form["steps"], form["guidance"]], **hidden)
+    run.change(told(lock_size), run, form["ratio"], **hidden)
+    return {"named": named, "settings": list(form.values()), "linked": named["linked"]}
 
-    parts = {"named": named, "settings": settings}
-    run.change(told(lock_size), run, ratio, **hidden)
-    return Tab(placed(refresh, named), [runs, current, run], [run, empty, steps, guidance], parts)
+
+def linked_to(linked, *asked):
+    """Draw what a link that was opened asks for."""
+    if linked:
+        yield from compare(*asked)
+    else:
+        yield {"figures": gr.skip()}
 
 
 @told
-def compare(run, percent, prompt, seed, steps, guidance, compensate, history):
-    """Draw both and measure."""
+def compare(run, percent, prompt, seed, steps, guidance, compensate, history, drawn_with):
+    """Draw both and measure; what was drawn last stays until the new pair is there."""
     if not run:
         raise gr.Error("Prune a model first, in the Prune tab.", duration=8)
-    asked = (run, percent / 100, prompt, seed, steps, guidance, compensate)
-    dense, pruned, facts = service.compare(*asked)
-    pair = tuple(for_the_eye(sample.image) for sample in (dense, pruned))
-    title = f"{prompt} · seed {seed}"
-    shown = [(pair[0], f"{title} · dense"), (pair[1], f"{title} · −{percent} %")]
     values = (run, percent, prompt, int(seed), steps, guidance, int(compensate))
-    link = f"?{urlencode(dict(zip(QUERY, values, strict=True)))}"
-    older = gr.update(value=shown + (history or [])[:22], visible=True)
-    shown_facts = show.comparison(facts, link)
-    return {"slider": pair, "figures": shown_facts, "history": older, "copy": gr.Button(visible=True)}
+    asked = dict(zip(QUERY, values, strict=True))
+    yield {"figures": show.drawing("the dense image")}
+    arguments = (run, percent / 100, prompt, seed, steps, guidance, compensate)
+    for dense, pruned, facts in service.compare(*arguments):  # noqa: B007 - the last are shown
+        if pruned is None:
+            yield {"figures": show.drawing("the pruned image")}
+    pair = tuple(saved(sample.image, asked, which) for sample, which in ((dense, ""), (pruned, percent)))
+    title = f"{prompt} · seed {int(seed)}"
+    shown = [(pair[0], f"{title} · dense"), (pair[1], f"{title} · −{percent} %")]
+    known = service.suggestions(run, prompt)
+    yield {
+        "slider": pair,
+        "figures": show.comparison(facts, f"?{urlencode(asked)}", f"{title} · −{facts['ratio']:.1%}", known),
+        "history": gr.update(value=(shown + (history or []))[:KEPT], visible=True),
+        "drawn_with": [asked, asked, *drawn_with][:KEPT],
+        "copy": gr.Button(visible=True),
+    }
+
+
+def saved(image: Image.Image, asked: dict, percent: int | str) -> str:
+    """An image as a PNG file that is named by what it shows, with its settings inside."""
+    image = for_the_eye(image)
+    image.info["parameters"] = (
+        f"{asked['prompt']}\nSteps: {asked['steps']}, CFG scale: {asked['guidance']}, Seed: {asked['seed']}, "
+        f"Model: {service.status(asked['run'])['model']}, "
+        f"ecodiff: {f'{percent} % of the denoiser removed' if percent else 'dense'}"
+    )
+    words = re.sub(r"\W+", "-", asked["prompt"]).strip("-")[:40] or "image"
+    name = f"{words}-seed{asked['seed']}-{f'minus{percent}' if percent else 'dense'}"
+    return save_pil_to_cache(image, utils.get_upload_folder(), name, "png")
+
+
+def pick(event: gr.SelectData):
+    """An image of the gallery was opened: its settings can be had back."""
+    return event.index, gr.Button(visible=True)
+
+
+def send_back(drawn_with, picked):
+    """The settings that an image of the gallery was drawn with."""
+    if not 0 <= picked < len(drawn_with):
+        raise gr.Error("Open an image below first.", duration=8)
+    found = dict(zip(SETTINGS, drawn_with[picked].values(), strict=True))
+    return found | {"compensate": bool(found["compensate"])}
 
 
 @told
@@ -138,6 +204,7 @@ def follow(runs, request: gr.Request):
         "steps": int(_number(query, "steps", 1, 100, known["steps"])),
         "guidance": _number(query, "guidance", 0, 15, known["guidance_scale"]),
         "compensate": query.get("compensate") != "0",
+        "linked": 1,  # it draws by itself
     }
 
 

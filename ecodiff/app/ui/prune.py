@@ -1,5 +1,7 @@
 """The Prune tab: choose, watch it learn, stop and resume, cut, download."""
 
+import time
+
 import gradio as gr
 
 from ...errors import EcodiffError
@@ -12,11 +14,14 @@ from .common import (
     PRESETS,
     Browser,
     Tab,
+    mine,
     percent_box,
     placed,
     seed_box,
     told,
 )
+
+TWICE_SECONDS = 3  # a second click within these is the first one's
 
 GPUS = (8, 12, 16, 24, 48, 80)  # 10^9 bytes
 
@@ -49,8 +54,9 @@ def build(browser: Browser) -> Tab:
     hidden = private | {"show_progress": "hidden"}
     watching = hidden | {"concurrency_limit": None}
     what = [form[name] for name in ("model", "ratio", "preset", "kinds", "gpu")]
-    for box in ("model", "ratio", "kinds", "gpu"):
-        form[box].change(predict, what, prediction, show_progress="minimal", **private)
+    # One event for all boxes: the answer to what is in them now comes last, and others are dropped.
+    changes = [form[box].change for box in ("model", "ratio", "kinds", "gpu")]
+    gr.on(changes, predict, what, prediction, trigger_mode="always_last", **private)
     form["model"].change(shown_of, form["model"], example, **hidden)
     form["model"].change(preset_of, form["model"], form["preset"], **hidden)
     # The published method prunes heads and neurons only: what will be pruned is what is ticked.
@@ -64,7 +70,7 @@ def build(browser: Browser) -> Tab:
         cut = ended.then(cutting, [current, size], cut_out, **hidden)
         done = cut.then(placed(run_panel.painted, named), [current, size], drawn, **watching)
         done.then(placed(run_panel.redrawn, named), [current, size], drawn, **hidden)
-    size.release(cutting, [current, size], cut_out, **hidden)
+    size.change(cutting, [current, size], cut_out, trigger_mode="always_last", **hidden)
     compensate.change(cutting, [current, size], cut_out, **hidden)
     results["paint"].click(placed(run_panel.paint, named), [current, size], drawn, **private)
     files = [results[name] for name in ("download", "packed", "code")]
@@ -160,6 +166,14 @@ def predict(model, percent, preset, kinds, gpu):
 
 
 @told
+def turn_to(opened):
+    """A run of the Library, on the Prune tab, at the size that it was learned for."""
+    run = opened[0]
+    status = service.status(run)
+    return gr.Tabs(selected="prune"), run, round(100 * (status["size"] or status["ratio"]))
+
+
+@told
 def own_prompts(file):
     """The prompts in a text file, for the box."""
     return "\n".join(service.read_prompts(file))
@@ -171,5 +185,8 @@ def begin(model, percent, preset, seed, kinds, method, prompts, runs):
     if not kinds:
         raise gr.Error("Choose units to prune, under Advanced.", duration=8)
     own = (prompts or "").strip().splitlines() or None
+    newest = next(iter(mine(runs)), None)
+    if newest and newest["stage"] in service.ACTIVE and time.time() - newest["created"] < TWICE_SECONDS:
+        return runs, newest["run"], percent
     made = service.start(model, percent / 100, method or preset, seed, kinds, own)["run"]
     return [*(runs or []), made], made, percent

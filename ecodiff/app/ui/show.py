@@ -117,8 +117,17 @@ def size(facts: dict) -> str:
     )
 
 
-def comparison(facts: dict, link: str) -> str:
-    """Speed, size and fidelity of one pair of images, and where to find it again."""
+def drawing(what: str) -> str:
+    """What is being drawn now."""
+    return f'<p class="eco-notes" role="status">Drawing {what} …</p>'
+
+
+def comparison(facts: dict, link: str, title: str, suggested: list[str]) -> str:
+    """Speed, size and fidelity of one pair of images, and where to find it again.
+
+    Args:
+        suggested: prompts that the model knows, if it does not know this one.
+    """
     low, faster, high = facts["speedup"] or (0.0, 0.0, 0.0)
     rows = [
         ("Parameters", millions(facts["params_pruned"]), f"dense {millions(facts['params_dense'])}"),
@@ -140,9 +149,17 @@ def comparison(facts: dict, link: str) -> str:
         peak, dense = (megabytes(facts[f"peak_{name}"]) for name in ("pruned", "dense"))
         rows.insert(3, ("GPU memory at most", peak, f"dense {dense}"))
     return (
-        f'{figures(rows)}<p class="eco-notes"><a href="{escape(link)}">Link to this comparison</a> with its '
+        f'<p class="eco-notes"><b>{escape(title)}</b>{_known(suggested)}</p>{figures(rows)}'
+        f'<p class="eco-notes"><a href="{escape(link)}">Link to this comparison</a> with its '
         "run, size, prompt, seed and settings. Whoever has it can use the run.</p>"
     )
+
+
+def _known(suggested: list[str]) -> str:
+    if not suggested:
+        return ""
+    words = ", ".join(f"“{escape(prompt)}”" for prompt in suggested)
+    return f". This small model knows emoji by their names only. Try {words}."
 
 
 # What people see, by PSNR of their images: rules of thumb.

@@ -87,6 +87,17 @@ CSS = """
 .eco-card img { width: 100%; border-radius: 6px; background: white; display: block; }
 .eco-lead { margin: 0 0 8px; }
 @media (max-width: 600px) { .eco-cards { grid-template-columns: 1fr 1fr; gap: 8px; } }
+.eco-shelf { display: grid; grid-template-columns: 64px 1fr; gap: 12px; align-items: center;
+  font-size: 14px; }
+.eco-shelf :is(img, .none) { width: 64px; height: 64px; border-radius: 8px; background: white;
+  display: block; object-fit: contain; }
+.eco-shelf .none { background: var(--border-color-primary); }
+.eco-shelf small { color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+.eco-shelf-row { align-items: center; border-bottom: 1px solid var(--border-color-primary);
+  padding-bottom: 10px; }
+.eco-shelf-row > .block { flex: 1 1 260px; }
+/* What failed is told by a toast: Gradio would cover what was there with the word "Error". */
+[data-testid="status-tracker"]:has(.error) { display: none !important; }
 .eco-curve { margin: 0; }
 .eco-curve figcaption { font-size: 12px; color: var(--body-text-color-subdued); }
 .eco-curve polyline { fill: none; stroke: var(--primary-600); stroke-width: 2; }
