@@ -1,6 +1,7 @@
 """The models that are offered by name, and how each is used by default: models.json, read."""
 
 import json
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def find(name: "str | Path | Model") -> Model:
     """
     if isinstance(name, Model):
         return name
-    name = str(name)
+    name = _repository(str(name).strip())
     by_source = {model.source: model for model in MODELS.values()}
     if name in by_source:
         return by_source[name]
@@ -141,7 +142,31 @@ def find(name: "str | Path | Model") -> Model:
         return _folder(Path(name), name)
     if name in MODELS:
         return MODELS[name]
+    for model in MODELS.values():
+        if "/" not in name and _plain(model.name) == _plain(name):  # "SD 1.5"
+            return model
     return Model(name, name, name, 30, 5.0, None, learn_steps=12, dtype="float16", licence="other")
+
+
+def search(words: str) -> list[Model]:
+    """Models of the catalogue that words match, best first: by name, title or Hub id, punctuation aside."""
+    asked, parts = _plain(words), [_plain(word) for word in words.split()]
+    ranked = []
+    for place, model in enumerate(MODELS.values()):
+        known = [_plain(text) for text in (model.name, model.title, "" if model.embedded else model.source)]
+        if asked and all(any(part in text for text in known) for part in parts):
+            ranked.append((known[0] != asked, not known[0].startswith(asked), place, model))
+    return [model for *_, model in sorted(ranked, key=lambda entry: entry[:3])]
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())
+
+
+def _repository(name: str) -> str:
+    """The Hub id in a link to the Hub; any other name as it is."""
+    found = re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#\s]+/[^/?#\s]+)", name)
+    return found[1] if found else name
 
 
 def _folder(folder: Path, name: str) -> Model:

@@ -9,7 +9,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 # By token; the last is what Gradio gives for signing in where there is no OAuth.
 USERS = {"hf_ann": "ann", "hf_bob": "bob", "mock-oauth-token-for-local-dev": "ann"}
@@ -24,6 +24,7 @@ class Hub:
     private: dict[str, bool] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     asked: list[tuple[str, str]] = field(default_factory=list)
+    models: list[dict] = field(default_factory=list)  # that are found by a search
     lost: int = 0
     gone: bool = False
 
@@ -87,6 +88,11 @@ class _Handler(BaseHTTPRequestHandler):
             found = {"name": self.user, "fullname": self.user, "type": "user", "orgs": []}
             found |= {"id": self.user, "isPro": False, "avatarUrl": "", "auth": {"accessToken": {}}}
             self.answer(200 if self.user else 401, found)
+        elif path == "api/models":
+            asked = parse_qs(urlsplit(self.path).query)
+            words = asked["search"][0].lower()
+            assert asked["filter"] == ["diffusers"] and asked["sort"] == ["downloads"]
+            self.answer(200, [model for model in self.hub.models if words in model["id"].lower()])
         elif path == "api/repos/create":
             self.create(json.loads(body))
         elif path == "api/validate-yaml":

@@ -1,10 +1,14 @@
 """The Hugging Face Hub: pruned pipelines and plans go there, plans come from there."""
 
+import inspect
 import os
 import re
 import tempfile
+from functools import cache
 from pathlib import Path
+from typing import get_args
 
+import diffusers
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -17,6 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import get_hf_file_metadata
 
 from .. import catalog
+from ..checks import needs_an_image
 from ..errors import CheckpointError
 from ..pruning.plan import PLAN_FILE, PrunePlan
 from ..storage import MAX_FILE_BYTES, in_short
@@ -32,6 +37,48 @@ def is_repo(name: str) -> bool:
 def offers_sign_in() -> bool:
     """True where a person can sign in on the page: on a Space with OAuth."""
     return bool(os.environ.get("OAUTH_CLIENT_ID"))
+
+
+FOUND = 20  # models of one search
+_ASKED = 60  # of which so many are asked for, as some cannot be pruned
+
+
+def search(words: str, token: str | bool | None = None) -> list[dict]:
+    """Models on the Hub that match words and that ecodiff can prune, those that are downloaded most first.
+
+    Returns:
+        [{"id", "pipeline": its class, "downloads": of 30 days, "licence", "gated": True if its licence must
+        be accepted first, "url"}]
+
+    Raises:
+        CheckpointError: the Hub cannot be reached.
+    """
+    api = HfApi(token=token, library_name="ecodiff")
+    try:
+        asked = {"search": words, "filter": "diffusers", "sort": "downloads", "limit": _ASKED}
+        found = list(api.list_models(**asked, expand=["config", "downloads", "gated", "tags"]))
+    except (HfHubHTTPError, *NETWORK_ERRORS, OSError, ValueError) as error:
+        raise CheckpointError(_words(error, "its models", "search")) from None
+    rows = []
+    for model in found:
+        name = str(((model.config or {}).get("diffusers") or {}).get("_class_name"))
+        if not prunable(name):
+            continue
+        licence = next((t.partition(":")[2] for t in model.tags or [] if t.startswith("license:")), "unknown")
+        about = {"id": model.id, "pipeline": name, "downloads": model.downloads or 0, "licence": licence}
+        rows.append(about | {"gated": bool(model.gated), "url": f"{api.endpoint}/{model.id}"})
+    return rows[:FOUND]
+
+
+@cache
+def prunable(pipeline: str) -> bool:
+    """True if a class of pipelines draws from prompts alone with a denoiser that the suite has pruned."""
+    cls = getattr(diffusers, pipeline, None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)) or needs_an_image(cls):
+        return False
+    parts = inspect.signature(cls).parameters
+    kinds = [parts[name].annotation for name in ("unet", "transformer") if name in parts]
+    return any(catalog.supported(one.__name__) for kind in kinds for one in get_args(kind) or (kind,))
 
 
 def push(folder: str | Path, repo_id: str, token: str | None = None, private: bool = True) -> str:

@@ -270,6 +270,12 @@ def plan_of(denoiser: nn.Module) -> PrunePlan | None:
     return plan
 
 
+def shared_copy(module: nn.Module) -> Any:
+    """A copy of a module whose parameters and buffers are the same tensors."""
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared)
+
+
 def variant(pipe: DiffusionPipeline, plan: PrunePlan | Mapping[str, Tensor]):
     """A pruned pipeline beside the dense one. Weights that are not cut are shared with `pipe`.
 
@@ -288,8 +294,7 @@ def variant(pipe: DiffusionPipeline, plan: PrunePlan | Mapping[str, Tensor]):
     if "model" not in plan.metadata and (source := pipe.config.get("_name_or_path")):
         known = catalog.find(source)
         plan = PrunePlan(plan, plan.metadata | {"model": known.base or known.name})
-    shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
-    pruned = slice_(copy.deepcopy(dense, shared), plan)
+    pruned = slice_(shared_copy(dense), plan)
     # Not from_config: a pipeline may have mended its scheduler.
     parts = pipe.components.items()
     own = {

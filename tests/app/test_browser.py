@@ -239,6 +239,21 @@ def test_a_wrong_model_is_told(page):
     shot(page, "8-wrong-model")
 
 
+def test_a_model_is_found_by_words(page):
+    page.get_by_role("tab", name="Prune").click()
+    page.get_by_text("Find a model").click()
+    page.get_by_role("textbox", name="Words").fill("sd 3.5 medium")
+    page.keyboard.press("Enter")
+    page.get_by_role("radio", name="Stable Diffusion 3.5 Medium · 2.2 B").check()
+    playwright.expect(page.get_by_label("Model").first).to_have_value(re.compile("sd-3.5-medium"))
+    page.get_by_text("of 2.2").first.wait_for(timeout=60_000)
+    shot(page, "9-found")
+    page.get_by_role("textbox", name="Words").fill("no such thing")
+    button(page, "Search").click()
+    page.get_by_text("No model that ecodiff can prune matches").wait_for(timeout=60_000)
+    accessible(page, "a search")
+
+
 def test_a_number_is_no_error_while_it_is_typed(page):
     page.get_by_role("tab", name="Prune").click()
     field = page.get_by_role("spinbutton", name="Remove").first

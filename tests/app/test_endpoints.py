@@ -19,6 +19,7 @@ from ecodiff.app import limits
 from tests.checkpoints.test_folders import some_plan
 
 ENDPOINTS = {
+    "/find_models",
     "/predict",
     "/default_preset",
     "/prune_start",
@@ -86,6 +87,8 @@ def test_the_docs_have_an_example_of_each(client):
 
 
 def test_the_main_job(client, tmp_path):
+    found = client.predict("SD 1.5", False, api_name="/find_models")
+    assert [row["name"] for row in found["catalogue"]] == ["sd-1.5"] and found["hub"] == []
     predicted = client.predict("emoji-sdxl", 0.2, api_name="/predict")
     assert predicted["params_dense"] == 8_327_876
     assert client.predict("emoji-sdxl", api_name="/default_preset") == "surgeon"

@@ -215,3 +215,59 @@ def test_a_card_has_a_licence_that_the_hub_knows(command, stand_in, tmp_path, na
     else:
         assert f'license: "{known.licence}"' in card and "license_name" not in card
     assert str(catalog.EMBEDDED) not in card
+
+
+def found_on_the_hub(name, pipeline, **more) -> dict:
+    """A model as the Hub lists it."""
+    config = {"diffusers": {"_class_name": pipeline}}
+    return {"id": name, "downloads": 10, "gated": False, "tags": ["license:mit"], "config": config} | more
+
+
+def test_search_finds_what_can_be_pruned(command, stand_in):
+    stand_in.models = [
+        found_on_the_hub("ann/sdxl-lightning", "StableDiffusionXLPipeline", downloads=1234),
+        found_on_the_hub("bob/sdxl-gated", "StableDiffusionXLPipeline", gated="manual", tags=[]),
+        found_on_the_hub("bob/sdxl-video", "WanPipeline"),
+        found_on_the_hub("bob/sdxl-inpaint", "StableDiffusionXLInpaintPipeline"),  # needs an image
+        found_on_the_hub("bob/sdxl-own", "SomebodysPipeline"),
+        found_on_the_hub("bob/sdxl-config", "", config=None),
+        found_on_the_hub("stabilityai/sdxl-turbo", "StableDiffusionXLPipeline"),  # the catalogue has it
+    ]
+    code, said = command("search", "sdxl", "--json")
+    assert code == 0 and "1,234 downloads, mit" in said and "gated: accept its licence on" in said
+    found = json.loads(said.splitlines()[-1])
+    assert found["catalogue"][:2] == ["sdxl", "sdxl-turbo"] and "emoji-sdxl" in found["catalogue"]
+    assert [row["id"] for row in found["hub"]] == ["ann/sdxl-lightning", "bob/sdxl-gated", "bob/sdxl-video"]
+    assert [row["gated"] for row in found["hub"]] == [False, True, False]
+    assert command("search", "no", "such", "thing")[1].startswith("  nothing")
+
+
+@pytest.mark.parametrize(
+    ("words", "first"),
+    [
+        ("sdxl", "sdxl"),
+        ("flux", "flux-dev"),
+        ("SD 1.5", "sd-1.5"),
+        ("sd3.5", "sd-3.5-medium"),
+        ("stable diffusion xl", "sdxl"),
+        ("black-forest-labs/FLUX.1-schnell", "flux-schnell"),
+        ("klein", "flux-2-klein"),
+    ],
+)
+def test_words_find_the_right_model_of_the_catalogue_first(words, first):
+    assert catalog.search(words)[0].name == first
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("https://huggingface.co/stabilityai/sdxl-turbo", "sdxl-turbo"),
+        ("huggingface.co/stabilityai/sdxl-turbo/tree/main?library=diffusers", "sdxl-turbo"),
+        (" https://hf.co/ann/mine ", "ann/mine"),
+        ("SDXL", "sdxl"),
+        ("SD 1.5", "sd-1.5"),
+        ("ann/sdxl", "ann/sdxl"),
+    ],
+)
+def test_links_and_loose_spellings_are_what_they_mean(typed, name):
+    assert catalog.find(typed).name == name

@@ -40,7 +40,7 @@ from .learning import (
     status,
     stop,
 )
-from .prediction import default_preset, formats, kinds_of, methods, predict
+from .prediction import default_preset, find_models, formats, kinds_of, methods, predict
 
 __all__ = [
     "ACTIVE",
@@ -59,6 +59,7 @@ __all__ = [
     "examples",
     "export",
     "fail",
+    "find_models",
     "formats",
     "heal",
     "import_",

@@ -42,6 +42,7 @@ def typed(function: Callable) -> Callable:
 # Endpoints that take and give plain data, by name. Of a generator the last result is the answer; those before
 # it tell Gradio whether the client is still there, and if it is not, the work ends.
 PLAIN: dict[str, Callable] = {
+    "find_models": service.find_models,
     "predict": service.predict,
     "default_preset": service.default_preset,
     "prune_start": service.start,

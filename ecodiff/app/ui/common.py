@@ -15,7 +15,10 @@ from ...errors import EcodiffError
 from .. import limits, service
 from ..server import server
 
-MODELS = [(model.title, model.name) for model in catalog.MODELS.values()]
+# What is typed finds a model by its label.
+MODELS = [
+    (m.title if m.name in m.title else f"{m.title} · {m.name}", m.name) for m in catalog.MODELS.values()
+]
 
 PRESETS = [
     ("Fast", "fast"),

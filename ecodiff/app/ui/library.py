@@ -81,7 +81,7 @@ def _rows(place: gr.Column, asked: list, browser: Browser, tools: dict) -> None:
     outputs, shown = [tools[name] for name in LISTED], placed(refresh, tools)
     built = [tools[name] for name in ("plan", "model", "about", "code")]
 
-    def act(what: str, button: gr.Button, row: gr.State) -> None:
+    def act(what: str, button: gr.Button, row: gr.Textbox) -> None:
         if what == "open":
             button.click(lambda run: [run, time.time()], row, tools["opened"], **private)
         elif what == "download":

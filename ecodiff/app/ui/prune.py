@@ -94,9 +94,10 @@ def _form() -> dict[str, gr.components.Component]:
         MODELS,
         value="emoji-sdxl",
         label="Model",
-        info="Or type a diffusers folder, a Hub id or a .safetensors file",
+        info="Or type a diffusers folder, a Hub id or link, or a .safetensors file",
         allow_custom_value=True,
     )
+    _search(model)
     ratio = percent_box()
     gpu = gr.Dropdown(
         [("This machine", 0), *((f"A GPU of {size} GB", size) for size in GPUS)],
@@ -130,6 +131,37 @@ def _form() -> dict[str, gr.components.Component]:
         gr.DuplicateButton("Duplicate this Space", size="sm")
     form = {"model": model, "ratio": ratio, "gpu": gpu, "preset": preset, "kinds": kinds, "method": method}
     return form | {"seed": seed, "prompts": prompts, "start": start}
+
+
+def _search(model: gr.Dropdown) -> None:
+    """Where a model is looked for by words; the one that is chosen goes to the box above."""
+    with gr.Accordion("Find a model", open=False):
+        with gr.Row():
+            words = gr.Textbox(
+                label="Words", placeholder="sdxl lightning", max_length=96, scale=3, min_width=160
+            )
+            look = gr.Button("Search", scale=1, min_width=90)
+        found = gr.Radio([], label="Found", visible=False)
+        told_about = gr.Markdown()
+    private = {"api_visibility": "private"}
+    gr.on([look.click, words.submit], find, words, [found, told_about], **private)
+    found.input(lambda name: name, found, model, show_progress="hidden", **private)
+
+
+@told
+def find(words):
+    """Models that match, to choose one of."""
+    answer = service.find_models(words)
+    choices = [(entry["title"], entry["name"]) for entry in answer["catalogue"]]
+    for row in answer["hub"]:
+        about = f"{row['downloads']:,} downloads · {row['licence']}{' · gated' if row['gated'] else ''}"
+        choices.append((f"{row['id']} · {about}", row["id"]))
+    notes = [answer["error"]] if answer["error"] else []
+    notes += [] if choices else ["No model that ecodiff can prune matches these words."]
+    gated = [row for row in answer["hub"] if row["gated"]]
+    links = ", ".join(f"[{row['id']}]({row['url']})" for row in gated)
+    notes += [f"Gated: accept the licence first, on {links}."] if gated else []
+    return gr.Radio(choices, value=None, visible=bool(choices)), "\n\n".join(notes)
 
 
 def preset_kinds(preset):

@@ -62,14 +62,17 @@ def card(status: dict, image: str) -> str:
     )
 
 
-def rows(found: list[dict], asked: str, order: str, act: Callable[[str, gr.Button, gr.State], None]) -> None:
+def rows(
+    found: list[dict], asked: str, order: str, act: Callable[[str, gr.Button, gr.Textbox], None]
+) -> None:
     """Lay the rows out. `act(what, button, run)` wires a button of a run."""
     shown = matching(found, asked or "", order)
     if found and not shown:
         gr.Markdown("No run matches these words.")
     for row in shown:
         active, done = row["stage"] in service.ACTIVE, row["stage"] == "finished"
-        run = gr.State(row["run"])
+        # Not a State, whose value the question of the "Delete" button could not take away.
+        run = gr.Textbox(row["run"], visible=False)
         with gr.Row(elem_classes="eco-shelf-row", key=row["run"]):
             gr.HTML(row["html"])
             buttons = {"open": "Open"}

@@ -1,0 +1,146 @@
+"""What a pipeline never reads of its text encoders, left out: the images are the same, bit for bit.
+
+A text encoder is often a language model that is read in its middle: FLUX.2 takes hidden states of layers 10, 20
+and 30 of 40, and no diffusion pipeline reads the head that predicts words, or, drawing from text, a vision tower.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..pipelines import denoiser_calls
+from ..pruning.slicing import shared_copy
+
+_COUNTS = ("num_hidden_layers", "num_layers", "depth")  # as configs of transformers call them
+
+
+def without_unused(pipe: DiffusionPipeline, calls: Sequence[dict]) -> tuple[DiffusionPipeline, dict[str, int]]:
+    """A pipeline without what it does not read of its text encoders, and the parameters of each part left out.
+
+    Stacks of layers are cut behind the last one that is read, and a head that predicts words is tied to the
+    embeddings, so that plain diffusers and transformers open what is saved. Each cut is tried: it stays only if
+    the denoiser is given the same as before, bit for bit. What is used otherwise (a head to write better
+    prompts, a vision tower to edit images) is gone with it.
+
+    Args:
+        pipe: is not changed; the result shares its weights.
+        calls: arguments of the pipeline to try it by: of several prompts, with guidance as it is drawn with.
+    """
+    expected = [_given(pipe, call) for call in calls]
+
+    def same(changed: DiffusionPipeline) -> bool:
+        try:
+            return all(_equal(_given(changed, call), known) for call, known in zip(calls, expected, strict=True))
+        except (IndexError, RuntimeError, ValueError, TypeError, AttributeError):
+            return False  # it is read, by its place
+
+    saved: dict[str, int] = {}
+    for name, part in pipe.components.items():
+        if not name.startswith("text_encoder") or not isinstance(part, nn.Module):
+            continue
+        before = _parameters(part)
+        part = shared_copy(part)
+        changed = copy.copy(pipe)
+        changed.register_modules(**{name: part})
+        _tie_head(part, lambda: same(changed))
+        for path, layers in _stacks(part):
+            _shorten(part, path, layers, lambda: same(changed))
+        if (less := before - _parameters(part)) > 0:
+            saved[name], pipe = less, changed
+    return pipe, saved
+
+
+def _given(pipe: DiffusionPipeline, call: dict) -> list[Tensor]:
+    """What the denoiser is given first, from the same noise each time."""
+    call = call | {"generator": torch.Generator().manual_seed(0)}
+    return [leaf for leaf in tree_leaves(denoiser_calls(pipe, call, limit=1)[0]) if isinstance(leaf, Tensor)]
+
+
+def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _parameters(part: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in part.parameters())
+
+
+def _tie_head(part: nn.Module, same) -> None:
+    """Let the head that predicts words, if there is one, share the embeddings' weights."""
+    head, embeddings = (
+        getattr(part, f"get_{which}_embeddings", lambda: None)() for which in ("output", "input")
+    )
+    if head is None or embeddings is None or head.weight is embeddings.weight:
+        return
+    if head.weight.shape != embeddings.weight.shape:
+        return
+    weight, configs = head.weight, [c for c in _configs(part) if hasattr(c, "tie_word_embeddings")]
+    before = [config.tie_word_embeddings for config in configs]
+    head.weight = embeddings.weight
+    for config in configs:
+        config.tie_word_embeddings = True
+    if not same():
+        head.weight = weight
+        for config, tied in zip(configs, before, strict=True):
+            config.tie_word_embeddings = tied
+
+
+def _stacks(part: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Stacks of layers whose number a config of their owner says, by path."""
+    for path, module in list(part.named_modules()):
+        if isinstance(module, nn.ModuleList) and len(module) and list(_counted(part, path, len(module))):
+            yield path, module
+
+
+def _counted(part: nn.Module, path: str, count: int) -> Iterator[tuple[object, str]]:
+    """(config, name) of whatever says how many layers the stack at `path` has: of its owner's kind."""
+    owner = part.get_submodule(path.rpartition(".")[0])
+    kind = type(getattr(owner, "config", None))
+    for config in _configs(part):
+        if type(config) is kind:
+            yield from ((config, name) for name in _COUNTS if getattr(config, name, None) == count)
+
+
+def _configs(part: nn.Module) -> list:
+    """Every config of a model, once: its modules' copies of it, and those inside the others."""
+    found: dict[int, object] = {}
+    waiting = [module.config for module in part.modules() if hasattr(module, "config")]
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in found and hasattr(config, "to_dict"):
+            found[id(config)] = config
+            waiting += [value for value in vars(config).values() if hasattr(value, "to_dict")]
+    return list(found.values())
+
+
+def _shorten(part: nn.Module, path: str, layers: nn.ModuleList, same) -> None:
+    """Cut a stack to the fewest layers with which `same` holds."""
+    parent, _, name = path.rpartition(".")
+    owner, count = part.get_submodule(parent), len(layers)
+    counted = list(_counted(part, path, count))
+    lists = {
+        (id(config), key): (config, key, list(value))
+        for config, _ in counted
+        for key, value in vars(config).items()
+        if isinstance(value, list) and len(value) == count
+    }
+
+    def cut(kept: int) -> None:
+        setattr(owner, name, nn.ModuleList(layers[:kept]))
+        for config, attribute in counted:
+            setattr(config, attribute, kept)
+        for config, attribute, whole in lists.values():
+            setattr(config, attribute, whole[:kept])
+
+    fewest, enough = 0, count
+    while fewest < enough:
+        kept = (fewest + enough) // 2
+        cut(kept)
+        if same():
+            enough = kept
+        else:
+            fewest = kept + 1
+    cut(enough)
