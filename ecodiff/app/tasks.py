@@ -14,10 +14,11 @@ from typing import Any, Protocol
 import spaces
 from diffusers import DiffusionPipeline
 
-from .. import machine
+from .. import catalog, machine
 from ..checkpoints import loading
 from ..checkpoints.card import model_card
 from ..checkpoints.formats import find_format
+from ..checkpoints.unused import lean
 from ..errors import EcodiffError, OutOfMemoryError, RunError, memory_advice
 from ..learning import calibration
 from ..metrics.cost import speedup
@@ -239,6 +240,7 @@ class SavePruned:
     folder: str
     format: str = "diffusers"
     prompts: list[str] = field(default_factory=list)
+    lean: bool = False  # without what is never read of text encoders
 
     def run(self) -> Iterator[str]:
         device = server().devices.drawing
@@ -246,6 +248,8 @@ class SavePruned:
             kept = Path(self.kept)
             small = device.pruned(self.model, self.plan, self.compensate, kept, prompts=self.prompts)
             started = time.monotonic()
+            if self.lean:
+                small, _ = lean(small, catalog.find(self.model))
             about = healed(kept.parent, self.plan) if self.compensate else None
             card = model_card(small, about["facts"]) if about else ""
             dtype = loading.disk_dtype(self.model)

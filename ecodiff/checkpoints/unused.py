@@ -1,29 +1,33 @@
 """What a pipeline never reads of its text encoders, left out: the images are the same, bit for bit.
 
-A text encoder is often a language model that is read in its middle: FLUX.2 takes hidden states of layers 10, 20
-and 30 of 40, and no diffusion pipeline reads the head that predicts words, or, drawing from text, a vision tower.
+A text encoder is often a language model that is read in its middle: FLUX.2 takes hidden states of layers 10,
+20 and 30 of 40. No pipeline reads the head that predicts words, nor, drawing from text, a vision tower.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..pipelines import denoiser_calls
+from .. import catalog
+from ..pipelines import call_options, denoiser_calls
 from ..pruning.slicing import shared_copy
 
 _COUNTS = ("num_hidden_layers", "num_layers", "depth")  # as configs of transformers call them
 
 
-def without_unused(pipe: DiffusionPipeline, calls: Sequence[dict]) -> tuple[DiffusionPipeline, dict[str, int]]:
-    """A pipeline without what it does not read of its text encoders, and the parameters of each part left out.
+def without_unused(
+    pipe: DiffusionPipeline, calls: Sequence[dict]
+) -> tuple[DiffusionPipeline, dict[str, int]]:
+    """A pipeline without what it never reads of its text encoders; the parameters of each left out.
 
     Stacks of layers are cut behind the last one that is read, and a head that predicts words is tied to the
-    embeddings, so that plain diffusers and transformers open what is saved. Each cut is tried: it stays only if
-    the denoiser is given the same as before, bit for bit. What is used otherwise (a head to write better
+    embeddings, so that plain diffusers and transformers open what is saved. Each cut is tried: it stays only
+    if the denoiser is given the same as before, bit for bit. What is used otherwise (a head to write better
     prompts, a vision tower to edit images) is gone with it.
 
     Args:
@@ -34,7 +38,7 @@ def without_unused(pipe: DiffusionPipeline, calls: Sequence[dict]) -> tuple[Diff
 
     def same(changed: DiffusionPipeline) -> bool:
         try:
-            return all(_equal(_given(changed, call), known) for call, known in zip(calls, expected, strict=True))
+            return all(map(_equal, [_given(changed, call) for call in calls], expected))
         except (IndexError, RuntimeError, ValueError, TypeError, AttributeError):
             return False  # it is read, by its place
 
@@ -46,12 +50,20 @@ def without_unused(pipe: DiffusionPipeline, calls: Sequence[dict]) -> tuple[Diff
         part = shared_copy(part)
         changed = copy.copy(pipe)
         changed.register_modules(**{name: part})
-        _tie_head(part, lambda: same(changed))
+        unread = partial(same, changed)
+        _tie_head(part, unread)
         for path, layers in _stacks(part):
-            _shorten(part, path, layers, lambda: same(changed))
+            _shorten(part, path, layers, unread)
         if (less := before - _parameters(part)) > 0:
             saved[name], pipe = less, changed
     return pipe, saved
+
+
+def lean(pipe: DiffusionPipeline, known: catalog.Model) -> tuple[DiffusionPipeline, dict[str, int]]:
+    """As `without_unused`, tried by prompts of the model and an empty one, drawn as the model draws."""
+    options = call_options(pipe, **known.drawing())
+    prompts = [*known.prompts("calibration")[:3], ""]
+    return without_unused(pipe, [options | {"prompt": prompt} for prompt in prompts])
 
 
 def _given(pipe: DiffusionPipeline, call: dict) -> list[Tensor]:
@@ -68,7 +80,7 @@ def _parameters(part: nn.Module) -> int:
     return sum(parameter.numel() for parameter in part.parameters())
 
 
-def _tie_head(part: nn.Module, same) -> None:
+def _tie_head(part: nn.Module, unread: Callable[[], bool]) -> None:
     """Let the head that predicts words, if there is one, share the embeddings' weights."""
     head, embeddings = (
         getattr(part, f"get_{which}_embeddings", lambda: None)() for which in ("output", "input")
@@ -82,7 +94,7 @@ def _tie_head(part: nn.Module, same) -> None:
     head.weight = embeddings.weight
     for config in configs:
         config.tie_word_embeddings = True
-    if not same():
+    if not unread():
         head.weight = weight
         for config, tied in zip(configs, before, strict=True):
             config.tie_word_embeddings = tied
@@ -116,8 +128,8 @@ def _configs(part: nn.Module) -> list:
     return list(found.values())
 
 
-def _shorten(part: nn.Module, path: str, layers: nn.ModuleList, same) -> None:
-    """Cut a stack to the fewest layers with which `same` holds."""
+def _shorten(part: nn.Module, path: str, layers: nn.ModuleList, unread: Callable[[], bool]) -> None:
+    """Cut a stack to the fewest layers behind which nothing is read."""
     parent, _, name = path.rpartition(".")
     owner, count = part.get_submodule(parent), len(layers)
     counted = list(_counted(part, path, count))
@@ -139,7 +151,7 @@ def _shorten(part: nn.Module, path: str, layers: nn.ModuleList, same) -> None:
     while fewest < enough:
         kept = (fewest + enough) // 2
         cut(kept)
-        if same():
+        if unread():
             enough = kept
         else:
             fewest = kept + 1

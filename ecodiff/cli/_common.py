@@ -29,6 +29,26 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def lean_argument(parser: argparse.ArgumentParser) -> None:
+    """The option to leave out what is never read of text encoders."""
+    parser.add_argument(
+        "--drop-unused",
+        action="store_true",
+        help="leave out layers of text encoders that the pipeline never reads: the same images",
+    )
+
+
+def without_unused(pipe, model):
+    """A pipeline without them; what was left out is told on stderr."""
+    from .. import catalog
+    from ..checkpoints.unused import lean
+
+    pipe, saved = lean(pipe, catalog.find(model))
+    words = ", ".join(f"{count:,} parameters of {name}" for name, count in saved.items())
+    print(f"left out, never read: {words or 'nothing'}", file=sys.stderr)
+    return pipe
+
+
 def say_cut_off(pipe, prompt: str) -> None:
     """Tell on stderr what of a prompt the text encoders do not read."""
     from ..pipelines import cut_off

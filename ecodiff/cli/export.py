@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ._common import report
+from ._common import lean_argument, report, without_unused
 
 HELP = "write a pruned model in another format"
 ALIASES = ("fill",)
@@ -15,6 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", default="dense", metavar="NAME", help="diffusers, dense (default) or comfyui"
     )
+    lean_argument(parser)
     parser.add_argument("--out", required=True, metavar="PATH", help="a new folder, or a .safetensors file")
 
 
@@ -25,6 +26,8 @@ def run(options: argparse.Namespace) -> int:
 
     chosen = find_format(options.format)
     small = load(options.model)
+    if options.drop_unused:
+        small = without_unused(small, options.model)
     out = chosen.write(small, Path(options.out), disk_dtype(options.model))
     report(options, [("saved in", str(out)), ("note", chosen.words)], {"out": str(out)})
     return 0

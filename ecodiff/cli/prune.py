@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..pruning.plan import PrunePlan
     from ..runs import Run
 
-from ._common import report, sampling_arguments
+from ._common import lean_argument, report, sampling_arguments, without_unused
 
 HELP = "learn which units matter, remove the rest, save the model"
 
@@ -48,6 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="leave the weights that stay as they are",
     )
+    lean_argument(parser)
     parser.add_argument("--layers", action="store_true", help="list what every layer became")
 
 
@@ -87,6 +88,8 @@ def run(options: argparse.Namespace) -> int:
         asked = {} if run.imported else asked
         updated = compensate_(small, pipe, run.learned_on, replace(known.compensation(), **asked))
     dtype = disk_dtype(run.known)
+    if options.drop_unused:
+        small = without_unused(small, run.known)
     out = save(small, options.out, dtype)
     dense, pruned = parameters(denoiser_of(pipe)), parameters(denoiser_of(small))
     result = {

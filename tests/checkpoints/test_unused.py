@@ -70,9 +70,10 @@ def test_a_vision_tower_and_a_head_that_writes_words(tmp_path):
     again = DiffusionPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     torch.testing.assert_close(latents(again), latents(pipe), rtol=1e-4, atol=1e-5)
-    assert sum(p.numel() for p in again.text_encoder.parameters()) == sum(
-        p.numel() for p in pipe.text_encoder.parameters()
-    ) - saved["text_encoder"]
+    assert (
+        sum(p.numel() for p in again.text_encoder.parameters())
+        == sum(p.numel() for p in pipe.text_encoder.parameters()) - saved["text_encoder"]
+    )
 
 
 @pytest.mark.parametrize("build", ["sdxl", "sd3.5", "flux-dev"])

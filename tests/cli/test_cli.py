@@ -153,6 +153,19 @@ def test_info_needs_no_weights(capsys, tmp_path, tiny_sdxl):
     assert code == 0 and last_json(out)["params"] == sum(p.numel() for p in tiny_sdxl.unet.parameters())
 
 
+def test_nothing_is_left_out_where_all_is_read(tmp_path, capsys):
+    dense = ecodiff.load("emoji-turbo")
+    plan = ecodiff.PrunePlan(some_plan(dense, empty=False), {"model": "emoji-turbo"})
+    folder = ecodiff.save(ecodiff.variant(dense, plan), tmp_path / "small")
+    asked = ("export", folder, "--format", "diffusers", "--out", tmp_path / "lean", "--drop-unused")
+    code, _, err = run(capsys, *asked)
+    assert code == 0 and "left out, never read: nothing" in err
+    made = ecodiff.load(tmp_path / "lean")
+    for name in ("text_encoder", "text_encoder_2"):
+        whole, kept = (sum(p.numel() for p in pipe.components[name].parameters()) for pipe in (dense, made))
+        assert whole == kept
+
+
 def test_lora_and_export(tiny_sdxl, tmp_path, capsys):
     tiny_sdxl.save_pretrained(tmp_path / "dense")
     plan = some_plan(tiny_sdxl)

@@ -18,12 +18,15 @@ from .drawing import plan
 from .prediction import empty_denoiser
 
 
-def export(run: str, ratio: float, compensate: bool = True, format: str = "diffusers") -> dict:
+def export(
+    run: str, ratio: float, compensate: bool = True, format: str = "diffusers", lean: bool = False
+) -> dict:
     """Write the pruned pipeline of a run at a size, as one zip file.
 
     Args:
         compensate: repair the weights that stay (closed form).
         format: one of `checkpoints.formats.FORMATS`.
+        lean: leave out what the pipeline never reads of its text encoders; images are the same.
 
     Returns:
         {"path", "name", "bytes", "sha256", "folder", "code": Python that opens it and draws}
@@ -35,12 +38,14 @@ def export(run: str, ratio: float, compensate: bool = True, format: str = "diffu
     healed = healed_variant(opened.folder, made) if compensate else None
     name += f"-healed{healed['steps']}" if healed else "" if compensate else "-uncompensated"
     name += "" if format == "diffusers" else f"-{format}"
+    name += "-lean" if lean else ""
     path = opened.folder / "models" / f"{name}.zip"
     if not path.exists():
         limits.require_bytes()
         kept = str(opened.folder / "variants")
         where = str(path.with_suffix(""))
-        (folder,) = results(SavePruned(model, made, compensate, kept, where, format, opened.learned_on))
+        asked = (model, made, compensate, kept, where, format, opened.learned_on, lean)
+        (folder,) = results(SavePruned(*asked))
         _zip(Path(folder), path)
     digest = hashlib.sha256()
     with path.open("rb") as file:

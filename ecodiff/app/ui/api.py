@@ -114,6 +114,7 @@ def _with_files() -> None:
         gr.Checkbox(True, visible=False),
     )
     chosen, naming = gr.Textbox("diffusers", visible=False), gr.Textbox("diffusers", visible=False)
+    lean = gr.Checkbox(False, visible=False)
     model, file, facts = gr.Textbox(visible=False), gr.File(visible=False), gr.JSON(visible=False)
     one = gr.File(visible=False, file_types=[".safetensors"])
     repo, token = gr.Textbox("", visible=False), gr.Textbox("", visible=False)
@@ -123,8 +124,14 @@ def _with_files() -> None:
 
     @told
     @typed
-    def download(run: str, ratio: float, compensate: bool = True, format: str | None = "diffusers"):
-        made = service.export(run, ratio, compensate, format or "diffusers")
+    def download(
+        run: str,
+        ratio: float,
+        compensate: bool = True,
+        format: str | None = "diffusers",
+        lean: bool = False,
+    ):
+        made = service.export(run, ratio, compensate, format or "diffusers", lean)
         return made["path"], {key: made[key] for key in ("name", "folder", "bytes", "sha256")}
 
     @told
@@ -143,7 +150,7 @@ def _with_files() -> None:
     def lora_images(run: str, ratio: float, file: str, prompt: str, seed: service.Seed | None = 0):
         return tuple(sample.image for sample in service.lora_images(run, ratio, file, prompt, seed or 0))
 
-    _endpoint(download, [run, ratio, compensated, chosen], [file, facts], service.export)
+    _endpoint(download, [run, ratio, compensated, chosen, lean], [file, facts], service.export)
     _endpoint(lora, [run, ratio, one, naming], [file, facts], service.lora)
     _endpoint(lora_images, [run, ratio, one, prompt, seed], images, service.lora_images)
     _endpoint(told(typed(service.plan_file)), [run, ratio], file, service.plan_file)

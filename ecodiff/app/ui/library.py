@@ -54,6 +54,11 @@ def _tools(browser: Browser) -> dict[str, gr.components.Component]:
         rename = gr.Button("Rename", size="sm", scale=1, min_width=100)
     size = percent_box()
     chosen = gr.Radio(service.formats(), value="diffusers", label="Format")
+    lean = gr.Checkbox(
+        False,
+        label="Leave out unused layers of text encoders",
+        info="What the pipeline never reads. Same images; of no use then for editing or to rewrite prompts",
+    )
     make = gr.Button("Build checkpoint", variant="primary")
     with gr.Row():
         plan = gr.DownloadButton("Plan file", interactive=False)
@@ -65,17 +70,17 @@ def _tools(browser: Browser) -> dict[str, gr.components.Component]:
     if service.offers_sign_in():
         extras.pushing(run, size)
     tools = {"run": run, "runs": runs, "plan": plan, "model": model, "about": about, "code": code}
-    tools |= {"size": size, "format": chosen, "name": name, "rename": rename}
+    tools |= {"size": size, "format": chosen, "lean": lean, "name": name, "rename": rename}
     run.change(told(lock_size), run, size, show_progress="hidden", **private)
     built = [plan, model, about, code]
     # What was built is of another run, size or format.
-    for box in (run, size, chosen):
+    for box in (run, size, chosen, lean):
         box.change(placed(unbuilt, tools), None, built, show_progress="hidden", **private)
-    make.click(placed(files, tools), [run, size, chosen], built, **private)
+    make.click(placed(files, tools), [run, size, chosen, lean], built, **private)
     return tools
 
 
-def _rows(place: gr.Column, asked: list, browser: Browser, tools: dict) -> None:
+def _rows(place: gr.Column, shown_by: list, browser: Browser, tools: dict) -> None:
     """The rows, laid out anew whenever what they show has changed."""
     runs, run, private = browser.runs, tools["run"], {"api_visibility": "private"}
     outputs, shown = [tools[name] for name in LISTED], placed(refresh, tools)
@@ -86,7 +91,9 @@ def _rows(place: gr.Column, asked: list, browser: Browser, tools: dict) -> None:
             button.click(lambda run: [run, time.time()], row, tools["opened"], **private)
         elif what == "download":
             picked = button.click(lambda row: row, row, run, show_progress="hidden", **private)
-            picked.then(placed(files, tools), [row, tools["size"], tools["format"]], built, **private)
+            picked.then(
+                placed(files, tools), [row, tools["size"], tools["format"], tools["lean"]], built, **private
+            )
         elif what == "delete":
             button.click(placed(remove, tools), [row, runs], [runs, *outputs], js=shelf.SURE, **private)
         else:
@@ -95,7 +102,7 @@ def _rows(place: gr.Column, asked: list, browser: Browser, tools: dict) -> None:
 
     with place:
 
-        @gr.render(inputs=asked, show_progress="hidden")
+        @gr.render(inputs=shown_by, show_progress="hidden")
         def lay_out(listed, words, order):
             shelf.rows(listed, words, order, act)
 
@@ -177,11 +184,11 @@ def unbuilt():
 
 
 @told
-def files(run, percent, chosen):
+def files(run, percent, chosen, lean):
     """The plan and the pruned folder, as downloads."""
     if not run:
         raise gr.Error("Choose a run first.", duration=8)
-    made = service.export(run, percent / 100, format=chosen)
+    made = service.export(run, percent / 100, format=chosen, lean=lean)
     return {
         "plan": gr.DownloadButton(value=service.plan_file(run, percent / 100), interactive=True),
         "model": gr.DownloadButton(f"{made['name']}", value=made["path"], interactive=True),
