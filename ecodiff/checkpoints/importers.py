@@ -77,7 +77,8 @@ def read_plan(path: str | Path) -> PrunePlan:
 
 
 def read_masks(paths: Sequence[str | Path], denoiser: nn.Module) -> Scores:
-    """Scores from EcoDiff's published masks: log-alphas of heads and of FFN neurons, in `.pt` files.
+    """Scores from EcoDiff's published masks: log-alphas of heads, of FFN neurons and, of FLUX, of the rows of
+    its modulation ("norm"), in `.pt` files.
 
     A file holds one tensor a layer, in the order in which the layers run. Which kind a file is of is
     told by its numbers of units.
@@ -89,8 +90,9 @@ def read_masks(paths: Sequence[str | Path], denoiser: nn.Module) -> Scores:
         CheckpointError: not a file of tensors.
         PlanError: the tensors are not those of this denoiser's layers.
     """
-    groups = _in_order(find_groups(denoiser, PUBLISHED_KINDS))
-    layers = {kind: [group for group in groups if group.kind == kind] for kind in PUBLISHED_KINDS}
+    kinds = (*PUBLISHED_KINDS, "modulation")
+    groups = [g for g in _in_order(find_groups(denoiser, kinds)) if not g.name.startswith("norm_out")]
+    layers = {kind: [group for group in groups if group.kind == kind] for kind in kinds}
     values: dict[str, Tensor] = {}
     for path in paths:
         masks = _tensors(Path(path))

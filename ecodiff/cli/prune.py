@@ -39,6 +39,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kinds", nargs="+", choices=ALL_KINDS, help="units to prune (default: heads ffn conv_ffn resnet)"
     )
+    parser.add_argument(
+        "--units",
+        nargs="+",
+        type=share,
+        metavar="KIND=SHARE",
+        help="instead of a ratio, the share of units of each kind to remove: heads=0.32 ffn=0.12",
+    )
     parser.add_argument("--seed", type=int, help="of prompts, noise and gates")
     sampling_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -50,6 +57,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     lean_argument(parser)
     parser.add_argument("--layers", action="store_true", help="list what every layer became")
+
+
+def share(text: str) -> tuple[str, float]:
+    """A kind of units and the share of them, of `--units`."""
+    kind, _, number = text.partition("=")
+    if kind not in ALL_KINDS:
+        raise argparse.ArgumentTypeError(f"{kind!r} is not one of {', '.join(ALL_KINDS)}")
+    try:
+        return kind, float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KIND=SHARE, as heads=0.32") from None
 
 
 def run(options: argparse.Namespace) -> int:
@@ -75,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
         return 130
     if distributed.rank():
         return 0  # the first process cuts and saves
-    made = run.plan(options.ratio)
+    made = run.plan(options.ratio, dict(options.units) if options.units else None)
     small = variant(pipe, made)
     updated = {}
     if options.compensate:

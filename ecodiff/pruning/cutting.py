@@ -1,5 +1,6 @@
 """In which order a ranking's units go, in blocks that leave widths that hardware likes."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from math import ceil, inf
 from typing import Any
@@ -25,6 +26,42 @@ def kept(scores: Any, costs: Mapping[str, float], target: float, align: bool) ->
         keep[name][units] = False
         removed += cost
     return keep
+
+
+def kept_by_kind(scores: Any, units: Mapping[str, float]) -> dict[str, Tensor]:
+    """Which units stay if of each kind this fraction of its units goes, the lowest values first."""
+    keep = {name: torch.ones(len(v), dtype=torch.bool) for name, v in scores.values.items()}
+    for kind, share in units.items():
+        names = [name for name in keep if scores.kinds[name] == kind]
+        total = sum(len(keep[name]) for name in names)
+        free: list[tuple[float, str, int]] = []
+        for name in names:
+            ranked, order = scores.values[name].sort(stable=True)
+            left = len(order) - scores.floor(name)
+            free += zip(ranked[:left].tolist(), [name] * left, order[:left].tolist(), strict=True)
+        count = round(share * total)
+        if not names or not 0 <= share <= 1 or count > len(free):
+            most = f"at most {len(free) / total:.0%} of its units" if names else "it is not ranked here"
+            raise BudgetError(f"{share:.1%} of {kind!r} cannot be removed: {most}.")
+        for _, name, unit in sorted(free, key=lambda entry: entry[0])[:count]:
+            keep[name][unit] = False
+    return keep
+
+
+def planned(scores: Any, keep: dict[str, Tensor]) -> PrunePlan:
+    """The plan that keeps those units, with what it leaves."""
+    found = bases(scores, keep)
+    plan = PrunePlan(keep, scores.metadata, found)
+    if found:
+        data = b"".join(z.numpy().tobytes() for z, _ in found.values())
+        plan.metadata["basis"] = hashlib.sha256(data).hexdigest()
+    pruned = scores.total - scores.removed(plan)
+    plan.metadata |= {"ratio": round(1 - pruned / scores.total, 6)}
+    plan.metadata |= {"params_dense": scores.total, "params_pruned": pruned}
+    if scores.macs:
+        plan.metadata |= {"macs_dense": scores.total_macs}
+        plan.metadata |= {"macs_pruned": scores.total_macs - scores.removed(plan, scores.macs)}
+    return plan
 
 
 def bases(scores: Any, keep: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -1,6 +1,5 @@
 """Scores rank all units of a denoiser, and are cut into a plan of any size in milliseconds."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -127,6 +126,7 @@ class Scores:
         macs: int | None = None,
         bytes: int | None = None,
         latency_ms: float | None = None,
+        units: Mapping[str, float] | None = None,
         measured: Callable[[PrunePlan], float] | None = None,
         align: bool = True,
         costs: tuple[Mapping[str, float], float] | None = None,
@@ -140,6 +140,8 @@ class Scores:
             bytes: bytes that its weights may take in memory.
             latency_ms: milliseconds that one call may take, as `measured(plan)` tells: the largest
                 plan within it, by bisection over the ratio.
+            units: of each kind, the fraction of its units to remove, as EcoDiff's authors give sizes:
+                {"heads": 0.32, "ffn": 0.12}. Other kinds stay whole, and widths are not aligned.
             align: remove FFN neurons in blocks, so that the widths that remain are multiples of 64
                 where a layer has at least 1024 neurons, else of 8: what matrix units like.
             costs: what `ratio` counts, of one unit by group and in all; None: parameters.
@@ -147,11 +149,14 @@ class Scores:
         Raises:
             BudgetError: out of range; the message names the model's ceiling.
         """
-        given = {"ratio": ratio, "params": params, "macs": macs, "bytes": bytes, "latency_ms": latency_ms}
+        given: dict[str, Any] = {"ratio": ratio, "params": params, "macs": macs, "bytes": bytes}
+        given |= {"latency_ms": latency_ms, "units": units}
         if sum(size is not None for size in given.values()) != 1:
             raise BudgetError(f"Give one size, one of: {', '.join(given)}.")
         if latency_ms is not None:
             return cutting.fastest(self, latency_ms, measured, align)
+        if units is not None:
+            return cutting.planned(self, cutting.kept_by_kind(self, units))
         if macs is not None:
             return self._cut(1 - macs / max(1, self.total_macs), self.macs, self.total_macs, "MACs", align)
         if params is not None:
@@ -180,17 +185,7 @@ class Scores:
                 f"At most {ceiling:.1%} of this model's {unit} can be removed: the rest is not in "
                 f"{self.kinds_in_words}. {ratio:.1%} is too much."
             )
-        keep = cutting.kept(self, costs, ratio * total, align)
-        plan = PrunePlan(keep, self.metadata, cutting.bases(self, keep))
-        if plan.bases:
-            plan.metadata["basis"] = _digest(plan.bases)
-        pruned = self.total - self.removed(plan)
-        plan.metadata |= {"ratio": round(1 - pruned / self.total, 6)}
-        plan.metadata |= {"params_dense": self.total, "params_pruned": pruned}
-        if self.macs:
-            plan.metadata |= {"macs_dense": self.total_macs}
-            plan.metadata |= {"macs_pruned": self.total_macs - self.removed(plan, self.macs)}
-        return plan
+        return cutting.planned(self, cutting.kept(self, costs, ratio * total, align))
 
     @property
     def kinds_in_words(self) -> str:
@@ -230,10 +225,6 @@ def _setup_macs(denoiser: nn.Module, group: PruneGroup, by_unit: Mapping[str, in
     """MACs of a projection of full rank: each consumer makes it, on the rows that it reads."""
     once, features = len(group.consumers) * group.size, unit_parameters(denoiser, group) - group.size
     return group.size * by_unit.get(group.name, 0) * once // (features + once)
-
-
-def _digest(bases: Mapping[str, tuple[Tensor, Tensor]]) -> str:
-    return hashlib.sha256(b"".join(z.numpy().tobytes() for z, _ in bases.values())).hexdigest()
 
 
 def _check(about: dict, values: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ STOP, ERROR, MEMORY   a request to stop; why it last failed; what is kept in mem
 import contextlib
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -129,12 +130,13 @@ class Run:
         file = self.folder / "plan.safetensors"
         return PrunePlan.load(file).metadata["ratio"] if file.exists() else None
 
-    def plan(self, ratio: float | None = None) -> PrunePlan:
+    def plan(self, ratio: float | None = None, units: Mapping[str, float] | None = None) -> PrunePlan:
         """What stays at a size. Milliseconds: nothing is learned again.
 
         Args:
             ratio: fraction of the denoiser's parameters to remove; None: what the run was learned for,
                 or the size of its plan.
+            units: in place of it, of each kind the fraction of its units to remove.
 
         Raises:
             RunError: nothing is learned yet.
@@ -143,6 +145,8 @@ class Run:
         if (file := self.folder / "plan.safetensors").exists():
             own = PrunePlan.load(file)
             size = own.metadata["ratio"]
+            if units is not None:
+                raise BudgetError(f"This run was made of a plan, which has one size: {size:.1%} removed.")
             if ratio is not None and abs(ratio - size) > 0.005:
                 raise BudgetError(
                     f"This run was made of a plan, which has one size: {size:.1%} of the denoiser removed. "
@@ -151,7 +155,8 @@ class Run:
             return own
         if not (self.folder / "scores.safetensors").exists():
             raise RunError("This run has no scores yet. Let it learn for a few steps first.")
-        plan = self.scores().plan(ratio=self.config.ratio if ratio is None else ratio)
+        size = {"units": units} if units else {"ratio": self.config.ratio if ratio is None else ratio}
+        plan = self.scores().plan(**size)
         plan.metadata |= {"model": self.model}
         if self.prompts and self.prompts != self.known.prompts("calibration"):
             plan.metadata |= {"prompts": f"{len(self.prompts)} of the person who pruned it"}

@@ -72,6 +72,16 @@ def test_prune_recut_generate_compare(capsys, tmp_path):
     code, text, _ = run(capsys, *again, "--json")
     assert "mid_block.resnets.0" in text and last_json(text)["compensated"] == 0 < result["compensated"]
     assert code == 0 and last_json(text)["params_pruned"] / 8_327_876 == pytest.approx(0.6, abs=1e-3)
+    # of each kind its share, and no other kind
+    shares = ["prune", result["run"], "--units", "heads=0.5", "ffn=0.125", "--out", tmp_path / "u", "--json"]
+    code, text, err = run(capsys, *shares, "--no-compensate")
+    assert code == 0, err
+    plan, gone = ecodiff.PrunePlan.load(last_json(text)["plan"]), {"heads": [0, 0], "ffn": [0, 0]}
+    for group in ecodiff.find_groups(ecodiff.load("emoji-sdxl").unet):
+        gone[group.kind][0] += int((~plan[group.name]).sum())
+        gone[group.kind][1] += group.size
+    assert gone["heads"][0] * 2 == gone["heads"][1] and gone["ffn"][0] * 8 == gone["ffn"][1]
+    assert all(plan[name].all() for name in plan if "resnets" in name)
 
     image = tmp_path / "apple.png"
     code, _, err = run(capsys, "generate", out, "red apple", "--seed", 3, "--steps", 2, "--out", image)
