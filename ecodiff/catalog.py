@@ -6,6 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
 from .config import CompensateConfig, HealConfig, LearnConfig
 from .storage import PLAN_FILE, read_header
 
@@ -104,7 +107,10 @@ class Model:
         return [line for line in text.splitlines() if line.strip()]
 
 
-def _read(entry: dict) -> Model:
+def _read(entry: dict, denoisers: dict[str, dict]) -> Model:
+    """An entry of models.json; one whose denoiser is another's names that one."""
+    if isinstance(same := entry.get("denoiser"), str):
+        entry = entry | {"denoiser": denoisers[same]}
     embedded = EMBEDDED / entry["source"]
     return Model(**entry | ({"source": str(embedded)} if "/" not in entry["source"] else {}))
 
@@ -113,7 +119,9 @@ def _table(file: str) -> list[dict]:
     return json.loads((Path(__file__).parent / file).read_text(encoding="utf-8"))
 
 
-MODELS: dict[str, Model] = {entry["name"]: _read(entry) for entry in _table("models.json")}
+_ENTRIES = {entry["name"]: entry for entry in _table("models.json")}
+_DENOISERS = {name: entry["denoiser"] for name, entry in _ENTRIES.items() if "denoiser" in entry}
+MODELS: dict[str, Model] = {name: _read(entry, _DENOISERS) for name, entry in _ENTRIES.items()}
 
 SUPPORTED = _table("supported.json")  # written by tests/support.py
 MEASURED = _table("measured.json")  # of benchmarks/fidelity*.json, written by tests/support.py
@@ -145,7 +153,37 @@ def find(name: "str | Path | Model") -> Model:
     for model in MODELS.values():
         if "/" not in name and _plain(model.name) == _plain(name):  # "SD 1.5"
             return model
-    return Model(name, name, name, 30, 5.0, None, learn_steps=12, dtype="float16", licence="other")
+    if folder := _cached(name):
+        return replace(_folder(folder, name), source=name)
+    few = few_steps(name)
+    return Model(name, name, name, **CAUTIOUS | few, size=None, dtype="float16", licence="other")
+
+
+# Of a model that nothing is known of.
+CAUTIOUS: dict[str, Any] = {"steps": 30, "guidance_scale": 5.0, "learn_steps": 12}
+# What distilled models are called, as far as they say so.
+_FEW = re.compile(r"turbo|lightning|hyper|schnell|lcm|dmd2?|sprint|\dsteps?", re.IGNORECASE)
+
+
+def few_steps(name: str) -> dict:
+    """Steps and guidance of a model that is called like a distilled one; {} of any other."""
+    last = re.sub(r"(\d)[-_ ]step", r"\1step", name.rpartition("/")[2])
+    if not _FEW.search(last):
+        return {}
+    told = re.search(r"(\d)step", last, re.IGNORECASE)
+    steps = int(told[1]) if told else 4
+    return {"steps": steps, "guidance_scale": 0.0, "learn_steps": steps}
+
+
+def _cached(name: str) -> Path | None:
+    """Where the Hub's cache has what was read of a repository."""
+    if name.count("/") != 1:
+        return None
+    try:
+        index = try_to_load_from_cache(name, "model_index.json")
+    except HFValidationError:
+        return None
+    return Path(index).parent if isinstance(index, str) else None
 
 
 def search(words: str) -> list[Model]:
@@ -183,7 +221,7 @@ def _folder(folder: Path, name: str) -> Model:
         if model.embedded and _same(Path(model.source), folder):
             return replace(model, **called, prompts_folder=model.source)
     prompts = str(folder) if (folder / "prompts" / "calibration.txt").is_file() else ""
-    settings: dict[str, Any] = {"steps": 30, "guidance_scale": 5.0, "learn_steps": 12} | _distilled(folder)
+    settings = CAUTIOUS | few_steps(name) | _distilled(folder)
     settings |= {"size": None, "dtype": "float16", "licence": _licence(folder), "prompts_folder": prompts}
     return Model(**called, **settings)
 

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from functools import cache
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,8 +14,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.single_file_utils import fetch_diffusers_config
-from huggingface_hub import hf_hub_url, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.file_download import get_hf_file_metadata
 from safetensors import SafetensorError, safe_open
@@ -27,12 +26,10 @@ from ..errors import CheckpointError, EcodiffError, ModelNotFoundError, Unsuppor
 from ..machine import free_bytes, megabytes
 from ..pipelines import denoiser_of
 from ..pruning import ecodiff_sliced_v1
+from .single_file import base_of, is_single_file, open_single_file
 
 # diffusers reads components of a pruned folder from the module that its index names, if imported.
 sys.modules.setdefault(ecodiff_sliced_v1.NAME, ecodiff_sliced_v1)
-
-# How the names of text encoders and autoencoders begin in the original authors' files.
-_OTHER_PARTS = ("first_stage_model.", "conditioner.", "cond_stage_model.", "text_encoders.", "vae.")
 
 # huggingface_hub 1 speaks HTTP with httpx, 2 with httpx2: their errors have no base in common.
 NETWORK_ERRORS = tuple(import_module(name).HTTPError for name in ("httpx", "httpx2") if find_spec(name))
@@ -71,7 +68,7 @@ def load(
     source = known.source
     try:
         if is_single_file(source):
-            return _ready(_from_single_file(Path(source), dtype), device, offload)
+            return _ready(_from_single_file(source, dtype), device, offload)
         index = model_index(source)
         refuse_quantised(source, index)
         components: dict[str, Any] = {}
@@ -127,38 +124,12 @@ def _ready(pipe: DiffusionPipeline, device: str, offload: bool):
         return pipe.to(device)
 
 
-def is_single_file(source: str) -> bool:
-    """True for a checkpoint in one file."""
-    return source.endswith(".safetensors") and os.path.isfile(source)
-
-
-@cache
-def base_of(source: str) -> str:
-    """The Hub repository (or catalogue model) whose architecture a single file has, by its tensors.
-
-    Raises:
-        CheckpointError: not a safetensors file.
-    """
-    try:
-        with safe_open(source, framework="pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-        empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-        return fetch_diffusers_config(empty)["pretrained_model_name_or_path"]
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{source} is not a checkpoint that diffusers knows: {error}") from None
-
-
-def _from_single_file(path: Path, dtype: torch.dtype):
+def _from_single_file(source: str, dtype: torch.dtype):
     """The pipeline of a single file; what is not in it comes from the model that it is a variant of."""
-    base = base_of(str(path))
+    base = base_of(source)
     pipeline, name = classes(base)
-    with safe_open(path, framework="pt") as file:
-        whole = any(key.startswith(_OTHER_PARTS) for key in file.keys())  # noqa: SIM118
-    if whole:
-        return pipeline.from_single_file(str(path), config=base, torch_dtype=dtype)
     denoiser = getattr(diffusers, model_index(base)[name][1])
-    own = denoiser.from_single_file(str(path), config=base, subfolder=name, torch_dtype=dtype)
-    return pipeline.from_pretrained(base, dtype=dtype, use_safetensors=True, **{name: own})
+    return open_single_file(source, base, pipeline, name, denoiser, dtype)
 
 
 def model_index(source: str) -> dict:
@@ -241,6 +212,7 @@ def empty_denoiser(model: str | catalog.Model) -> nn.Module:
     if is_single_file(source):
         return empty_denoiser(base_of(source))
     index = model_index(source)
+    _fetch_settings(source)
     refuse_quantised(source, index)
     name = next((n for n in ("unet", "transformer") if index.get(n, [None])[0]), None)
     if name is None:
@@ -258,6 +230,13 @@ def empty_denoiser(model: str | catalog.Model) -> nn.Module:
         if os.path.isdir(source):
             raise damaged(source, error) from None
         raise unreachable(source) from None
+
+
+def _fetch_settings(source: str) -> None:
+    """Bring into the Hub's cache what `catalog.find` reads of a repository: how it draws, and its licence."""
+    for file in ("scheduler/scheduler_config.json", "README.md") if not os.path.isdir(source) else ():
+        with suppress(HfHubHTTPError, OSError, ValueError, *NETWORK_ERRORS):
+            hf_hub_download(source, file)
 
 
 def classes(model: str | catalog.Model) -> tuple[Any, str]:

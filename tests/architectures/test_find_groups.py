@@ -17,18 +17,27 @@ from ecodiff.units import ALL_KINDS, PRESET_KINDS
 FULL_SIZE = {
     "sdxl": (2_567_463_684, 2_600, 332_800),
     "sdxl-turbo": (2_567_463_684, 2_600, 332_800),
+    "animagine-xl": (2_567_463_684, 2_600, 332_800),
+    "noobai-xl": (2_567_463_684, 2_600, 332_800),
     "sd-1.5": (859_520_964, 256, 49_920),
     "sd-3-medium": (2_028_328_000, 576, 288_768),
     "sd-3.5-medium": (2_243_171_520, 888, 288_768),
     "sd-3.5-large": (8_056_627_520, 1_444, 729_600),
+    "sd-3.5-large-turbo": (8_056_627_520, 1_444, 729_600),
     "flux-dev": (11_901_408_320, 1_368, 933_888),
+    "flux-krea": (11_901_408_320, 1_368, 933_888),
     "flux-schnell": (11_891_178_560, 1_368, 933_888),
     "flux-2-dev": (32_223_281_152, 2_688, 1_179_648),
     "flux-2-klein": (3_875_544_576, 600, 276_480),
+    "flux-2-klein-base": (3_875_544_576, 600, 276_480),
+    "flux-2-klein-9b": (9_078_581_248, 1_024, 491_520),
     "qwen-image": (20_430_401_088, 1_440, 1_474_560),
+    "qwen-image-2512": (20_430_401_088, 1_440, 1_474_560),
     "z-image": (6_154_908_736, 1_020, 348_160),
+    "z-image-base": (6_154_908_736, 1_020, 348_160),
     "pixart-sigma": (610_856_096, 896, 129_024),
     "sana-1.6b": (1_604_462_752, 1_800, 112_000),
+    "sana-1.5": (1_604_641_952, 1_800, 112_000),
     "chroma": (8_899_983_424, 1_368, 933_888),
     "wan-2.1-1.3b": (1_418_996_800, 720, 268_800),
     "wan-2.1-14b": (14_288_491_584, 3_200, 552_960),
@@ -39,7 +48,18 @@ def test_every_full_size_model_of_the_catalogue_is_counted():
     assert {name for name, model in catalog.MODELS.items() if not model.embedded} == set(FULL_SIZE)
 
 
-@pytest.mark.parametrize("name", FULL_SIZE)
+def _distinct() -> list[str]:
+    """Of models with the same denoiser, one."""
+    return list({str(catalog.MODELS[name].denoiser): name for name in reversed(FULL_SIZE)}.values())
+
+
+def test_models_of_one_architecture_are_as_large():
+    for name, size in FULL_SIZE.items():
+        alike = [n for n in _distinct() if catalog.MODELS[n].denoiser == catalog.MODELS[name].denoiser]
+        assert FULL_SIZE[alike[0]] == size
+
+
+@pytest.mark.parametrize("name", _distinct())
 def test_full_size_on_meta(name):
     total, heads, neurons = FULL_SIZE[name]
     unet = loading.empty_denoiser(name)

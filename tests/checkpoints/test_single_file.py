@@ -1,12 +1,16 @@
 """Checkpoints in one file, in the layout of the original authors."""
 
+import json
+import struct
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import ecodiff
 from ecodiff import catalog
 from ecodiff.checkpoints import loading
+from ecodiff.checkpoints.comfyui import flux_tensors, unet_tensors
 from ecodiff.errors import CheckpointError
 from tests.conftest import latents
 
@@ -86,12 +90,140 @@ def test_a_fine_tune_in_one_file_works_like_a_folder(single, tiny_sdxl, tmp_path
     assert ecodiff.load(folder).unet.num_parameters() == plan.metadata["params_pruned"]
 
 
-def test_the_architecture_is_told_by_the_tensors(tmp_path):
-    key = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
-    save_file({key: torch.zeros(4)}, tmp_path / "xl.safetensors")
-    base = loading.base_of(str(tmp_path / "xl.safetensors"))
-    assert base == catalog.MODELS["sdxl"].source
-    assert loading.empty_denoiser(str(tmp_path / "xl.safetensors")).num_parameters() == 2_567_463_684
+def header_only(path, tensors, dtype="BF16"):
+    """A file with these names and shapes, whose values are a hole: what is told needs the header only."""
+    entries, at = {}, 0
+    for name, tensor in tensors.items():
+        size = 2 * tensor.numel()
+        entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(entries).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + at)
+    return str(path)
+
+
+def prefixed(prefix, tensors):
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def whole_sd15():
+    text = {"cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": torch.empty(8, 768)}
+    return prefixed("model.diffusion_model.", unet_tensors(loading.empty_denoiser("sd-1.5"))) | text
+
+
+WRITTEN = {
+    "sdxl": lambda: prefixed("model.diffusion_model.", unet_tensors(loading.empty_denoiser("sdxl"))),
+    "sd-1.5": whole_sd15,
+    "flux-dev": lambda: flux_tensors(loading.empty_denoiser("flux-dev")),
+    "flux-schnell": lambda: prefixed(
+        "model.diffusion_model.", flux_tensors(loading.empty_denoiser("flux-schnell"))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_authors_layout_is_told_by_the_tensors(name, tmp_path):
+    file = header_only(tmp_path / "file.safetensors", WRITTEN[name]())
+    assert loading.base_of(file) == catalog.MODELS[name].source
+    assert loading.empty_denoiser(file).num_parameters() == loading.empty_denoiser(name).num_parameters()
+
+
+ONE_FILE = (
+    "sdxl",
+    "sd-3.5-medium",
+    "flux-2-dev",
+    "flux-2-klein",
+    "flux-2-klein-9b",
+    "pixart-sigma",
+)
+ONE_FILE += ("sana-1.6b", "sana-1.5", "z-image", "qwen-image", "wan-2.1-1.3b", "wan-2.1-14b", "chroma")
+
+
+@pytest.mark.parametrize("name", ONE_FILE)
+def test_diffusers_layout_in_one_file_is_told_by_the_tensors(name, tmp_path):
+    tensors = loading.empty_denoiser(name).state_dict()
+    assert loading.base_of(header_only(tmp_path / "file.safetensors", tensors)) == catalog.MODELS[name].source
+
+
+VAE = {"first_stage_model.encoder.conv_in.weight": torch.empty(128, 3, 3, 3)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"unet.down_blocks.0.attn.to_q.lora_A.weight": torch.empty(4, 320)}, "is a LoRA"),
+        ({"lora_unet_down_blocks_0_to_q.lora_down.weight": torch.empty(4, 320)}, "is a LoRA"),
+        ({"transformer_blocks.0.attn.to_q.qweight": torch.empty(4, 4)}, "is quantised"),
+        (VAE, "no model that ecodiff knows"),
+        ({"text_model.encoder.layers.0.mlp.fc1.weight": torch.empty(8, 8)}, "no model that ecodiff knows"),
+        ({"model.embed_tokens.weight": torch.empty(8, 8)}, "no model that ecodiff knows"),
+    ],
+)
+def test_what_is_no_model_is_not_taken_for_stable_diffusion(tensors, words, tmp_path):
+    with pytest.raises(CheckpointError, match=words):
+        loading.base_of(header_only(tmp_path / "file.safetensors", tensors))
+
+
+def test_half_a_unet_is_of_no_model(tmp_path):
+    tensors = dict(list(WRITTEN["sdxl"]().items())[::2])
+    with pytest.raises(CheckpointError, match="no model that ecodiff knows"):
+        loading.base_of(header_only(tmp_path / "file.safetensors", tensors))
+
+
+@pytest.mark.parametrize("ending", ["scale_weight", "weight_scale"])
+def test_fp8_with_scales_is_multiplied_in(single, tiny_sdxl, tmp_path, ending):
+    tensors = original(tiny_sdxl.unet)
+    scaled = {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
+    for name, value in tensors.items():
+        if name.endswith(".weight") and value.ndim == 2:
+            scale = value.abs().max() / 448
+            scaled[name] = (value / scale).to(torch.float8_e4m3fn)
+            scaled[f"{name.removesuffix('.weight')}.{ending}"] = scale.float()
+        else:
+            scaled[name] = value
+    save_file(scaled, tmp_path / "fp8.safetensors")
+    found = ecodiff.load(tmp_path / "fp8.safetensors").unet.state_dict()
+    for name, value in tiny_sdxl.unet.state_dict().items():
+        assert torch.allclose(found[name], value, rtol=0.07, atol=float(value.abs().max()) / 200), name
+
+
+def test_the_autoencoder_of_a_file_is_taken_and_the_rest_is_the_base_models(single, tiny_sdxl, monkeypatch):
+    opened = []
+
+    def kept(source, **options):
+        opened.append(options["subfolder"])
+        return tiny_sdxl.vae
+
+    monkeypatch.setattr("diffusers.AutoencoderKL.from_single_file", kept)
+    save_file(load_file(single) | VAE, single)
+    pipe = ecodiff.load(single)
+    assert opened == ["vae"] and pipe.vae is tiny_sdxl.vae and pipe.text_encoder is not None
+
+
+def test_a_file_says_how_it_is_drawn(single, tmp_path):
+    markers = {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
+    save_file(load_file(single) | markers, tmp_path / "noob.safetensors")
+    config = ecodiff.load(tmp_path / "noob.safetensors").scheduler.config
+    assert config.prediction_type == "v_prediction" and config.rescale_betas_zero_snr
+    few = tmp_path / "sdxl_lightning_4step_unet.safetensors"
+    save_file(load_file(single), few)
+    assert ecodiff.load(few).scheduler.config.timestep_spacing == "trailing"
+    known = catalog.find(str(few))
+    assert (known.steps, known.guidance_scale, known.learn_steps) == (4, 0.0, 4)
+    plain = catalog.find(str(single))
+    assert (plain.steps, plain.guidance_scale) == (30, 5.0)
+
+
+def test_settings_of_a_hub_model_come_from_its_own_files(tmp_path, monkeypatch):
+    ecodiff.load("emoji-turbo").save_pretrained(tmp_path)
+    found = {"ann/mine": str(tmp_path / "model_index.json")}
+    monkeypatch.setattr(catalog, "try_to_load_from_cache", lambda repo, file: found.get(repo))
+    known = catalog.find("ann/mine")
+    assert (known.source, known.steps, known.guidance_scale) == ("ann/mine", 4, 0.0)
+    assert catalog.find("bob/other").steps == 30
+    assert catalog.find("ByteDance/SDXL-Lightning-8step").steps == 8
 
 
 def test_a_file_that_is_none(tmp_path):
