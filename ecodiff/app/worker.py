@@ -142,6 +142,9 @@ class Worker:
                 raise Stopped
 
         painter, learned = Painter(job.run, pipe, device.lock, raise_if_stopped), 0.0
+        if job.run.config.method and job.state is None:  # one long step: nothing else is to be seen in it
+            with suppress(EcodiffError, Stopped), memory_advice(ADVICE):
+                painter.begin()
         for state, seconds in learn_run(job.run, pipe, device.lock):
             job.state = state
             job.seconds.append(seconds)

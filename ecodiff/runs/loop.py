@@ -88,6 +88,7 @@ def _steps(run: Run, pipe: DiffusionPipeline, device_lock, budget) -> Iterator[t
             raise Stopped
 
     try:
+        raise_if_stopped()  # while it was loaded, or its first pictures were drawn
         steps = learn(
             pipe,
             run.prompts,

@@ -32,7 +32,7 @@ def load(folder: Path) -> dict:
     """The pictures in a run's folder; {} if there are none."""
     with suppress(OSError, ValueError):
         found = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        if isinstance(found, dict) and found.get("sizes"):
+        if isinstance(found, dict) and found.get("dense"):
             return found
     return {}
 
@@ -76,6 +76,22 @@ class Painter:
         """
         return SHARE * learned >= self._spent + (self._last or step)
 
+    def begin(self) -> dict:
+        """Draw the dense model alone, to see while nothing is ranked yet. Returns what is kept."""
+        begun = time.monotonic()
+        self._known = self._known or self._drawn(self._dense)
+        self._spent += time.monotonic() - begun
+        return self._keep(load(self.run.folder).get("sizes", []))
+
+    def _keep(self, sizes: list[dict]) -> dict:
+        found = {
+            "prompts": [prompt for prompt, _ in self._asked],
+            "dense": [encoded(sample.image) for sample in self._known],
+            "sizes": sorted(sizes, key=lambda row: row["asked"]),
+        }
+        write_json(self.run.folder / FILE, found)
+        return found
+
     def paint(self, small: DiffusionPipeline, plan: PrunePlan, asked: float, repaired: bool) -> dict:
         """Draw a pruned pipeline, and keep it in place of what was drawn for that size before.
 
@@ -102,12 +118,7 @@ class Painter:
             "psnr": [row.psnr for row in measured],
         }
         others = [row for row in load(self.run.folder).get("sizes", []) if row["asked"] != made["asked"]]
-        found = {
-            "prompts": [prompt for prompt, _ in self._asked],
-            "dense": [encoded(sample.image) for sample in self._known],
-            "sizes": sorted([*others, made], key=lambda row: row["asked"]),
-        }
-        write_json(self.run.folder / FILE, found)
+        found = self._keep([*others, made])
         self._spent += time.monotonic() - begun
         self._last = time.monotonic() - begun_here
         return found

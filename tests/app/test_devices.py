@@ -1,6 +1,7 @@
 """Several devices, and devices that are too small."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from ecodiff.errors import BudgetError, OutOfMemoryError, RunError
 from ecodiff.learning import calibration
 from ecodiff.metrics import fidelity
 from ecodiff.metrics.fidelity import generate
+from ecodiff.runs import pictures
 from ecodiff.runs.folder import Run
 from ecodiff.runs.loop import advance
 
@@ -104,6 +106,51 @@ def test_learning_that_does_not_fit_is_kept(run, monkeypatch):
     assert "ran out of memory" in run.error
     monkeypatch.undo()
     assert advance(run, pipe) and not run.error
+
+
+def test_pictures_neither_fail_nor_hold_up_a_run(run, monkeypatch):
+    """The dense model's come first while a ranking of one step runs; one that fails is worth no run."""
+    run.config = replace(run.config, method="wanda")
+    run.save()
+    real, seen = pictures.generate, []
+
+    def drawn(*args, **kwargs):
+        seen.append(run.state())
+        if len(seen) > pictures.COUNT:
+            raise OutOfMemoryError("ran out of memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(pictures, "generate", drawn)
+    job = server.server().worker.submit(Run.open(run.folder))
+    while job.active or job.drawing:
+        threading.Event().wait(0.05)
+    assert job.stage == "finished" and not Run.open(run.folder).error
+    assert seen[: pictures.COUNT] == [None] * pictures.COUNT, "before anything was learned"
+    found = service.pictures(run.id)
+    assert len(found["dense"]) == pictures.COUNT and found["sizes"] == []
+    assert service.picture(run.id) == found["dense"][0]
+
+
+def test_a_run_that_is_stopped_while_its_pictures_are_drawn_stops(run, monkeypatch):
+    run.config = replace(run.config, method="wanda")
+    run.save()
+    real = pictures.generate
+
+    def stopping(*args, **kwargs):
+        service.stop(run.id)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(pictures, "generate", stopping)
+    job = server.server().worker.submit(Run.open(run.folder))
+    while job.active:
+        threading.Event().wait(0.05)
+    assert job.stage == "stopped" and service.pictures(run.id) == {}
+    monkeypatch.undo()
+    service.resume(run.id)
+    job = server.server().worker.job(run.id)
+    while job.active or job.drawing:
+        threading.Event().wait(0.05)
+    assert job.stage == "finished"
 
 
 def test_whoever_does_not_wait_for_an_image_ends_the_work(run, monkeypatch):

@@ -32,9 +32,16 @@ def test_sizes_are_drawn_from_the_same_noise_and_kept(tmp_path):
     run = Run.create(tmp_path / "run", "emoji-turbo", LearnConfig(warm_steps=1, steps=0), [])
     assert load(run.folder) == {}
     scores, painter = Scores.unranked(pipe.unet), Painter(run, pipe)
+    begun = painter.begin()
+    assert load(run.folder) == begun and begun["sizes"] == [] and len(begun["dense"]) == COUNT
+    assert strip.strip(begun, [0.3], steps=1).count("<img") == COUNT
+    assert strip.strip(begun, [0.3]) == "" == strip.curve(begun) and "Nothing was" in strip.missing(
+        begun, 0.3
+    )
     for ratio in (0.3, 0.1, 0.3):
         plan = scores.plan(ratio=ratio)
         found = painter.paint(ecodiff.variant(pipe, plan), plan, ratio, repaired=ratio == 0.1)
+    assert found["dense"] == begun["dense"]
     assert load(run.folder) == found and [row["asked"] for row in found["sizes"]] == [0.1, 0.3]
     assert found["prompts"] == run.judged_on[:COUNT] and len(found["dense"]) == COUNT
     small, large = found["sizes"]

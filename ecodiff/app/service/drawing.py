@@ -171,6 +171,8 @@ def picture(run: str) -> str:
     found = pictures(run)
     if not found:
         return ""
+    if not found["sizes"]:
+        return found["dense"][0]
     wanted = server().store.open(run).config.ratio
     nearest = min(found["sizes"], key=lambda size: abs(size["ratio"] - wanted))
     return nearest["images"][0]

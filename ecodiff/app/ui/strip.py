@@ -18,10 +18,11 @@ def strip(found: dict, asked: Sequence[float], steps: int = 0) -> str:
         steps: of the run; a size that was drawn before the last one says so.
     """
     rows = [row for row in found.get("sizes", []) if _is(row, asked)]
-    if not rows:
+    if not rows and not (steps and found.get("dense")):
         return ""
     prompts = found["prompts"]
-    inner = _row("Dense", "the original", found["dense"], prompts, prompts)
+    words = "the original" if rows else "the original; pruned images come once the units are ranked"
+    inner = _row("Dense", words, found["dense"], prompts, prompts)
     for row in rows:
         notes = [f"{psnr:.0f} dB" for psnr in row["psnr"]]
         inner += _row(f"−{row['ratio']:.0%}", _cost(row, steps), row["images"], prompts, notes)
