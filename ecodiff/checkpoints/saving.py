@@ -57,7 +57,7 @@ def save(
     # A denoiser that was sliced in place changed its class after the pipeline had noted it down.
     pipe.register_modules(**{denoiser_name(pipe): denoiser_of(pipe)})
     if dtype is not None and dtype != denoiser_of(pipe).dtype:
-        pipe = _cast(pipe, dtype)
+        pipe = cast(pipe, dtype)
     with whole_folder(folder) as partial:
         pipe.save_pretrained(partial)
         open_in_one_dtype(partial)
@@ -101,7 +101,7 @@ def open_in_one_dtype(folder: Path) -> None:
             file.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
 
-def _cast(pipe: DiffusionPipeline, dtype: torch.dtype):
+def cast(pipe: DiffusionPipeline, dtype: torch.dtype):
     """A copy of `pipe` with weights in `dtype`; the modules it may share are not touched."""
     cast = {
         name: copy.deepcopy(component).to(dtype)

@@ -7,9 +7,10 @@ from safetensors.torch import load_file
 
 import ecodiff
 from ecodiff.checkpoints import formats
+from ecodiff.checkpoints.saving import folder_bytes
 from ecodiff.errors import CheckpointError, PlanError
 from ecodiff.pipelines import denoiser_name, denoiser_of
-from tests.checkpoints.test_folders import some_plan
+from tests.checkpoints.test_folders import drawn_by_diffusers_alone, some_plan
 from tests.conftest import latents
 
 
@@ -36,3 +37,23 @@ def test_what_cannot_be_filled(tiny_sdxl, tmp_path):
     small = ecodiff.variant(tiny_sdxl, some_plan(tiny_sdxl))
     with pytest.raises(CheckpointError, match="exists"):
         formats.save_filled(small, tmp_path / "taken")
+
+
+@pytest.mark.parametrize("model", ["emoji-turbo", "emoji-flux"])
+def test_float8_is_what_layerwise_casting_draws(model, tmp_path):
+    dense = ecodiff.load(model)
+    small = ecodiff.variant(dense, some_plan(dense, empty=False))
+    folder = formats.find_format("fp8").write(small, tmp_path / "fp8")
+    half = ecodiff.save(small, tmp_path / "half", torch.bfloat16)
+    name = denoiser_name(small)
+    sizes = [folder_bytes(path / name) for path in (folder, half)]
+    assert 0.45 < sizes[0] / sizes[1] < 0.65
+    assert "enable_layerwise_casting" in (folder / "README.md").read_text()
+    drawn_by_diffusers_alone(folder, dense)  # it opens where ecodiff is not
+    found = denoiser_of(ecodiff.load(folder)).state_dict()
+    eights = 0
+    for key, weight in denoiser_of(small).state_dict().items():
+        largest = weight.abs().max() if weight.numel() else 0
+        torch.testing.assert_close(found[key], weight, rtol=0.08, atol=0.003 * float(largest) + 1e-3)
+        eights += bool((found[key] != weight.bfloat16().float()).any())
+    assert eights > len(found) / 3, "nothing was rounded to 8 bits"

@@ -45,11 +45,13 @@ def test_the_card_of_a_pruned_model(tmp_path, capsys):
     small = ecodiff.load(folder)
     found = report(dense, small, ["cat", "rocket"], [0, 1], steps=2)
     models = found["models"]
-    assert list(models) == ["dense", "pruned", "dense, int8", "pruned, int8"] and found["pairs"] == 4
+    eight = ["dense, fp8", "pruned, fp8", "dense, int8", "pruned, int8"]
+    assert list(models) == ["dense", "pruned", *eight] and found["pairs"] == 4
     assert models["dense"]["error"] is None
     assert models["pruned"]["params"] == sum(p.numel() for p in small.unet.parameters())
     assert models["pruned"]["macs"] < models["dense"]["macs"] == models["dense, int8"]["macs"]
     assert models["pruned, int8"]["bytes"] < models["dense, int8"]["bytes"] < models["dense"]["bytes"]
+    assert models["pruned, fp8"]["bytes"] < models["dense, fp8"]["bytes"] < models["dense"]["bytes"] / 2
     assert 0 < models["dense, int8"]["error"]["mean"] < models["pruned"]["error"]["mean"]
     assert f"{models['pruned']['params']:,}" in markdown(found)
     with pytest.raises(BudgetError, match="at least one prompt"):

@@ -7,7 +7,7 @@ import gradio as gr
 from ..server import Server, server, use
 from . import about, api, compare, library, prune, sizes
 from .common import Browser, Tab, placed
-from .theme import CSS, theme
+from .theme import CSS, JS, theme
 
 SECRET = "ecodiff"  # BrowserState needs a constant one to survive a restart of the server
 # What is on the page: (id, title, module with `build(browser) -> Tab`).
@@ -73,7 +73,7 @@ def _wire(demo: gr.Blocks, tabs: gr.Tabs, browser: Browser, built: dict[str, Tab
 def launch(demo: gr.Blocks, **options):
     """Queue and launch with ecodiff's settings; `options` go to `Blocks.launch`."""
     demo.queue(max_size=32, default_concurrency_limit=4)
-    settings = {"theme": theme(), "css": CSS, "show_error": True, "ssr_mode": False}
+    settings = {"theme": theme(), "css": CSS, "js": JS, "show_error": True, "ssr_mode": False}
     settings |= {"max_file_size": "500mb", "footer_links": ["api", "settings"]}
     settings["mcp_server"] = find_spec("mcp") is not None  # pip install "gradio[mcp]"
     return demo.launch(**(settings | options))

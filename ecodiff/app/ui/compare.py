@@ -25,6 +25,7 @@ from .common import (
     seed_box,
     told,
 )
+from .theme import scroll_to
 
 # The clipboard is there on https and on this machine only; on plain http a selection is copied.
 COPY = """() => {
@@ -57,7 +58,9 @@ def build(browser: Browser) -> Tab:
         with gr.Column(scale=2, min_width=300):
             form, draw, stop, another = _form()
         with gr.Column(scale=3, min_width=300):
-            slider = gr.ImageSlider(label="Dense ◂ ▸ pruned", format="png", max_height=460, interactive=False)
+            slider = gr.ImageSlider(
+                label="Dense ◂ ▸ pruned", format="png", max_height=460, interactive=False, elem_id="pair"
+            )
             figures = gr.HTML(elem_id="figures")
             copy = gr.Button("Copy the link", size="sm", visible=False)
     back = gr.Button("Use this image's settings", size="sm", visible=False)
@@ -83,6 +86,7 @@ def build(browser: Browser) -> Tab:
     )
     shown = private | {"show_progress": "minimal", "show_progress_on": figures}
     drawing = gr.on([draw.click, form["prompt"].submit], placed(compare, drawn), asked, outputs, **shown)
+    draw.click(None, js=scroll_to("pair"), **private)
     followed = parts["linked"].change(placed(linked_to, drawn), [parts["linked"], *asked], outputs, **shown)
     stop.click(lambda: "", None, figures, cancels=[drawing, followed], **private)
     another.click(None, None, form["seed"], js="() => Math.floor(Math.random() * 2**31)", **private)

@@ -9,6 +9,7 @@ from . import extras, shelf
 from .common import MODELS, Browser, Tab, lock_size, percent_box, placed, told
 
 LISTED = ("empty", "found", "listed", "run", "timer")
+BUILT = ("plan", "model", "about", "code", "built")
 
 
 def build(browser: Browser) -> Tab:
@@ -37,6 +38,8 @@ def build(browser: Browser) -> Tab:
     outputs = [tools[name] for name in LISTED]
     shown = placed(refresh, tools)
     private = {"api_visibility": "private"}
+    renamed = [tools["run"], tools["name"], runs]
+    tools["rename"].click(placed(give_name, tools), renamed, outputs, **private)
     timer.tick(shown, [runs, tools["run"]], outputs, show_progress="hidden", **private)
     added = add.click(open_run, [known, runs], runs, **private)
     added.success(shown, [runs, tools["run"]], outputs, **private)
@@ -71,12 +74,12 @@ def _tools(browser: Browser) -> dict[str, gr.components.Component]:
         extras.pushing(run, size)
     tools = {"run": run, "runs": runs, "plan": plan, "model": model, "about": about, "code": code}
     tools |= {"size": size, "format": chosen, "lean": lean, "name": name, "rename": rename}
+    tools["built"] = gr.State([])  # what is built is of: run, size, format, lean
     run.change(told(lock_size), run, size, show_progress="hidden", **private)
-    built = [plan, model, about, code]
-    # What was built is of another run, size or format.
-    for box in (run, size, chosen, lean):
-        box.change(placed(unbuilt, tools), None, built, show_progress="hidden", **private)
-    make.click(placed(files, tools), [run, size, chosen, lean], built, **private)
+    asked, built = [run, size, chosen, lean], [tools[name] for name in BUILT]
+    for box in asked:
+        box.change(placed(unbuilt, tools), [*asked, tools["built"]], built, show_progress="hidden", **private)
+    make.click(placed(files, tools), asked, built, **private)
     return tools
 
 
@@ -84,7 +87,7 @@ def _rows(place: gr.Column, shown_by: list, browser: Browser, tools: dict) -> No
     """The rows, laid out anew whenever what they show has changed."""
     runs, run, private = browser.runs, tools["run"], {"api_visibility": "private"}
     outputs, shown = [tools[name] for name in LISTED], placed(refresh, tools)
-    built = [tools[name] for name in ("plan", "model", "about", "code")]
+    built = [tools[name] for name in BUILT]
 
     def act(what: str, button: gr.Button, row: gr.Textbox) -> None:
         if what == "open":
@@ -105,8 +108,6 @@ def _rows(place: gr.Column, shown_by: list, browser: Browser, tools: dict) -> No
         @gr.render(inputs=shown_by, show_progress="hidden")
         def lay_out(listed, words, order):
             shelf.rows(listed, words, order, act)
-
-    tools["rename"].click(placed(give_name, tools), [run, tools["name"], runs], outputs, **private)
 
 
 def _bringing() -> tuple[gr.Dropdown, gr.File, gr.Textbox, gr.Button]:
@@ -173,13 +174,16 @@ def remove(run, runs):
     return {"runs": runs} | refresh(runs, None)
 
 
-def unbuilt():
-    """Nothing is built yet of what is chosen now."""
+def unbuilt(run, percent, chosen, lean, built):
+    """Nothing is built yet of what is chosen now; unless it is what was built last."""
+    if built == [run, percent, chosen, lean]:
+        return {"built": gr.skip()}
     return {
         "plan": gr.DownloadButton("Plan file", value=None, interactive=False),
         "model": gr.DownloadButton("Pruned pipeline", value=None, interactive=False),
         "about": "",
         "code": gr.Code(visible=False),
+        "built": [],
     }
 
 
@@ -188,8 +192,11 @@ def files(run, percent, chosen, lean):
     """The plan and the pruned folder, as downloads."""
     if not run:
         raise gr.Error("Choose a run first.", duration=8)
+    if size := service.status(run)["size"]:  # of a run of a plan
+        percent = round(100 * size)
     made = service.export(run, percent / 100, format=chosen, lean=lean)
     return {
+        "built": [run, percent, chosen, lean],
         "plan": gr.DownloadButton(value=service.plan_file(run, percent / 100), interactive=True),
         "model": gr.DownloadButton(f"{made['name']}", value=made["path"], interactive=True),
         "about": f"{service.megabytes(made['bytes'])} · SHA-256 `{made['sha256']}` · run id `{run}`",

@@ -20,6 +20,7 @@ from .common import (
     seed_box,
     told,
 )
+from .theme import scroll_to
 
 TWICE_SECONDS = 3  # a second click within these is the first one's
 
@@ -40,9 +41,8 @@ def build(browser: Browser) -> Tab:
         with gr.Column(scale=3, min_width=300):
             prediction = gr.HTML()
             panel = run_panel.panel()
-    results = run_panel.results()
+    results, turn = run_panel.results(), gr.State(0)
 
-    turn = gr.State(0)
     named = form | panel | results | {"turn": turn, "example": example}
     watched = [*panel.values(), results["column"], results["size"], example]
     cut_out = [results[name] for name in run_panel.CUT]
@@ -62,6 +62,7 @@ def build(browser: Browser) -> Tab:
     # The published method prunes heads and neurons only: what will be pruned is what is ticked.
     form["preset"].change(preset_kinds, form["preset"], form["kinds"], **hidden)
     begun = form["start"].click(begin, [*asked, runs], [runs, current, size], **private)
+    begun.success(None, js=scroll_to("run"), **private)
     panel["stop"].click(run_panel.end, current, None, queue=False, **private)
     resumed = panel["resume"].click(run_panel.go_on, current, None, **private)
     cutting = placed(run_panel.recut, named)
@@ -70,8 +71,8 @@ def build(browser: Browser) -> Tab:
         cut = ended.then(cutting, [current, size], cut_out, **hidden)
         done = cut.then(placed(run_panel.painted, named), [current, size], drawn, **watching)
         done.then(placed(run_panel.redrawn, named), [current, size], drawn, **hidden)
-    size.change(cutting, [current, size], cut_out, trigger_mode="always_last", **hidden)
-    compensate.change(cutting, [current, size], cut_out, **hidden)
+    changed = [size.change, compensate.change]
+    gr.on(changed, cutting, [current, size], cut_out, trigger_mode="always_last", **hidden)
     results["paint"].click(placed(run_panel.paint, named), [current, size], drawn, **private)
     files = [results[name] for name in ("download", "packed", "code")]
     results["pack"].click(placed(run_panel.make, named), [current, size, compensate], files, **private)

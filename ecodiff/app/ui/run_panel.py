@@ -17,7 +17,7 @@ DRAWN = ("pictures", "curve", "paint")
 
 def panel() -> dict[str, gr.components.Component]:
     """The run that is watched: in the order of what `view` returns."""
-    with gr.Column(visible=False) as panel:
+    with gr.Column(visible=False, elem_id="run") as panel:
         status, sketch = gr.HTML(), gr.HTML()
         with gr.Row():
             stop = gr.Button("Stop", interactive=False)

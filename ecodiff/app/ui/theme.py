@@ -42,6 +42,7 @@ CSS = """
 .gradio-container main { width: 100%; }
 #title h1 { margin-bottom: 0; }
 .gradio-container .label-wrap { text-align: left; }
+.gradio-container .prose code { overflow-wrap: anywhere; white-space: normal; }
 /* Where the keyboard is: Gradio hides it on most of its inputs. */
 .gradio-container :is(button, input, textarea, a, [role="region"]):focus-visible {
   outline: 2px solid var(--primary-600) !important; outline-offset: 2px !important; }
@@ -116,3 +117,42 @@ CSS = """
   background: var(--primary-600); }
 .eco-layers span { font-size: 12px; color: var(--body-text-color-subdued); }
 """
+
+# Gradio's image slider has neither a role nor keys: it is given both, whenever one appears.
+JS = """() => {
+  const fit = (bar) => {
+    if (bar.tabIndex === 0) return;
+    const facts = { role: 'slider', tabindex: 0, 'aria-label': 'Dense or pruned', 'aria-valuemin': 0,
+                    'aria-valuemax': 100 };
+    for (const [name, value] of Object.entries(facts)) bar.setAttribute(name, value);
+    const where = () => {
+      const own = bar.getBoundingClientRect();
+      return [own.left + own.width / 2, bar.parentElement.getBoundingClientRect()];
+    };
+    const tell = () => {
+      const [x, all] = where();
+      bar.setAttribute('aria-valuenow', Math.round(100 * (x - all.left) / all.width));
+    };
+    bar.addEventListener('keydown', (event) => {
+      const step = { ArrowLeft: -0.05, ArrowRight: 0.05, Home: -1, End: 1 }[event.key];
+      if (!step) return;
+      event.preventDefault();
+      const [x, all] = where();
+      const to = Math.min(Math.max(x + step * all.width, all.left), all.right);
+      const at = (x) => ({ clientX: x, clientY: all.top + all.height / 2, bubbles: true, view: window });
+      bar.dispatchEvent(new MouseEvent('mousedown', at(x)));
+      window.dispatchEvent(new MouseEvent('mousemove', at(to)));
+      window.dispatchEvent(new MouseEvent('mouseup', at(to)));
+      setTimeout(tell, 50);
+    });
+    tell();
+  };
+  const all = () => document.querySelectorAll('[data-testid="slider"]').forEach(fit);
+  new MutationObserver(all).observe(document.body, { childList: true, subtree: true });
+}"""
+
+
+def scroll_to(element: str) -> str:
+    """JavaScript that brings an element into view where the page is one column: on a phone."""
+    find = f"document.getElementById('{element}')?.scrollIntoView({{ behavior: 'smooth' }})"
+    return f"() => {{ if (innerWidth < 700) setTimeout(() => {find}, 600); return []; }}"
