@@ -1,10 +1,13 @@
 """The commands, on the embedded model, with presets shortened: what is learned is tested elsewhere."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import ecodiff
 from ecodiff import catalog, cli, config
@@ -186,6 +189,24 @@ def test_lora_and_export(tiny_sdxl, tmp_path, capsys):
     assert "layers cut to fit" in capsys.readouterr().out
     assert cli.main(["lora", str(small), str(out), "--out", str(tmp_path / "again.safetensors")]) == 1
     assert "fits this model as it is" in capsys.readouterr().err
+    # several, and a folder of them: what fails does not keep the others
+    (tmp_path / "loras").mkdir()
+    for name in ("one", "two"):
+        shutil.copy(lora, tmp_path / "loras" / f"{name}.safetensors")
+    (tmp_path / "loras" / "words.txt").write_text("not a LoRA")
+    asked = ["lora", str(small), str(tmp_path / "loras"), "--out", str(tmp_path / "cut"), "--json"]
+    assert cli.main(asked) == 0
+    assert [Path(made["out"]).name for made in last_json(capsys.readouterr().out)["files"]] == [
+        "one.safetensors",
+        "two.safetensors",
+    ]
+    assert load_file(tmp_path / "cut" / "one.safetensors").keys() == load_file(out).keys()
+    (tmp_path / "loras" / "three.safetensors").write_bytes(b"no such thing")
+    code, text, err = run(capsys, *asked)
+    assert code == 1 and "three.safetensors:" in err and last_json(text)["failed"] == 1
+    assert len(last_json(text)["files"]) == 2
+    assert cli.main(["lora", str(small), str(lora), str(lora), "--out", str(tmp_path / "cut")]) == 1
+    assert "is given twice" in capsys.readouterr().err
     assert cli.main(["fill", str(small), "--out", str(tmp_path / "filled")]) == 0
     filled = ecodiff.load(tmp_path / "filled")
     assert filled.unet.num_parameters() == tiny_sdxl.unet.num_parameters()
