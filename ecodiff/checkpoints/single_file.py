@@ -47,7 +47,6 @@ def is_single_file(source: str) -> bool:
     return source.endswith(".safetensors") and Path(source).is_file()
 
 
-@cache
 def header(source: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """(type, shape) of every tensor of a safetensors file, by name; nothing else is read.
 
@@ -55,15 +54,21 @@ def header(source: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         CheckpointError: it is none.
     """
     try:
-        with open(source, "rb") as file:  # noqa: PTH123
-            (size,) = struct.unpack("<Q", file.read(8))
-            if size > MAX_HEADER:
-                raise ValueError("its header is too large")
-            found = json.loads(file.read(size))
-        found.pop("__metadata__", None)
-        return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in found.items()}
+        return _header(source, Path(source).stat().st_mtime_ns)
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{source} is not a checkpoint in safetensors: {error}") from None
+
+
+@cache
+def _header(source: str, changed: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """That of a file as it was at a time."""
+    with open(source, "rb") as file:  # noqa: PTH123
+        (size,) = struct.unpack("<Q", file.read(8))
+        if size > MAX_HEADER:
+            raise ValueError("its header is too large")
+        found = json.loads(file.read(size))
+    found.pop("__metadata__", None)
+    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in found.items()}
 
 
 def base_of(source: str) -> str:

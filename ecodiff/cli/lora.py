@@ -67,7 +67,5 @@ def found(given: Sequence[str]) -> list[Path]:
         raise EcodiffError(f"There is no .safetensors file in {', '.join(given)}.")
     names = [path.name for path in files]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise EcodiffError(
-            f"{', '.join(twice)} is given twice; results are named as their files."
-        )
+        raise EcodiffError(f"{', '.join(twice)} is given twice; results are named as their files.")
     return files
