@@ -110,7 +110,10 @@ def _int8(pipe: DiffusionPipeline) -> DiffusionPipeline:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     made, denoiser = copy.copy(pipe), copy.deepcopy(denoiser_of(pipe))
-    quantize_(denoiser, Int8WeightOnlyConfig())
+    # torchao fails on layers that lost all their units.
+    quantize_(
+        denoiser, Int8WeightOnlyConfig(), lambda m, _: isinstance(m, nn.Linear) and m.weight.numel() > 0
+    )
     made.register_modules(**{denoiser_name(pipe): denoiser})
     return made
 

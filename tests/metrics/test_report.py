@@ -58,6 +58,14 @@ def test_the_card_of_a_pruned_model(tmp_path, capsys):
         report(dense, small, [])
 
 
+def test_layers_that_lost_all_their_units_are_no_obstacle():
+    dense = ecodiff.load("emoji-turbo")
+    small = ecodiff.variant(dense, some_plan(dense))  # some are emptied
+    assert any(p.numel() == 0 for p in small.unet.parameters())
+    found = report(dense, small, ["cat"], steps=1)["models"]
+    assert {"pruned, int8", "pruned, fp8"} <= set(found)
+
+
 def test_a_section_has_one_place_in_a_card():
     card = into_card("# Title\n\nWords.\n", f"{BEGIN}\none\n{END}\n")
     assert card == f"# Title\n\nWords.\n\n{BEGIN}\none\n{END}\n"
