@@ -58,7 +58,9 @@ def search(words: str, token: str | bool | None = None) -> list[dict]:
         asked = {"search": words, "filter": "diffusers", "sort": "downloads", "limit": _ASKED}
         found = list(api.list_models(**asked, expand=["config", "downloads", "gated", "tags"]))
     except (HfHubHTTPError, *NETWORK_ERRORS, OSError, ValueError) as error:
-        raise CheckpointError(_words(error, "its models", "search")) from None
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        why = f"it answered {status}" if status else "there is no connection to it"
+        raise CheckpointError(f"The Hub was not searched: {why}.") from None
     rows = []
     for model in found:
         name = str(((model.config or {}).get("diffusers") or {}).get("_class_name"))
