@@ -37,6 +37,12 @@ NETWORK_ERRORS = tuple(import_module(name).HTTPError for name in ("httpx", "http
 PROBE_SECONDS = 5
 _HUB_ID = re.compile(r"[^/.~][^/]*/[^/]+")
 _FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".zip", ".json")
+_NO_MODEL = "no model. Give a .safetensors file, a diffusers folder or a Hub id."
+_PICKLE = "a pickle, which may run code when it is opened. Give the model as .safetensors."
+_OTHER_FILES = dict.fromkeys((".ckpt", ".pt", ".pth", ".bin"), _PICKLE) | {
+    ".gguf": "quantised (GGUF). Give the full-precision model; what is pruned can be quantised afterwards.",
+    ".zip": "a zip. Unpack it and give the folder; a plan in it is imported in the Library, or by `import`.",
+}
 _WORDS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -143,6 +149,8 @@ def model_index(source: str) -> dict:
             raise CheckpointError(
                 f"{source} has no model_index.json, so it is not a diffusers pipeline folder."
             )
+    elif os.path.isfile(source):
+        raise CheckpointError(f"{source} is {_OTHER_FILES.get(Path(source).suffix, _NO_MODEL)}")
     elif (
         Path(source).suffix in _FILES
         or os.path.isabs(source)

@@ -226,6 +226,21 @@ def test_settings_of_a_hub_model_come_from_its_own_files(tmp_path, monkeypatch):
     assert catalog.find("ByteDance/SDXL-Lightning-8step").steps == 8
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.gguf", "quantised"),
+        ("model.ckpt", "pickle"),
+        ("model.zip", "a zip"),
+        ("notes.txt", "no model"),
+    ],
+)
+def test_files_of_other_kinds_are_called_what_they_are(name, words, tmp_path):
+    (tmp_path / name).write_bytes(b"anything")
+    with pytest.raises(CheckpointError, match=words):
+        ecodiff.load(tmp_path / name)
+
+
 def test_a_file_that_is_none(tmp_path):
     (tmp_path / "noise.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(CheckpointError, match="not a checkpoint"):
