@@ -162,15 +162,16 @@ def find(name: "str | Path | Model") -> Model:
 # Of a model that nothing is known of.
 CAUTIOUS: dict[str, Any] = {"steps": 30, "guidance_scale": 5.0, "learn_steps": 12}
 # What distilled models are called, as far as they say so.
-_FEW = re.compile(r"turbo|lightning|hyper|schnell|lcm|dmd2?|sprint|\dsteps?", re.IGNORECASE)
+_STEPS = r"(?<!\d)([1-9])[-_ ]?steps?(?![a-z])"
+_FEW = re.compile(rf"(?:turbo|lightning|hyper|schnell|lcm|dmd2?|sprint)(?![a-z])|{_STEPS}", re.IGNORECASE)
 
 
 def few_steps(name: str) -> dict:
     """Steps and guidance of a model that is called like a distilled one; {} of any other."""
-    last = re.sub(r"(\d)[-_ ]step", r"\1step", name.rpartition("/")[2])
+    last = name.rpartition("/")[2]
     if not _FEW.search(last):
         return {}
-    told = re.search(r"(\d)step", last, re.IGNORECASE)
+    told = re.search(_STEPS, last, re.IGNORECASE)
     steps = int(told[1]) if told else 4
     return {"steps": steps, "guidance_scale": 0.0, "learn_steps": steps}
 

@@ -137,8 +137,9 @@ class DrawImages:
                     if self.timed and place == len(self.plans):
                         call = prompt_rows([prompt], [0], seed, call_options(pipes[0], **self.options))
                         sample = replace(sample, speedup=speedup(pipes[0], pipes[-1], call))
+                if place == len(self.plans):
+                    server().timings.note(self.model, draw=(time.monotonic() - started) / len(pipes))
                 yield sample
-            server().timings.note(self.model, draw=(time.monotonic() - started) / len(pipes))
 
     def _pipes(self, prompt: str, seed: int) -> list[DiffusionPipeline]:
         """The dense one and a variant a plan, warm."""

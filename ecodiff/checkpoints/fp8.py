@@ -1,6 +1,5 @@
 """Export with the denoiser's weights in float8, for diffusers' layerwise casting: half of 16 bits."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from .export import format
 from .saving import cast, save
 
 NOTE = """
-The denoiser's weights are stored in float8 (e4m3), except norms and embeddings. Opened as above they are cast
-up; to keep them in 8 bits, and cast layer by layer while drawing:
+The denoiser's weights are stored in float8 (e4m3), as diffusers' layerwise casting stores them: norms and a
+few others stay as they are. Opened as above they are cast up; to keep them in 8 bits, and cast layer by layer
+while drawing:
 
 ```python
 pipe.{name}.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
@@ -36,8 +36,6 @@ def save_fp8(
     other = dtype if dtype and dtype.itemsize == 2 else torch.bfloat16
     name = denoiser_name(pipe)
     card = card or model_card(pipe)
-    small: Any = cast(pipe, other)
-    denoiser: Any = copy.deepcopy(denoiser_of(small))
-    denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=other)
-    small.register_modules(**{name: denoiser})
+    small: Any = cast(pipe, other)  # a copy
+    denoiser_of(small).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=other)
     return save(small, out, None, card.rstrip() + "\n" + NOTE.format(name=name))

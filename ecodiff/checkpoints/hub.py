@@ -72,6 +72,28 @@ def search(words: str, token: str | bool | None = None) -> list[dict]:
     return rows[:FOUND]
 
 
+def find_models(words: str, token: str | bool | None = None, hub_too: bool = True) -> dict:
+    """Models that match words, of the catalogue and of the Hub.
+
+    Returns:
+        {"catalogue": [{"name", "title", "id", "licence"}], "hub": [what `search` returns], "error": why the
+        Hub was not searched, or ""}; best matches and most downloads first
+    """
+    known = catalog.search(words)
+    found: dict = {"error": "", "hub": []}
+    found["catalogue"] = [
+        {"name": m.name, "title": m.title, "id": "" if m.embedded else m.source, "licence": m.licence}
+        for m in known
+    ]
+    if hub_too and words.strip():
+        try:
+            sources = {model.source for model in known}
+            found["hub"] = [row for row in search(words.strip()[:96], token) if row["id"] not in sources]
+        except CheckpointError as error:
+            found["error"] = str(error)
+    return found
+
+
 @cache
 def prunable(pipeline: str) -> bool:
     """True if a class of pipelines draws from prompts alone with a denoiser that the suite has pruned."""

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -242,9 +241,15 @@ def empty_denoiser(model: str | catalog.Model) -> nn.Module:
 
 def _fetch_settings(source: str) -> None:
     """Bring into the Hub's cache what `catalog.find` reads of a repository: how it draws, and its licence."""
-    for file in ("scheduler/scheduler_config.json", "README.md") if not os.path.isdir(source) else ():
-        with suppress(HfHubHTTPError, OSError, ValueError, *NETWORK_ERRORS):
-            hf_hub_download(source, file)
+    for file in () if os.path.isdir(source) else ("scheduler/scheduler_config.json", "README.md"):
+        if try_to_load_from_cache(source, file) is not None:
+            continue
+        try:
+            hf_hub_download(source, file, etag_timeout=PROBE_SECONDS)
+        except (LocalEntryNotFoundError, *NETWORK_ERRORS):
+            return  # the Hub cannot be reached: it is asked once
+        except (HfHubHTTPError, OSError, ValueError):
+            continue  # it is not there, or not for everybody
 
 
 def classes(model: str | catalog.Model) -> tuple[Any, str]:

@@ -5,7 +5,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -22,8 +22,12 @@ from .card import model_card
 
 
 def folder_bytes(folder: str | Path) -> int:
-    """Size of all files in a folder, in bytes."""
-    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+    """Size of all files in a folder, in bytes; of one that is written to, as it is found."""
+    total = 0
+    for file in Path(folder).rglob("*"):
+        with suppress(FileNotFoundError):  # a partial file that was moved to its place meanwhile
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def save(

@@ -103,7 +103,8 @@ def _tie_head(part: nn.Module, unread: Callable[[], bool]) -> None:
 def _stacks(part: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     """Stacks of layers whose number a config of their owner says, by path."""
     for path, module in list(part.named_modules()):
-        if isinstance(module, nn.ModuleList) and len(module) and list(_counted(part, path, len(module))):
+        there = isinstance(module, nn.ModuleList) and any(other is module for other in part.modules())
+        if there and len(module) and list(_counted(part, path, len(module))):  # it may be cut off by now
             yield path, module
 
 

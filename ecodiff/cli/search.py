@@ -14,21 +14,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Catalogue first, then the Hub by downloads."""
-    from .. import catalog
-    from ..checkpoints import hub
-    from ..errors import EcodiffError
+    from ..checkpoints.hub import find_models
 
-    words = " ".join(options.words)
-    known, error = catalog.search(words), ""
-    try:
-        found = [row for row in hub.search(words) if row["id"] not in {model.source for model in known}]
-    except EcodiffError as failed:
-        found, error = [], str(failed)
-    rows = [(model.name, model.title) for model in known]
-    for row in found:
+    found = find_models(" ".join(options.words))
+    rows = [(model["name"], model["title"]) for model in found["catalogue"]]
+    for row in found["hub"]:
         gated = f", gated: accept its licence on {row['url']}" if row["gated"] else ""
         rows.append((row["id"], f"{row['downloads']:,} downloads, {row['licence']}{gated}"))
-    rows += [("the Hub", error)] if error else []
-    result = {"catalogue": [model.name for model in known], "hub": found, "error": error}
-    report(options, rows or [("nothing", "no model that ecodiff can prune matches these words")], result)
+    rows += [("the Hub", found["error"])] if found["error"] else []
+    report(options, rows or [("nothing", "no model that ecodiff can prune matches these words")], found)
     return 0

@@ -222,9 +222,8 @@ def slice_like_(model: nn.Module, pruned: nn.Module) -> nn.Module:
             f"This {type(model).__name__} has none of the layers that the {type(pruned).__name__} lost units "
             "in. Make it of the dense model that was pruned."
         )
-    part = PrunePlan(common, plan.metadata)
-    part.bases.update({name: basis for name, basis in plan.bases.items() if name in common})
-    slice_(model, part)
+    bases = {name: basis for name, basis in plan.bases.items() if name in common}
+    slice_(model, PrunePlan(common, plan.metadata, bases))
     own = model.state_dict()
     shared = {n: w for n, w in pruned.state_dict().items() if n in own and own[n].shape == w.shape}
     model.load_state_dict(shared, strict=False)

@@ -236,7 +236,8 @@ def test_search_finds_what_can_be_pruned(command, stand_in):
     code, said = command("search", "sdxl", "--json")
     assert code == 0 and "1,234 downloads, mit" in said and "gated: accept its licence on" in said
     found = json.loads(said.splitlines()[-1])
-    assert found["catalogue"][:2] == ["sdxl", "sdxl-turbo"] and "emoji-sdxl" in found["catalogue"]
+    names = [model["name"] for model in found["catalogue"]]
+    assert names[:2] == ["sdxl", "sdxl-turbo"] and "emoji-sdxl" in names
     assert [row["id"] for row in found["hub"]] == ["ann/sdxl-lightning", "bob/sdxl-gated", "bob/sdxl-video"]
     assert [row["gated"] for row in found["hub"]] == [False, True, False]
     assert command("search", "no", "such", "thing")[1].startswith("  nothing")

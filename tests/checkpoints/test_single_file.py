@@ -224,6 +224,9 @@ def test_settings_of_a_hub_model_come_from_its_own_files(tmp_path, monkeypatch):
     assert (known.source, known.steps, known.guidance_scale) == ("ann/mine", 4, 0.0)
     assert catalog.find("bob/other").steps == 30
     assert catalog.find("ByteDance/SDXL-Lightning-8step").steps == 8
+    assert catalog.find("ann/sdxl_4_steps").steps == 4 and catalog.find("ann/Hyper-SD").steps == 4
+    for plain in ("ann/hyperrealism-xl", "ann/checkpoint-1500steps", "ann/lcmnot"):
+        assert catalog.find(plain).steps == 30, plain
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def status(run: str) -> dict:
         "drawing": True while pictures of the finished run are drawn,
         "size": the one ratio of a run made of a plan, or None where any can be cut,
         "stage", "step", "steps", "share": of the one step of a ranking method, or None, "ahead",
-        "seconds_left": of all stages, from what they took before, or None, "bytes": of its files,
+        "seconds_left": of all stages, from what they took before, or None,
         "error", "memory", "history": one dict a step}; stage is queued,
         loading, learning, calibrating, finished, stopped, failed, or interrupted (nothing works on it: the
         server was restarted or, on ZeroGPU, `learn` is to be called).
@@ -148,7 +148,6 @@ def status(run: str) -> dict:
         "share": _share(job) if job else None,
         "ahead": server().worker.ahead(job) if job else 0,
         "seconds_left": _seconds_left(job) if job else None,
-        "bytes": folder_bytes(opened.folder),
         "error": opened.error,
         "memory": opened.memory,
         "history": state.history if state else [],
@@ -193,6 +192,11 @@ def _stage(run: Run, step: int) -> str:
     if run.error:
         return "failed"
     return "stopped" if run.stop_requested else "interrupted"
+
+
+def disk_bytes(run: str) -> int:
+    """Size of a run's files. Not in `status`, which is asked again and again."""
+    return folder_bytes(server().store.open(run).folder)
 
 
 def fail(run: str, message: str) -> dict:

@@ -12,7 +12,7 @@ from ...architectures import find_groups, unrecognised
 from ...checkpoints import hub, loading
 from ...checkpoints.formats import FORMATS
 from ...config import LearnConfig
-from ...errors import BudgetError, EcodiffError, ModelNotFoundError
+from ...errors import BudgetError, ModelNotFoundError
 from ...learning.footprint import Footprint, fits, footprint
 from ...learning.methods import METHODS, measured_best
 from ...pruning.scores import Scores
@@ -50,19 +50,7 @@ def find_models(words: str, hub_too: bool = True) -> dict:
         {"catalogue": [{"name", "title", "id", "licence"}], "hub": [what `hub.search` returns],
         "error": why the Hub was not searched, or ""}; best matches and most downloads first
     """
-    known = catalog.search(words)
-    found: dict = {"error": "", "hub": []}
-    found["catalogue"] = [
-        {"name": m.name, "title": m.title, "id": "" if m.embedded else m.source, "licence": m.licence}
-        for m in known
-    ]
-    if hub_too and words.strip():
-        try:
-            sources = {model.source for model in known}
-            found["hub"] = [row for row in hub.search(words.strip()[:96], False) if row["id"] not in sources]
-        except EcodiffError as error:
-            found["error"] = str(error)
-    return found
+    return hub.find_models(words, False, hub_too)
 
 
 @cache

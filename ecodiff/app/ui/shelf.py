@@ -23,12 +23,20 @@ def listing(runs: list[str] | None) -> list[dict]:
     """What the rows show of each run."""
     found = []
     for status in mine(runs or []):
-        picked = {name: status[name] for name in ("run", "created", "bytes", "stage", "step")}
+        picked = {name: status[name] for name in ("run", "created", "stage", "step")}
         try:
-            image = service.picture(status["run"])
+            image, size = service.picture(status["run"]), service.disk_bytes(status["run"])
         except EcodiffError:  # deleted meanwhile, elsewhere
             continue
-        found.append(picked | {"name": label(status), "html": card(status, image), "words": words(status)})
+        found.append(
+            picked
+            | {
+                "name": label(status),
+                "html": card(status, image, size),
+                "words": words(status),
+                "bytes": size,
+            }
+        )
     return found
 
 
@@ -44,10 +52,10 @@ def matching(found: list[dict], asked: str, order: str) -> list[dict]:
     return sorted(rows, key=ORDERS[order])
 
 
-def card(status: dict, image: str) -> str:
+def card(status: dict, image: str, size: int) -> str:
     """A run's picture, name, state and size."""
     learned = status["preset"] != "imported"
-    facts = [status["model"], when(status["created"]), service.megabytes(status["bytes"])]
+    facts = [status["model"], when(status["created"]), service.megabytes(size)]
     if learned:
         facts[1:1] = [status["preset"], f"for −{status['ratio']:.0%}"]
     if status["expires"]:
