@@ -119,6 +119,11 @@ class LearnConfig(Sampling):
                 "Modulation rows and modulation directions are the same parameters: choose one."
             )
 
+        if "value_directions" in self.kinds and ("heads" not in self.kinds or not self.method):
+            raise BudgetError(
+                "Directions inside heads are ranked together with heads, and by a scoring method (surgeon)."
+            )
+
     @classmethod
     def preset(cls, name: str, **changes) -> "LearnConfig":
         """One of "fast", "balanced", "paper", "ecodiff", with some fields changed.

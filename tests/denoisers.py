@@ -62,7 +62,7 @@ ROWS: dict[str, Row] = {
         | {"num_layers": 2, "cross_attention_dim": 32, "sample_size": 8, "caption_channels": 16}
         | {"use_additional_conditions": False},
         lambda: latent_and_text(16, added_cond_kwargs={"resolution": None, "aspect_ratio": None}),
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
     ),
     "DiT": Row(
         "DiTTransformer2DModel",
@@ -72,7 +72,7 @@ ROWS: dict[str, Row] = {
             "timestep": torch.tensor([3, 500]),
             "class_labels": torch.tensor([1, 2]),
         },
-        {"heads", "ffn", "modulation", "modulation_directions"},
+        {"heads", "ffn", "modulation", "modulation_directions", "value_directions"},
     ),
     "Sana": Row(
         "SanaTransformer2DModel",
@@ -80,7 +80,8 @@ ROWS: dict[str, Row] = {
         | {"num_layers": 2, "in_channels": 4, "out_channels": 4, "caption_channels": 16, "sample_size": 8}
         | {"num_cross_attention_heads": 2, "cross_attention_head_dim": 16, "cross_attention_dim": 32},
         lambda: latent_and_text(16),
-        {"heads", "conv_ffn"},
+        {"heads", "conv_ffn", "value_directions"},
+        (1e-6, "its linear attention is float32"),
     ),
     "AuraFlow": Row(
         "AuraFlowTransformer2DModel",
@@ -88,7 +89,7 @@ ROWS: dict[str, Row] = {
         | {"num_mmdit_layers": 1, "num_single_dit_layers": 2, "joint_attention_dim": 16, "sample_size": 8}
         | {"caption_projection_dim": 32, "pos_embed_max_size": 16},
         lambda: latent_and_text(16),
-        {"heads", "ffn", "modulation", "modulation_directions"},
+        {"heads", "ffn", "modulation", "modulation_directions", "value_directions"},
     ),
     "Z-Image": Row(
         "ZImageTransformer2DModel",
@@ -99,7 +100,7 @@ ROWS: dict[str, Row] = {
             "t": torch.tensor([0.5]).double(),
             "cap_feats": [draw(5, 16)],
         },
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
         ROPE,
     ),
     "CogView4": Row(
@@ -111,7 +112,7 @@ ROWS: dict[str, Row] = {
             16,
             **{name: torch.ones(2, 2).double() for name in ("original_size", "target_size", "crop_coords")},
         ),
-        {"heads", "ffn", "modulation"},
+        {"heads", "ffn", "modulation", "value_directions"},
     ),
     "Lumina 2 (grouped queries)": Row(
         "Lumina2Transformer2DModel",
@@ -119,7 +120,7 @@ ROWS: dict[str, Row] = {
         | {"num_kv_heads": 2, "multiple_of": 8, "in_channels": 4, "cap_feat_dim": 16, "sample_size": 8}
         | {"axes_dim_rope": (4, 2, 2), "axes_lens": (16, 16, 16)},
         lambda: latent_and_text(16, encoder_attention_mask=torch.ones(2, 5, dtype=torch.bool)),
-        {"heads", "ffn", "modulation_directions"},
+        {"heads", "ffn", "modulation_directions", "value_directions"},
         ROPE,
     ),
     "Chroma": Row(
@@ -128,7 +129,7 @@ ROWS: dict[str, Row] = {
         | {"num_layers": 1, "num_single_layers": 2, "in_channels": 16, "joint_attention_dim": 16}
         | {"axes_dims_rope": (2, 2, 4), "approximator_hidden_dim": 16, "approximator_layers": 1},
         lambda: tokens_and_text(16, 16, 3),
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
     ),
     "FLUX.2 (fused)": Row(
         "Flux2Transformer2DModel",
@@ -136,7 +137,7 @@ ROWS: dict[str, Row] = {
         | {"num_layers": 1, "num_single_layers": 2, "in_channels": 16, "joint_attention_dim": 16}
         | {"timestep_guidance_channels": 16, "axes_dims_rope": (2, 2, 2, 2)},
         lambda: tokens_and_text(16, 16, 4, guidance=torch.tensor([1.0, 4.0]).double()),
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
     ),
     "Qwen-Image": Row(
         "QwenImageTransformer2DModel",
@@ -150,7 +151,7 @@ ROWS: dict[str, Row] = {
             "timestep": torch.tensor([0.1, 0.9]).double(),
             "img_shapes": [[(1, 4, 4)]] * 2,
         },
-        {"heads", "ffn", "modulation", "modulation_directions"},
+        {"heads", "ffn", "modulation", "modulation_directions", "value_directions"},
         ROPE,
         idle=("blocks.1.txt_mlp",),
     ),
@@ -161,7 +162,7 @@ ROWS: dict[str, Row] = {
         | {"caption_projection_dim": 32, "pooled_projection_dim": 16, "pos_embed_max_size": 8}
         | {"dual_attention_layers": (0,), "qk_norm": "rms_norm"},
         lambda: latent_and_text(16, pooled_projections=draw(2, 16)),
-        {"heads", "ffn", "modulation", "modulation_directions"},
+        {"heads", "ffn", "modulation", "modulation_directions", "value_directions"},
     ),
     "Wan 2.1": Row(
         "WanTransformer3DModel",
@@ -171,7 +172,7 @@ ROWS: dict[str, Row] = {
             "timestep": torch.tensor([500]),
             "encoder_hidden_states": draw(1, 5, 16),
         },
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
         ACROSS,
     ),
     "Wan 2.1, image to video": Row(
@@ -183,7 +184,7 @@ ROWS: dict[str, Row] = {
             "encoder_hidden_states": draw(1, 512, 16),
             "encoder_hidden_states_image": draw(1, 6, 16),
         },
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
         ACROSS,
     ),
     "Sana 1.5": Row(
@@ -193,7 +194,7 @@ ROWS: dict[str, Row] = {
         | {"num_cross_attention_heads": 2, "cross_attention_head_dim": 16, "cross_attention_dim": 32}
         | {"qk_norm": "rms_norm_across_heads"},
         lambda: latent_and_text(16),
-        {"heads", "conv_ffn"},
+        {"heads", "conv_ffn", "value_directions"},
         ACROSS,
     ),
     "LTX-Video": Row(
@@ -210,7 +211,7 @@ ROWS: dict[str, Row] = {
             "height": 2,
             "width": 2,
         },
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
         ACROSS,
     ),
     "Mochi": Row(
@@ -224,7 +225,7 @@ ROWS: dict[str, Row] = {
             "timestep": torch.tensor([500]),
             "encoder_attention_mask": torch.ones(1, 5, dtype=torch.bool),
         },
-        {"heads", "ffn", "modulation_directions"},
+        {"heads", "ffn", "modulation_directions", "value_directions"},
     ),
     "HiDream-I1 (experts)": Row(
         "HiDreamImageTransformer2DModel",
@@ -239,7 +240,7 @@ ROWS: dict[str, Row] = {
             "encoder_hidden_states_llama3": draw(2, 2, 5, 16),
             "pooled_embeds": draw(2, 16),
         },
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
         ACROSS,
     ),
     "Kandinsky 5": Row(
@@ -255,7 +256,7 @@ ROWS: dict[str, Row] = {
             "visual_rope_pos": [torch.arange(1), torch.arange(4), torch.arange(4)],
             "text_rope_pos": torch.arange(5),
         },
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
         BFLOAT16,
         torch.float32,
     ),
@@ -309,7 +310,7 @@ ROWS: dict[str, Row] = {
             "img_shapes": [[(1, 4, 4)]],
             "img_mask": torch.tensor([5 * [False] + 4 * [True]]),
         },
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
         ROPE,
     ),
     "HunyuanVideo": Row(
@@ -326,7 +327,7 @@ ROWS: dict[str, Row] = {
             "pooled_projections": draw(1, 16),
             "guidance": torch.tensor([6.0]).double(),
         },
-        {"heads", "ffn", "modulation", "modulation_directions"},
+        {"heads", "ffn", "modulation", "modulation_directions", "value_directions"},
     ),
     "HunyuanImage 2.1": Row(
         "HunyuanImageTransformer2DModel",
@@ -339,7 +340,7 @@ ROWS: dict[str, Row] = {
             "encoder_hidden_states": draw(1, 5, 16),
             "encoder_attention_mask": torch.ones(1, 5, dtype=torch.long),
         },
-        {"heads", "ffn", "modulation", "modulation_directions"},
+        {"heads", "ffn", "modulation", "modulation_directions", "value_directions"},
     ),
     "CogVideoX": Row(
         "CogVideoXTransformer3DModel",
@@ -351,7 +352,7 @@ ROWS: dict[str, Row] = {
             "encoder_hidden_states": draw(1, 5, 16),
             "timestep": torch.tensor([500]),
         },
-        {"heads", "ffn", "modulation_directions"},
+        {"heads", "ffn", "modulation_directions", "value_directions"},
     ),
     "Ovis-Image (gated single blocks)": Row(
         "OvisImageTransformer2DModel",
@@ -359,7 +360,7 @@ ROWS: dict[str, Row] = {
         | {"in_channels": 16, "out_channels": 16, "num_layers": 1, "num_single_layers": 2}
         | {"joint_attention_dim": 16, "axes_dims_rope": (2, 2, 4)},
         lambda: tokens_and_text(16, 16, 3),
-        {"heads", "ffn", "modulation", "modulation_directions"},
+        {"heads", "ffn", "modulation", "modulation_directions", "value_directions"},
     ),
     "FLUX.3": Row(
         "Flux3Transformer2DModel",
@@ -367,7 +368,7 @@ ROWS: dict[str, Row] = {
         | {"in_channels": 16, "cond_in_channels": 16, "num_layers": 1, "num_single_layers": 2}
         | {"joint_attention_dim": 16, "timestep_channels": 16, "axes_dims_rope": (2, 2, 2, 2)},
         lambda: tokens_and_text(16, 16, 4),
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
         idle=("mode_blocks.image_cond.0",),
     ),
     "ERNIE-Image": Row(
@@ -380,7 +381,7 @@ ROWS: dict[str, Row] = {
             "text_bth": draw(1, 5, 16),
             "text_lens": torch.tensor([5]),
         },
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
     ),
     "Ideogram 4": Row(
         "Ideogram4Transformer2DModel",
@@ -394,7 +395,7 @@ ROWS: dict[str, Row] = {
             "segment_ids": torch.zeros(1, 21, dtype=torch.long),
             "indicator": torch.tensor([[3] * 5 + [2] * 16]),
         },
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
     ),
     "HunyuanDiT": Row(
         "HunyuanDiT2DModel",
@@ -411,7 +412,7 @@ ROWS: dict[str, Row] = {
             "text_embedding_mask_t5": torch.ones(2, 4),
             "image_rotary_emb": (draw(16, 8), draw(16, 8)),
         },
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
     ),
     "DeepFloyd IF": Row(
         "UNet2DConditionModel",
@@ -425,7 +426,7 @@ ROWS: dict[str, Row] = {
             "timestep": torch.tensor([3, 500]),
             "encoder_hidden_states": draw(2, 5, 16),
         },
-        {"heads", "resnet"},
+        {"heads", "resnet", "value_directions"},
         SOFTMAX,
     ),
     "LongCat-Image": Row(
@@ -434,7 +435,7 @@ ROWS: dict[str, Row] = {
         | {"num_layers": 1, "num_single_layers": 2, "in_channels": 16, "joint_attention_dim": 16}
         | {"axes_dims_rope": [2, 2, 4]},
         lambda: tokens_and_text(16, 16, 3),
-        {"heads", "ffn", "modulation", "modulation_directions"},
+        {"heads", "ffn", "modulation", "modulation_directions", "value_directions"},
     ),
     "Bria 3.2": Row(
         "BriaTransformer2DModel",
@@ -442,7 +443,7 @@ ROWS: dict[str, Row] = {
         | {"num_layers": 1, "num_single_layers": 2, "in_channels": 16, "joint_attention_dim": 16}
         | {"axes_dims_rope": [2, 2, 4]},
         lambda: tokens_and_text(16, 16, 3),
-        {"heads", "ffn", "modulation", "modulation_directions"},
+        {"heads", "ffn", "modulation", "modulation_directions", "value_directions"},
     ),
     "Bria FIBO": Row(
         "BriaFiboTransformer2DModel",
@@ -450,7 +451,7 @@ ROWS: dict[str, Row] = {
         | {"num_layers": 1, "num_single_layers": 2, "in_channels": 16, "joint_attention_dim": 16}
         | {"axes_dims_rope": [2, 2, 4], "text_encoder_dim": 16},
         lambda: tokens_and_text(16, 16, 3, text_encoder_layers=[draw(2, 5, 16)] * 3),
-        {"heads", "ffn", "modulation", "modulation_directions"},
+        {"heads", "ffn", "modulation", "modulation_directions", "value_directions"},
     ),
     "Bria FIBO 2": Row(
         "BriaFibo2Transformer2DModel",
@@ -462,7 +463,7 @@ ROWS: dict[str, Row] = {
             {"hidden_states": draw(1, 4, 8, 8), "timestep": torch.tensor([0.5]).double()}
             | {"encoder_hidden_states": draw(1, 2, 8, 16)}
         ),
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
         ROPE,
     ),
     "CogView3+": Row(
@@ -473,7 +474,7 @@ ROWS: dict[str, Row] = {
         lambda: latent_and_text(
             16, **{n: torch.ones(2, 2).double() for n in ("original_size", "target_size", "crop_coords")}
         ),
-        {"heads", "ffn", "modulation", "modulation_directions"},
+        {"heads", "ffn", "modulation", "modulation_directions", "value_directions"},
     ),
     "GLM-Image": Row(
         "GlmImageTransformer2DModel",
@@ -486,7 +487,7 @@ ROWS: dict[str, Row] = {
             prior_token_drop=torch.zeros(2, dtype=torch.bool),
             **{n: torch.ones(2, 2).double() for n in ("target_size", "crop_coords")},
         ),
-        {"heads", "ffn", "modulation"},
+        {"heads", "ffn", "modulation", "value_directions"},
     ),
     "Lumina-Next": Row(
         "LuminaNextDiT2DModel",
@@ -515,7 +516,7 @@ ROWS: dict[str, Row] = {
             | {"encoder_hidden_states_mask": torch.ones(2, 5, dtype=torch.long)}
             | {"timestep": torch.tensor([0.1, 0.9]).double()}
         ),
-        {"heads", "ffn", "modulation", "modulation_directions"},
+        {"heads", "ffn", "modulation", "modulation_directions", "value_directions"},
         ROPE,
     ),
     "OmniGen": Row(
@@ -530,7 +531,7 @@ ROWS: dict[str, Row] = {
             | {"input_image_sizes": {}, "attention_mask": torch.ones(2, 22, 22).double()}
             | {"position_ids": torch.arange(22).repeat(2, 1)}
         ),
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
         ROPE,
     ),
     "Kandinsky 3": Row(
@@ -542,7 +543,7 @@ ROWS: dict[str, Row] = {
             {"sample": draw(2, 4, 16, 16), "timestep": torch.tensor([3.0, 500.0])}
             | {"encoder_hidden_states": draw(2, 5, 16), "encoder_attention_mask": torch.ones(2, 5)}
         ),
-        {"heads", "conv_ffn", "resnet"},
+        {"heads", "conv_ffn", "resnet", "value_directions"},
     ),
     "Stable Cascade": Row(
         "StableCascadeUNet",
@@ -553,7 +554,7 @@ ROWS: dict[str, Row] = {
             {"sample": draw(2, 4, 8, 8), "timestep_ratio": torch.tensor([0.1, 0.9]).double()}
             | {"clip_text_pooled": draw(2, 1, 16)}
         ),
-        {"heads"},
+        {"heads", "value_directions"},
     ),
     "DreamLite": Row(
         "DreamLiteUNetModel",
@@ -563,7 +564,7 @@ ROWS: dict[str, Row] = {
             {"sample": draw(2, 4, 8, 8), "timestep": torch.tensor([3, 500])}
             | {"encoder_hidden_states": draw(2, 5, 16)}
         ),
-        {"heads", "ffn", "resnet"},
+        {"heads", "ffn", "resnet", "value_directions"},
     ),
     "HunyuanVideo 1.5": Row(
         "HunyuanVideo15Transformer3DModel",
@@ -578,7 +579,7 @@ ROWS: dict[str, Row] = {
             | {"encoder_attention_mask_2": torch.ones(1, 5)}
             | {"image_embeds": torch.zeros(1, 3, 16).double()}
         ),
-        {"heads", "ffn", "modulation", "modulation_directions"},
+        {"heads", "ffn", "modulation", "modulation_directions", "value_directions"},
         idle=("blocks.1.ff_context",),
     ),
     "Motif-Video": Row(
@@ -590,7 +591,7 @@ ROWS: dict[str, Row] = {
             {"hidden_states": draw(1, 4, 1, 8, 8), "timestep": torch.tensor([500.0]).double()}
             | {"encoder_hidden_states": draw(1, 5, 16), "encoder_attention_mask": torch.ones(1, 5)}
         ),
-        {"heads", "ffn", "modulation", "modulation_directions"},
+        {"heads", "ffn", "modulation", "modulation_directions", "value_directions"},
         FLOAT32,
         torch.float32,
     ),
@@ -605,7 +606,7 @@ ROWS: dict[str, Row] = {
             | {"encoder_attention_mask": torch.ones(1, 1, 5)}
             | {"image_rotary_emb": (((draw(4, 2), draw(4, 2)),) * 3, (torch.arange(32)[None] % 4,) * 3)}
         ),
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
     ),
     "Latte": Row(
         "LatteTransformer3DModel",
@@ -618,7 +619,7 @@ ROWS: dict[str, Row] = {
             {"hidden_states": draw(1, 4, 2, 8, 8), "timestep": torch.tensor([500])}
             | {"encoder_hidden_states": draw(1, 5, 16)}
         ),
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
     ),
     "EasyAnimate": Row(
         "EasyAnimateTransformer3DModel",
@@ -629,7 +630,7 @@ ROWS: dict[str, Row] = {
             {"hidden_states": draw(1, 4, 2, 8, 8), "timestep": torch.tensor([500])}
             | {"encoder_hidden_states": draw(1, 5, 16)}
         ),
-        {"heads", "ffn", "modulation_directions"},
+        {"heads", "ffn", "modulation_directions", "value_directions"},
         idle=("blocks.1.txt_ff",),
     ),
     "ConsisID": Row(
@@ -642,7 +643,7 @@ ROWS: dict[str, Row] = {
             {"hidden_states": draw(1, 2, 4, 8, 8), "encoder_hidden_states": draw(1, 5, 16)}
             | {"timestep": torch.tensor([500])}
         ),
-        {"heads", "ffn", "modulation_directions"},
+        {"heads", "ffn", "modulation_directions", "value_directions"},
     ),
     "Cosmos": Row(
         "CosmosTransformer3DModel",
@@ -653,7 +654,7 @@ ROWS: dict[str, Row] = {
             {"hidden_states": draw(1, 4, 1, 8, 8), "timestep": torch.tensor([500])}
             | {"encoder_hidden_states": draw(1, 5, 16)}
         ),
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
     ),
     "Cosmos 2.5 (image context)": Row(
         "CosmosTransformer3DModel",
@@ -665,7 +666,7 @@ ROWS: dict[str, Row] = {
             {"hidden_states": draw(1, 4, 1, 8, 8), "timestep": torch.tensor([500])}
             | {"encoder_hidden_states": (draw(1, 5, 16), draw(1, 3, 16))}
         ),
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
     ),
     "Wan VACE": Row(
         "WanVACETransformer3DModel",
@@ -675,7 +676,7 @@ ROWS: dict[str, Row] = {
             | {"encoder_hidden_states": draw(1, 5, 16)}
             | {"control_hidden_states": draw(1, 8, 2, 8, 8)}
         ),
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
         ACROSS,
     ),
     "SkyReels V2": Row(
@@ -685,7 +686,7 @@ ROWS: dict[str, Row] = {
             {"hidden_states": draw(1, 4, 2, 8, 8), "timestep": torch.tensor([500])}
             | {"encoder_hidden_states": draw(1, 5, 16)}
         ),
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
         ACROSS,
     ),
     "ChronoEdit": Row(
@@ -696,7 +697,7 @@ ROWS: dict[str, Row] = {
             | {"encoder_hidden_states": draw(1, 512, 16)}
             | {"encoder_hidden_states_image": draw(1, 6, 16)}
         ),
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
         ACROSS,
     ),
     "Helios (scaled keys)": Row(
@@ -713,7 +714,7 @@ ROWS: dict[str, Row] = {
             | {"latents_history_mid": draw(1, 4, 2, 8, 8)}
             | {"latents_history_long": draw(1, 4, 4, 8, 8)}
         ),
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
         ACROSS,
     ),
     "AnyFlow": Row(
@@ -723,7 +724,7 @@ ROWS: dict[str, Row] = {
             {"hidden_states": draw(1, 2, 4, 8, 8), "timestep": torch.tensor([[500, 500]])}
             | {"r_timestep": torch.tensor([[400, 400]]), "encoder_hidden_states": draw(1, 5, 16)}
         ),
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
         ACROSS,
     ),
     "LTX-2 (gated heads, sound)": Row(
@@ -741,7 +742,7 @@ ROWS: dict[str, Row] = {
             | {"audio_encoder_attention_mask": torch.ones(1, 5), "num_frames": 2, "height": 2}
             | {"width": 2, "audio_num_frames": 6}
         ),
-        {"heads", "ffn", "modulation_directions"},
+        {"heads", "ffn", "modulation_directions", "value_directions"},
         ACROSS,
         idle=("blocks.1.video_to_audio_attn", "blocks.1.audio_ff"),
     ),
@@ -755,7 +756,7 @@ ROWS: dict[str, Row] = {
             | {"pooled_projections": draw(1, 16), "timestep": torch.tensor([500.0])}
             | {"visual_rope_pos": [torch.arange(1), torch.arange(4), torch.arange(4)]}
         ),
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
         BFLOAT16,
         torch.float32,
         idle=("audio", "va_cross", "av_cross"),
@@ -772,7 +773,7 @@ ROWS: dict[str, Row] = {
             {"sample": draw(1, 2, 4, 8, 8), "timestep": torch.tensor([500])}
             | {"encoder_hidden_states": draw(1, 1, 16), "added_time_ids": draw(1, 3)}
         ),
-        {"heads", "ffn", "resnet"},
+        {"heads", "ffn", "resnet", "value_directions"},
     ),
     "AnimateDiff": Row(
         "UNetMotionModel",
@@ -784,7 +785,7 @@ ROWS: dict[str, Row] = {
             {"sample": draw(1, 4, 2, 8, 8), "timestep": torch.tensor([500])}
             | {"encoder_hidden_states": draw(2, 5, 16)}
         ),
-        {"heads", "ffn", "resnet"},
+        {"heads", "ffn", "resnet", "value_directions"},
     ),
     "ModelScope (3-D UNet)": Row(
         "UNet3DConditionModel",
@@ -796,7 +797,7 @@ ROWS: dict[str, Row] = {
             {"sample": draw(1, 4, 2, 8, 8), "timestep": torch.tensor([500])}
             | {"encoder_hidden_states": draw(1, 5, 16)}
         ),
-        {"heads", "ffn", "resnet"},
+        {"heads", "ffn", "resnet", "value_directions"},
     ),
     "Sana Video": Row(
         "SanaVideoTransformer3DModel",
@@ -808,7 +809,7 @@ ROWS: dict[str, Row] = {
             {"hidden_states": draw(1, 4, 2, 8, 8), "encoder_hidden_states": draw(1, 5, 16)}
             | {"timestep": torch.tensor([500])}
         ),
-        {"heads", "conv_ffn"},
+        {"heads", "conv_ffn", "value_directions"},
         ACROSS,
     ),
     "HunyuanVideo Framepack": Row(
@@ -830,7 +831,7 @@ ROWS: dict[str, Row] = {
             | {"indices_latents_history_4x": torch.arange(4)}
             | {"guidance": torch.tensor([6.0]).double()}
         ),
-        {"heads", "ffn", "modulation", "modulation_directions"},
+        {"heads", "ffn", "modulation", "modulation_directions", "value_directions"},
     ),
     "Wan Animate": Row(
         "WanAnimateTransformer3DModel",
@@ -847,7 +848,7 @@ ROWS: dict[str, Row] = {
             | {"pose_hidden_states": draw(1, 4, 2, 8, 8)}
             | {"face_pixel_values": draw(1, 3, 9, 16, 16)}
         ),
-        {"heads", "ffn"},
+        {"heads", "ffn", "value_directions"},
         ACROSS,
     ),
 }

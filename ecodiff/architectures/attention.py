@@ -21,6 +21,8 @@ KEYS_AND_VALUES = (
 
 STACKED = {"img_qkv_proj": 3, "txt_kv_proj": 2, "img_attn_qkv": 3, "txt_attn_qkv": 3}  # PRX, JoyImage
 
+VALUES = ("to_v", "add_v_proj", "to_v_t", "to_value", "v_img")
+
 OUTPUTS = ("to_out", "to_add_out", "to_out_t", "out_layer", "img_attn_proj", "txt_attn_proj")
 
 QUERY_NORMS = ("norm_q", "norm_added_q", "q_norm", "q_rms_norm", "q_rms_norm_t")
@@ -38,7 +40,8 @@ def attention(path: str, module: Layer) -> Iterator[PruneGroup]:
     """Heads of an attention with output Linears of its own."""
     outputs = linears(module, OUTPUTS)
     if outputs and not _processor(module).startswith("LuminaAttn"):  # two share one: summed_attentions
-        yield from _heads(path, module, [f"{path}.{name}" for name in outputs], min(outputs.values()))
+        consumers = [f"{path}.{name}" for name in outputs]
+        yield from _with_values(module, _heads(path, module, consumers, min(outputs.values())))
 
 
 def linears(module: Layer, names: Iterable[str]) -> dict[str, int]:
@@ -53,10 +56,38 @@ def linears(module: Layer, names: Iterable[str]) -> dict[str, int]:
     return found
 
 
+def _with_values(module: Layer, heads: Iterable[PruneGroup]) -> Iterator[PruneGroup]:
+    """The heads of an attention, and the directions of what each of them gives.
+
+    Attention is linear in its values, and no norm or rotation touches them: it gives the same in any basis
+    of a head's values that the columns which read them are turned back from. A direction that is gone is a
+    row of the value Linears and a column of the output Linears; what is between sees a zero in its place
+    (`ecodiff_sliced_v1.Through`).
+    """
+    for group in heads:
+        yield group
+        producers = [slot for slot in group.producers if slot.module.rpartition(".")[2] in VALUES]
+        if not producers or isinstance(getattr(module, "to_gate", None), nn.Linear):  # by feature
+            continue
+        width = producers[0].index.shape[1]
+        shared = group.consumers[0].index.view(group.size, -1, width).transpose(1, 2).flatten(0, 1)
+        yield PruneGroup(
+            name=f"{group.name}.values",
+            kind="value_directions",
+            size=group.size * width,
+            consumers=tuple(Slot(slot.module, "in", shared) for slot in group.consumers),
+            producers=tuple(Slot(slot.module, "out", units(group.size * width)) for slot in producers),
+            inside=group.name,
+            width=width,
+        )
+
+
 def _heads(path: str, module: Layer, consumers: list[str], width: int) -> Iterator[PruneGroup]:
     """Heads of an attention whose output is the first `width` columns that `consumers` read."""
     heads = next((getattr(module, name) for name in HEAD_COUNTS if hasattr(module, name)), 0)
     if not isinstance(heads, int) or heads < 1 or width % heads or _fused(module):
+        return
+    if hasattr(module, "partly"):  # cut inside its heads, each to a width of its own
         return
     if _processor(module).startswith(NOT_HEADS):
         return
@@ -192,11 +223,11 @@ def single_stream(path: str, module: Layer) -> Iterator[PruneGroup]:
     attn, mlp, out = (getattr(module, name, None) for name in ("attn", "proj_mlp", "proj_out"))
     if attn is None or not isinstance(mlp, nn.Linear) or not isinstance(out, nn.Linear):
         return
-    inner = getattr(getattr(attn, "to_q", None), "out_features", 0)
+    inner = getattr(getattr(attn, "to_v" if hasattr(attn, "partly") else "to_q", None), "out_features", 0)
     hidden = out.in_features - inner
     if not inner or mlp.out_features not in (hidden, 2 * hidden):
         return
-    yield from _heads(f"{path}.attn", attn, [f"{path}.proj_out"], inner)
+    yield from _with_values(attn, _heads(f"{path}.attn", attn, [f"{path}.proj_out"], inner))
     if not hidden:  # it was emptied
         return
     yield PruneGroup(

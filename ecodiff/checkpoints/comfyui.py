@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..pipelines import denoiser_of
-from ..pruning.slicing import plan_of
+from ..pruning.heads import fill_heads_
+from ..pruning.slicing import plan_of, shared_copy
 from ..storage import write_tensors
 from ..units import BASIS
 from .export import format
@@ -227,11 +228,11 @@ def described(pipe: DiffusionPipeline) -> tuple[dict[str, Tensor], dict]:
     Raises:
         UnsupportedModelError: it is none of SD 1.5, SDXL and FLUX.1, or it is not pruned.
     """
-    denoiser: Any = denoiser_of(pipe)
-    if plan_of(denoiser) is None:
+    if plan_of(denoiser_of(pipe)) is None:
         raise UnsupportedModelError(
-            f"This {type(denoiser).__name__} is not pruned; ComfyUI opens it as it is."
+            f"This {type(denoiser_of(pipe)).__name__} is not pruned; ComfyUI opens it as it is."
         )
+    denoiser: Any = fill_heads_(shared_copy(denoiser_of(pipe)))
     name = type(denoiser).__name__.removeprefix("Sliced")
     if name == "FluxTransformer2DModel":
         model = "Flux" if denoiser.config.guidance_embeds else "FluxSchnell"

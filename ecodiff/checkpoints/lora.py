@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..architectures import find_groups
 from ..errors import CheckpointError, PlanError
 from ..pipelines import denoiser_name, denoiser_of
+from ..pruning.heads import parts, turned
 from ..pruning.plan import PrunePlan
 from ..pruning.slicing import kept_features, plan_of
 from ..storage import check_header, reading, write_tensors
@@ -91,6 +92,11 @@ def translate(
     groups = [g for g in find_groups(dense, ALL_KINDS) if g.name in plan and not plan[g.name].all()]
     scattered = {slot.module for group in groups for slot in group.slots if slot.scattered}
     lifts = {slot.module: plan.basis(g.name)[1] for g in groups if g.activations for slot in g.consumers}
+    turns: dict[str, list] = {}
+    for group in (g for g in groups if g.inside):
+        z, y = parts(group, plan)
+        for slot in group.slots:
+            turns.setdefault(slot.module, []).append((slot.axis, slot.index, y if slot.axis == "in" else z))
     found, report = {}, LoraReport(dropped=lost)
     for path in dict.fromkeys(key.rpartition(".lora_")[0] for key in tensors if key.startswith(name + ".")):
         down, up = (tensors.get(f"{path}.lora_{side}.weight") for side in "AB")
@@ -116,6 +122,11 @@ def translate(
             continue
         shrunk = layer in lifts or any(rows is not None and not rows.all() for rows in (inputs, outputs))
         (report.cut if shrunk else report.unchanged).append(layer)
+        for axis, index, part in turns.get(layer, ()):
+            if axis == "in":
+                down = turned(down.T, index, part).T
+            else:
+                up = turned(up, index, part)
         down = down if inputs is None else down[:, inputs]
         if layer in lifts:  # B A s, s = Y z
             down = down @ lifts[layer].to(down)

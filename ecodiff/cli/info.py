@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> int:
         "pruned": plan is not None,
         "conformance": catalog.supported(type(denoiser).__name__),
     }
-    words = {name: kind.word for name, kind in KINDS.items()} | {"resnet": "ResNet channel groups"}
+    words = {name: kind.word for name, kind in KINDS.items()}
+    words |= {"resnet": "ResNet channel groups", "value_directions": "directions inside these heads"}
     rows = [
         ("denoiser", facts["denoiser"]),
         ("conformance suite", _conformance(facts["denoiser"])),

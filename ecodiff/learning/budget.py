@@ -52,7 +52,8 @@ class Budget:
         self.total = total
         shares = torch.tensor([self.costs[name] for name in self.names], dtype=torch.float32) / total
         self.shares = shares.repeat_interleave(torch.tensor(self.sizes))
-        ceiling = float(self.shares.sum())
+        inside = torch.tensor([group.inside in self.names for group in groups])  # they go with their heads
+        ceiling = float(self.shares[~inside.repeat_interleave(torch.tensor(self.sizes))].sum())
         self.keep = ceiling - config.ratio
         if not 0 < config.ratio < ceiling:
             raise BudgetError(

@@ -18,6 +18,7 @@ from ..architectures import find_groups
 from ..config import CompensateConfig
 from ..errors import BudgetError, CheckpointError
 from ..pipelines import EnoughError, call_options, denoiser_calls, denoiser_of, moved, prompt_rows
+from ..pruning.heads import turned
 from ..storage import write_tensors
 from ..units import PRESET_KINDS
 
@@ -124,6 +125,14 @@ class Statistics:
             return self
         xx = self.xx[features][:, features]
         return Statistics(self.rows, xx, self.yx[:, features], self.x[features], self.y)
+
+    def turned(self, index: Tensor, z: Tensor) -> "Statistics":
+        """Those of Z x in place of the features `index`, (units, copies), of heads; z is (units, width)."""
+        if not self.rows:
+            return self
+        xx = turned(turned(self.xx, index, z).T.contiguous(), index, z)
+        yx, x = turned(self.yx.T, index, z).T, turned(self.x[:, None], index, z)[:, 0]
+        return Statistics(self.rows, xx, yx, x, self.y)
 
     def covariances(self, centred: bool) -> tuple[Tensor, Tensor]:
         xx, yx = self.xx / self.rows, self.yx / self.rows

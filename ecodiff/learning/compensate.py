@@ -22,9 +22,13 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from ..architectures import find_groups
 from ..config import CompensateConfig
 from ..pipelines import denoiser_of
+from ..pruning.heads import parts
+from ..pruning.plan import PrunePlan
 from ..pruning.slicing import kept_features, plan_of
+from ..units import ALL_KINDS
 from .calibration import Calibration, Statistics
 
 
@@ -69,11 +73,14 @@ def compensate_(
     """
     calibration = calibration or Calibration(pipe, prompts, config or CompensateConfig())
     dense, pruned = denoiser_of(pipe), denoiser_of(small)
-    kept = _kept_features(dense, plan_of(pruned) or {})
+    plan = plan_of(pruned) or PrunePlan({})
+    kept, turns = _kept_features(dense, plan), _turns(dense, plan)
     updated = {}
     for name, learned, check in calibration.statistics(list(kept)):
-        parts = (learned.of(kept[name]), check.of(kept[name]))
-        updated[name] = _update(pruned.get_submodule(name), *parts, calibration.config.damping)
+        for turn in turns.get(name, ()):
+            learned, check = learned.turned(*turn), check.turned(*turn)
+        learned, check = learned.of(kept[name]), check.of(kept[name])
+        updated[name] = _update(pruned.get_submodule(name), learned, check, calibration.config.damping)
     return updated
 
 
@@ -86,6 +93,17 @@ def _kept_features(dense: nn.Module, plan: Mapping[str, Tensor]) -> dict[str, Te
             weight = modules[name].weight
             # A convolution reads each channel at every place of its kernel.
             found[name] = features.repeat_interleave(weight[0, 0].numel()).to(weight.device)
+    return found
+
+
+def _turns(dense: nn.Module, plan: PrunePlan) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """By consumer, where and in which bases of the heads it was cut: (index, Z)."""
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for group in find_groups(dense, ALL_KINDS):
+        if group.inside and group.name in plan.bases:
+            for slot in group.consumers:
+                z = parts(group, plan)[0].to(slot.weight(dense).device)
+                found.setdefault(slot.module, []).append((slot.index, z))
     return found
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..architectures import find_groups, unit_parameters
 from ..pipelines import denoiser_of, stream
 from ..pruning.masking import masked
-from ..units import ALL_KINDS, PRESET_KINDS, PruneGroup
+from ..units import PRESET_KINDS, PruneGroup
 from .checkpointing import Keep
 from .directions import sampled
 from .scoring import Values, method
@@ -30,6 +30,7 @@ def gauss_newton(
     seed: int = 0,
     prompts: Sequence[str] = (),
     on_step: Callable[[], None] | None = None,
+    kinds: Sequence[str] = (*PRESET_KINDS, "modulation_directions"),
 ) -> Values:
     """Diagonal of the Gauss-Newton matrix of the objective, per parameter that a unit holds.
 
@@ -42,8 +43,9 @@ def gauss_newton(
             of generators).
         prompts: what directions are found from; none: they are the features themselves.
         on_step: called before every denoiser call; raise in it to stop.
+        kinds: of units that may go.
     """
-    groups = find_groups(denoiser_of(pipe), ALL_KINDS)
+    groups = [group for group in find_groups(denoiser_of(pipe), kinds) if not group.inside]
 
     def sample(index: int, call: dict) -> dict[str, Tensor]:
         return gauss_newton_sample(pipe, groups, call, stream("probe", seed, index), on_step=on_step)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
-from math import inf, isfinite, isqrt
+from math import inf, isfinite
 
 import torch
 from diffusers import DiffusionPipeline
@@ -24,6 +24,7 @@ from ..pruning import gates
 from ..pruning.masking import masked
 from ..pruning.plan import PARTS
 from ..pruning.scores import Scores
+from ..units import in_words
 from . import distributed
 from .budget import OPEN, Budget
 from .checkpointing import Keep, gradients
@@ -141,8 +142,10 @@ def _score(state: LearnState, budget: Budget, objective: Objective) -> dict:
         raise BudgetError(f"{config.method} runs in one process: each would find directions of its own.")
     calls = [objective.call(batch) for batch in range(config.warm_steps)]
     found = METHODS[str(config.method)](
-        objective.pipe, calls, config.seed, objective.prompts, objective.count
+        objective.pipe, calls, config.seed, objective.prompts, objective.count, config.kinds
     )
+    if missing := [group for group in budget.groups if group.name not in found]:
+        raise BudgetError(f"{config.method} does not rank {in_words([missing[0].kind])}. Choose other kinds.")
     for name in set(budget.names) & set(found.bases):
         for part, matrix in zip(PARTS, found.bases[name], strict=True):
             state.vectors[f"{name}.{part}"] = matrix.flatten()
@@ -241,7 +244,8 @@ def scores(denoiser: torch.nn.Module, budget: Budget, state: LearnState) -> Scor
     config = budget.config
     if config.method is not None:
         worth, steps = state.vectors["saliency"], state.step
-        return _ranked(denoiser, budget, worth, _bases(state), method=config.method, steps=steps)
+        bases = _bases(state, dict(zip(budget.names, budget.sizes, strict=True)))
+        return _ranked(denoiser, budget, worth, bases, method=config.method, steps=steps)
     worth = budget.worth(_saliency(state, config))
     if state.step <= config.warm_steps:
         return _ranked(denoiser, budget, worth, method="gauss-newton", steps=state.step)
@@ -253,13 +257,13 @@ def scores(denoiser: torch.nn.Module, budget: Budget, state: LearnState) -> Scor
     return _ranked(denoiser, budget, log_alpha.exp(), method=method, steps=state.step)
 
 
-def _bases(state: LearnState) -> dict[str, tuple[Tensor, Tensor]]:
+def _bases(state: LearnState, sizes: dict[str, int]) -> dict[str, tuple[Tensor, Tensor]]:
     """(Z, Y) of groups of directions."""
     found = {}
-    for name in {key.partition(".")[0] for key in state.vectors if "." in key}:
+    for name in {key.rpartition(".")[0] for key in state.vectors if "." in key}:
         z, y = (state.vectors[f"{name}.{part}"] for part in PARTS)
-        size = isqrt(len(z))
-        found[name] = (z.view(size, size), y.view(size, size))
+        size = sizes[name]
+        found[name] = (z.view(size, -1), y.view(-1, size))
     return found
 
 

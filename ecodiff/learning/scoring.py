@@ -36,13 +36,15 @@ class Method:
         cost: dense trajectories that it takes for each one that it is given.
         score: (pipe, calls, seed) to {group name: (units,)}; calls are arguments of the pipeline, one
             dict a batch of trajectories.
-        wide: it is also given all calibration prompts, as `prompts`, and `on_step`.
+        kinds: of units that it ranks, by default.
+        wide: it is also given all calibration prompts, as `prompts`, `on_step` and `kinds`.
     """
 
     name: str
     source: str
     cost: float
     score: Callable[..., dict[str, Tensor]]
+    kinds: tuple[str, ...] = PRESET_KINDS
     wide: bool = False
 
     def __call__(
@@ -52,13 +54,16 @@ class Method:
         seed: int,
         prompts: Sequence[str],
         on_step: Callable[[], None] | None = None,
+        kinds: Sequence[str] = (),
     ) -> Values:
         """The scores of all units.
 
         Args:
+            kinds: of a method that is `wide`, the units to rank; none: its own.
             on_step: called before every denoiser call of a method that is `wide`; raise in it to stop.
         """
-        found = self.score(pipe, calls, seed, **{"prompts": prompts, "on_step": on_step} if self.wide else {})
+        more = {"prompts": prompts, "on_step": on_step, "kinds": kinds or self.kinds} if self.wide else {}
+        found = self.score(pipe, calls, seed, **more)
         return found if isinstance(found, Values) else Values(found)
 
 
@@ -77,7 +82,7 @@ def method(
     """Register a function (pipe, calls, seed) -> values as a scoring method, by default for `kinds`."""
 
     def register(score: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
-        METHODS[name] = Method(name, source, cost, score, wide)
+        METHODS[name] = Method(name, source, cost, score, kinds, wide)
         PRESETS[name] = {"method": name, "warm_steps": batches, "steps": 0, "kinds": kinds}
         return score
 

@@ -83,4 +83,18 @@ def trajectory(
         attention_with_fast_backward(denoiser),
         torch.enable_grad(),
     ):
-        yield run
+        try:
+            yield run
+        finally:
+            _let_go(pipe)
+
+
+def _let_go(pipe: DiffusionPipeline) -> None:
+    """Schedulers that keep the predictions of past steps (PNDM) keep the graph with them: cut it off."""
+    scheduler = getattr(pipe, "scheduler", None)
+    state = {} if scheduler is None else vars(scheduler)
+    for name, value in list(state.items()):
+        if isinstance(value, Tensor) and value.requires_grad:
+            state[name] = value.detach()
+        elif isinstance(value, list):
+            state[name] = [item.detach() if isinstance(item, Tensor) else item for item in value]

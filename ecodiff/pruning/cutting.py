@@ -18,9 +18,14 @@ def kept(scores: Any, costs: Mapping[str, float], target: float, align: bool) ->
     order = [move for name in scores.values for move in moves(scores, name, costs, align)]
     order.sort(key=lambda move: move[0])
     keep = {name: torch.ones(len(v), dtype=torch.bool) for name, v in scores.values.items()}
+    holds = {heads: name for name, heads in scores.inside.items()}
     removed = 0.0
     for _, name, units in order:
+        units = units[~within(scores, keep, name)[units]]  # what went with its head is gone
         cost = costs[name] * len(units) - (scores.setup(name, costs) if keep[name].all() else 0)
+        if directions := holds.get(name):
+            gone = ~keep[directions].view(len(keep[name]), -1)[units]
+            cost -= costs[directions] * int(gone.sum())
         if removed + cost / 2 > target:  # stop where the size is nearest to what was asked
             break
         keep[name][units] = False
@@ -28,22 +33,44 @@ def kept(scores: Any, costs: Mapping[str, float], target: float, align: bool) ->
     return keep
 
 
-def kept_by_kind(scores: Any, units: Mapping[str, float]) -> dict[str, Tensor]:
+def within(scores: Any, keep: Mapping[str, Tensor], name: str) -> Tensor:
+    """Which units of a group are gone with the units of another that hold them, bool (units,)."""
+    gone = torch.zeros(len(scores.values[name]), dtype=torch.bool)
+    if name in scores.inside and (heads := keep.get(scores.inside[name])) is not None:
+        gone = (~heads).repeat_interleave(len(gone) // len(heads))
+    return gone
+
+
+def free(scores: Any, name: str, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and numbers of the units of a group that may go, rising.
+
+    Not those that the floor keeps; of directions, one stays in every head: it goes when the head goes.
+    """
+    ranked, order = values.sort(stable=True)
+    if name in scores.inside:
+        heads = len(scores.values[scores.inside[name]])
+        may = torch.ones(len(values), dtype=torch.bool)
+        may[values.view(heads, -1).argmax(1) + torch.arange(heads) * (len(values) // heads)] = False
+        ranked, order = ranked[may[order]], order[may[order]]
+    left = min(len(order), len(values) - scores.floor(name))
+    return ranked[:left], order[:left]
+
+
+def kept_by_kind(scores: Any, shares: Mapping[str, float]) -> dict[str, Tensor]:
     """Which units stay if of each kind this fraction of its units goes, the lowest values first."""
     keep = {name: torch.ones(len(v), dtype=torch.bool) for name, v in scores.values.items()}
-    for kind, share in units.items():
+    for kind, share in shares.items():
         names = [name for name in keep if scores.kinds[name] == kind]
         total = sum(len(keep[name]) for name in names)
-        free: list[tuple[float, str, int]] = []
+        units: list[tuple[float, str, int]] = []
         for name in names:
-            ranked, order = scores.values[name].sort(stable=True)
-            left = len(order) - scores.floor(name)
-            free += zip(ranked[:left].tolist(), [name] * left, order[:left].tolist(), strict=True)
+            ranked, order = free(scores, name, scores.values[name])
+            units += zip(ranked.tolist(), [name] * len(order), order.tolist(), strict=True)
         count = round(share * total)
-        if not names or not 0 <= share <= 1 or count > len(free):
-            most = f"at most {len(free) / total:.0%} of its units" if names else "it is not ranked here"
+        if not names or not 0 <= share <= 1 or count > len(units):
+            most = f"at most {len(units) / total:.0%} of its units" if names else "it is not ranked here"
             raise BudgetError(f"{share:.1%} of {kind!r} cannot be removed: {most}.")
-        for _, name, unit in sorted(free, key=lambda entry: entry[0])[:count]:
+        for _, name, unit in sorted(units, key=lambda entry: entry[0])[:count]:
             keep[name][unit] = False
     return keep
 
@@ -66,7 +93,7 @@ def planned(scores: Any, keep: dict[str, Tensor]) -> PrunePlan:
 
 def bases(scores: Any, keep: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """(Z, Y) of what is kept of the directions of groups that lose some."""
-    cut = [name for name in scores.bases if name in keep and not keep[name].all()]
+    cut = [name for name in sorted(scores.bases) if name in keep and not keep[name].all()]
     return {n: (scores.bases[n][0][keep[n]], scores.bases[n][1][:, keep[n]].contiguous()) for n in cut}
 
 
@@ -80,11 +107,10 @@ def moves(
     """
     values = scores.values[name] * (scores.costs[name] / (costs[name] or 1))
     setup = scores.setup(name, costs)
-    ranked, order = values.sort(stable=True)
+    ranked, order = free(scores, name, values)
     kind = KINDS[scores.kinds[name]]
     width = (64 if len(values) >= 1024 else min(8, len(values))) if align and kind.aligned else 1
-    left = len(values) - scores.floor(name)
-    ranked, order = ranked[:left], order[:left]
+    left = len(order)
     first = len(values) % width
     if setup and costs[name]:  # the first block has to pay for what it makes necessary
         first += width * max(1, ceil((setup / costs[name] - first) / width))

@@ -22,7 +22,7 @@ from diffusers.models.attention_processor import AttnAddedKVProcessor
 from torch import nn
 
 NAME = "ecodiff_sliced_v1"
-FORMAT = 2  # of models with a shared projection; 1 of all others
+FORMAT = 3  # of models cut inside their heads; 2 of those with a shared projection; 1 of all others
 BASIS = "modulation_basis"
 
 
@@ -74,7 +74,9 @@ def fit_processor(attention: nn.Module) -> None:
         joint = before.startswith(("CogView", "CogVideoX", "GlmImage"))
         attention.emptied = EmptiedAttnProcessor(joint, residual=before.startswith("AttnAddedKV"))
         attention.__class__ = emptied_class(type(attention))
-    elif before == "AttnAddedKVProcessor2_0":  # it takes the heads' width for the residual's
+    elif getattr(attention, "heads", 0) == getattr(attention, "sliceable_head_dim", 0) == 1:
+        attention.sliceable_head_dim = 2  # diffusers' attention slicing halves it
+    if before == "AttnAddedKVProcessor2_0":  # it takes the heads' width for the residual's
         attention.processor = AttnAddedKVProcessor()
 
 
@@ -179,6 +181,93 @@ def project(model: nn.Module, activations: list, features: int, rank: int) -> No
         parent._modules[name] = Projected(parent._modules[name], getattr(model, BASIS))
 
 
+FUSED = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+
+
+class Through:
+    """A module as its own code sees it while some of its children give or read fewer features than they did.
+
+    What such a child gives is spread over all features there were, zeros between; of what it is to read it
+    gets those that are left. The child itself, and what is added to it (LoRA), knows nothing of it.
+    """
+
+    def __init__(self, module):
+        self.module = module
+
+    def __getattr__(self, name):
+        partly = self.module.partly
+        if name in FUSED and not hasattr(self.module, name):  # by a processor that fuses, given it later
+            return lambda x: torch.cat([getattr(self, part)(x) for part in FUSED[name]], dim=-1)
+        found = getattr(self.module, name)
+        if name in partly:
+            return self.child(found, name)
+        if f"{name}.0" in partly:  # a list, of a Linear and a dropout
+            return [self.child(found[0], f"{name}.0"), *found[1:]]
+        return found
+
+    def child(self, child, name):
+        axis, width = self.module.partly[name]
+        index = getattr(self.module, _index_of(name))
+        if axis == "in":
+            return lambda x, *args: child(x.index_select(-1, index), *args)
+
+        def spread(x, *args):
+            output = child(x, *args)
+            return output.new_zeros(*output.shape[:-1], width).index_copy(-1, index, output)
+
+        return spread
+
+
+def _index_of(child: str) -> str:
+    return f"{child.replace('.', '_')}_features"
+
+
+class _Partly(type):
+    """Of modules that see some of their children `Through`. Pickled by what it was made of."""
+
+
+@cache
+def partly_class(base: type) -> type:
+    """A module some of whose children are cut inside the heads: its code runs on `Through`."""
+
+    own = base.forward  # torch.compile follows functions, and no attributes of classes
+
+    def forward(self, *args, **kwargs):
+        return own(Through(self), *args, **kwargs)
+
+    def nothing(self, *args, **kwargs):
+        return None
+
+    members = {"forward": forward, "__module__": NAME}
+    members |= {name: nothing for name in ("fuse_projections", "unfuse_projections") if hasattr(base, name)}
+    return _Partly(f"Partly{base.__name__}", (base,), members)
+
+
+def see_through(module: nn.Module, child: str, axis: str, index: torch.Tensor, width: int) -> None:
+    """Let `module` see its `child` as wide as `width`, of which it gives ("out") or reads ("in") `index`."""
+    if not hasattr(module, "partly"):
+        module.__class__, module.partly = partly_class(type(module)), {}
+    module.partly[child] = (axis, width)
+    module.register_buffer(_index_of(child), index, persistent=False)
+
+
+def see_all_(module: nn.Module) -> None:
+    """Undo `see_through`, of a module whose children are whole again."""
+    for name in (*map(_index_of, module.partly), "values_project", "values_lift"):
+        module._buffers.pop(name, None)
+    module.__class__ = type(module).__mro__[1]
+    del module.partly
+
+
+def features_of(module: nn.Module, child: str) -> tuple:
+    """Which features of how many a child that is cut inside the heads gives or reads: (index, width)."""
+    return getattr(module, _index_of(child)).cpu(), module.partly[child][1]
+
+
 def unpacked(bits: list) -> torch.Tensor:
     """Indices from [size, base64 of the bits], most significant bit first."""
     size, text = bits
@@ -193,10 +282,10 @@ def apply(model: nn.Module, description: dict) -> None:
 
     The description comes from a file, so it is checked: it can only make what exists smaller.
     """
-    if description.get("format") not in (1, FORMAT):
+    if description.get("format") not in (1, 2, FORMAT):
         raise ValueError(
             f"This model was pruned with format {description.get('format')!r} of ecodiff's files; "
-            f"this file knows 1 and {FORMAT}. Use the newer ecodiff."
+            f"this file knows 1 to {FORMAT}. Use the newer ecodiff."
         )
     if basis := description.get("basis"):
         project(model, basis["activations"], basis["features"], basis["rank"])
@@ -231,6 +320,29 @@ def apply(model: nn.Module, description: dict) -> None:
         if len(heads) != modules[path].heads:
             raise ValueError(f"{path} does not have {len(heads)} of {bits[0]} heads.")
         gather_rope(modules[path], heads, bits[0])
+    _apply_partly(modules, description)
+
+
+def _apply_partly(modules: dict, description: dict) -> None:
+    """What is cut inside its heads, and the directions that are left of them."""
+    for path, children in description.get("partly", {}).items():
+        for child, (axis, bits) in children.items():
+            linear, index = modules[path].get_submodule(child), unpacked(bits)
+            size = linear.weight.shape[axis == "in"] if axis in ("in", "out") else -1
+            if not isinstance(linear, nn.Linear) or len(index) != size:
+                raise ValueError(f"{path}.{child} does not have {len(index)} of {bits[0]} features.")
+            see_through(modules[path], child, axis, index, bits[0])
+    for path, (count, width) in description.get("directions", {}).items():
+        given = [m.out_features for m in modules[path].modules() if isinstance(m, nn.Linear)]
+        if type(width) is not int or not 0 < width <= 1 << 16 or count not in given:
+            raise ValueError(f"{path} does not give {count} directions.")
+        set_directions(modules[path], *torch.empty(2, count, width))
+
+
+def set_directions(attention: nn.Module, project: torch.Tensor, lift: torch.Tensor) -> None:
+    """Keep the directions that are left, (count, width) each, for adapters of the dense layers."""
+    attention.register_buffer("values_project", project)
+    attention.register_buffer("values_lift", lift)
 
 
 def set_features(module: nn.Module) -> None:
@@ -264,6 +376,7 @@ class _Sliced(type(ModelMixin)):
 
 # A process that is spawned finds this file by the name it was opened under, but no class made on demand.
 copyreg.pickle(_Sliced, lambda cls: (sliced_class, cls.__bases__))
+copyreg.pickle(_Partly, lambda cls: (partly_class, cls.__bases__))
 copyreg.pickle(_Emptied, lambda cls: (emptied_class, cls.__bases__))
 
 

@@ -13,6 +13,7 @@ from ..architectures import find_groups
 from ..errors import PlanError
 from ..units import ALL_KINDS, PruneGroup
 from .ecodiff_sliced_v1 import ScatteredLinear
+from .heads import projection, turned
 
 
 def _factors(denoiser: nn.Module, groups: list[PruneGroup], masks: Mapping[str, Tensor]):
@@ -73,7 +74,17 @@ def masked(denoiser: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
             hook = _renormalise if axis == "norm" else _multiply_output
             handles.append(module.register_forward_hook(partial(hook, factor)))
     for group in groups:
-        if group.name in (bases := getattr(masks, "bases", {})):
+        if group.name not in (bases := getattr(masks, "bases", {})):
+            continue
+        if group.inside:
+            within = projection(group, masks)  # type: ignore[arg-type]
+            handles += [
+                denoiser.get_submodule(slot.module).register_forward_pre_hook(
+                    partial(_turn_input, slot.index, within)
+                )
+                for slot in group.consumers
+            ]
+        else:
             onto = partial(_project_input, *bases[group.name])
             names = {slot.module for slot in group.consumers}
             handles += [denoiser.get_submodule(name).register_forward_pre_hook(onto) for name in names]
@@ -115,6 +126,13 @@ def _project_input(project: Tensor, lift: Tensor, module: nn.Module, inputs: tup
     """What is left of an input of which only some directions stay, s to Y Z s."""
     z, y = (matrix.to(inputs[0].device, inputs[0].dtype) for matrix in (project, lift))
     return (inputs[0] @ z.T @ y.T, *inputs[1:])
+
+
+def _turn_input(index: Tensor, within: Tensor, module: nn.Module, inputs: tuple) -> tuple:
+    """What is left of what heads give of which only some directions stay."""
+    x = inputs[0]
+    rows = turned(x.flatten(0, -2).T, index, within.to(x.device)).T
+    return (rows.view(x.shape), *inputs[1:])
 
 
 def _multiply_output(factor: Tensor, module: Any, inputs: tuple, output: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ class PrunePlan(Mapping[str, Tensor]):
         keep: one bool tensor a group, True where the unit stays.
         metadata: JSON-able facts that travel in the file: model, ratio, method.
         bases: of groups of directions, what is kept of them: {group: (Z, Y)}, float32 (kept, features) and
-            (features, kept); a group that has none is cut along the features themselves.
+            (features, kept), features those of a head for directions inside heads; a group that has none is
+            cut along the features themselves.
 
     Example:
         >>> plan = PrunePlan({group.name: torch.rand(group.size) > 0.2 for group in groups})
@@ -54,7 +55,8 @@ class PrunePlan(Mapping[str, Tensor]):
                 )
             self._keep[name] = mask.cpu()
         self.metadata = dict(metadata or {})
-        self.bases = dict(getattr(keep, "bases", {}) if bases is None else bases)
+        given = getattr(keep, "bases", {}) if bases is None else bases
+        self.bases = {name: parts for name, parts in given.items() if name in keep and self._keep[name].any()}
 
     def basis(self, name: str) -> tuple[Tensor, Tensor]:
         """(Z, Y) of what is kept of a group of directions."""
@@ -135,9 +137,10 @@ class PrunePlan(Mapping[str, Tensor]):
 
 def _unpack_basis(keep: Tensor, project: Tensor, lift: Tensor) -> tuple[Tensor, Tensor]:
     count, size = int(keep.sum()), len(keep)
-    if project.numel() != 4 * count * size or lift.numel() != 4 * count * size:
+    width = project.numel() // max(1, 4 * count)  # of all features, or of a head's
+    if not width or size % width or any(part.numel() != 4 * count * width for part in (project, lift)):
         raise PlanError(f"its directions are not {count} of {size}")
-    z, y = project.view(torch.float32).view(count, size), lift.view(torch.float32).view(size, count)
+    z, y = project.view(torch.float32).view(count, width), lift.view(torch.float32).view(width, count)
     if not (z.isfinite().all() and y.isfinite().all()):
         raise PlanError("its directions are not finite")
     return z, y

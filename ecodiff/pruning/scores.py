@@ -19,7 +19,7 @@ from .plan import PARTS, PrunePlan
 SCORES_FORMAT = "ecodiff.scores.2"
 
 _ABOUT = ("kinds", "costs", "total", "metadata", "macs", "total_macs", "itemsize")
-_LATER = ("floors", "setups")  # files from before there were any have none
+_LATER = ("floors", "setups", "inside")  # files from before there were any have none
 
 
 @dataclass
@@ -39,7 +39,9 @@ class Scores:
         itemsize: bytes of a parameter, in memory.
         floors: the least number of units that must stay, of groups that cannot do without.
         setups: (parameters, MACs) that are added to a group as soon as one of its units goes.
-        bases: of groups of directions: {group: (Z, Y)}, float32, each (units, units); see `PrunePlan`.
+        bases: of groups of directions: {group: (Z, Y)}, float32, each (units, units), or of directions inside
+            heads (units, width) and (width, units); see `PrunePlan`.
+        inside: of groups of directions inside heads, the group of those heads, whose units hold theirs.
     """
 
     values: dict[str, Tensor]
@@ -53,6 +55,7 @@ class Scores:
     floors: dict[str, int] = field(default_factory=dict)
     setups: dict[str, list[int]] = field(default_factory=dict)
     bases: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    inside: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -80,6 +83,7 @@ class Scores:
             floors={g.name: g.floor for g in groups if g.floor},
             setups={g.name: [g.setup, _setup_macs(denoiser, g, by_unit)] for g in groups if g.setup},
             bases={n: (z.float().cpu(), y.float().cpu()) for n, (z, y) in (bases or {}).items()},
+            inside={g.name: g.inside for g in groups if g.inside in values},
         )
 
     @classmethod
@@ -100,7 +104,11 @@ class Scores:
         return int(self._removable(self.costs))
 
     def _removable(self, costs: Mapping[str, float]) -> float:
-        most = {n: costs[n] * (len(v) - self.floor(n)) - self.setup(n, costs) for n, v in self.values.items()}
+        most = {
+            n: costs[n] * (len(v) - self.floor(n)) - self.setup(n, costs)
+            for n, v in self.values.items()
+            if n not in self.inside  # what is inside heads goes with them
+        }
         return sum(max(0, cost) for cost in most.values())
 
     def setup(self, name: str, costs: Mapping[str, float]) -> int:
@@ -115,7 +123,7 @@ class Scores:
     def removed(self, plan: Mapping[str, Tensor], costs: Mapping[str, int] | None = None) -> int:
         """Parameters that `plan` removes (or what else `costs` counts)."""
         costs = self.costs if costs is None else costs
-        gone = {name: int((~keep).sum()) for name, keep in plan.items()}
+        gone = {name: int((~keep & ~cutting.within(self, plan, name)).sum()) for name, keep in plan.items()}
         return sum(costs[name] * n - self.setup(name, costs) for name, n in gone.items() if n)
 
     def plan(
@@ -212,7 +220,8 @@ class Scores:
             bases: dict[str, Any] = {}
             for name in [n for n in about["kinds"] if f"{n}.{PARTS[0]}" in values]:
                 size = len(values[name])
-                bases[name] = tuple(values.pop(f"{name}.{part}").view(size, size) for part in PARTS)
+                z, y = (values.pop(f"{name}.{part}") for part in PARTS)
+                bases[name] = z.view(size, -1), y.view(-1, size)
             _check(about, values)
             ordered = {name: values[name] for name in about["kinds"]}
             facts = {name: about[name] for name in (*_ABOUT, *_LATER) if name in about}
@@ -246,6 +255,9 @@ def _check(about: dict, values: Mapping[str, Tensor]) -> None:
     setups = about.get("setups", {})
     if not all(name in values and len(pair) == 2 and all(map(whole, pair)) for name, pair in setups.items()):
         raise ValueError("its set-up costs are not of its groups")
+    inside = {n: (len(values[n]), len(values[heads])) for n, heads in about.get("inside", {}).items()}
+    if not all(heads and units % heads == 0 for units, heads in inside.values()):
+        raise ValueError("its directions are not inside its heads")
     numbers = [*about["costs"].values(), *about["macs"].values(), about["total_macs"], about["itemsize"]]
     if not all(map(whole, numbers)) or not whole(about["total"]) or about["total"] == 0:
         raise ValueError("its costs are not whole numbers")

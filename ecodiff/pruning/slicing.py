@@ -15,15 +15,15 @@ from ..errors import PlanError
 from ..pipelines import denoiser_name, denoiser_of
 from ..units import ALL_KINDS, BASIS, PruneGroup
 from .ecodiff_sliced_v1 import (
-    FORMAT,
     ScatteredLinear,
     fit_processor,
     gather_rope,
-    project,
     scatter,
     set_features,
     sliced_class,
 )
+from .heads import bases_of, described, narrow_, turn_
+from .modulation import project_directions_
 from .plan import PrunePlan
 
 
@@ -46,8 +46,11 @@ def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Mo
     plan = plan if isinstance(plan, PrunePlan) else PrunePlan(plan)
     check(plan, denoiser)
     projected = project_directions_(denoiser, plan)
-    groups = [group for group in find_groups(denoiser, ALL_KINDS) if group.name in plan]
+    turn_(denoiser, plan)
+    every = find_groups(denoiser, ALL_KINDS)
+    groups = [group for group in every if group.name in plan]
     kept = kept_features(denoiser, plan)
+    outer = kept_features(denoiser, {group.name: plan[group.name] for group in groups if not group.inside})
     bare: dict[tuple[str, str], tuple[str, int] | None] = {
         (slot.module, slot.axis): slot.bare for group in groups for slot in group.slots if slot.bare
     }
@@ -58,6 +61,7 @@ def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Mo
         _scatter(denoiser.get_submodule(name), kept[name, "out"])
     for group in groups:
         _set_attributes(denoiser, group, plan[group.name])
+    narrow_(denoiser, every, plan, kept, outer)
     if isinstance(denoiser, ModelMixin):
         cut = {module for (module, _), rows in kept.items() if not rows.all()}
         _describe(denoiser, plan, groups, cut | projected)
@@ -78,42 +82,6 @@ def check(plan: PrunePlan, denoiser: nn.Module) -> None:
             )
         if int(keep.sum()) < groups[name].floor:
             raise PlanError(f"{name} must keep at least {groups[name].floor} of its units.")
-
-
-def project_directions_(denoiser: nn.Module, plan: PrunePlan) -> set[str]:
-    """Project what consumers of directions read onto those that `plan` keeps; paths of those consumers.
-
-    With Z (kept, features) and Y (features, kept) of the plan, W becomes W Y and reads Z s. Of a denoiser
-    that has a projection already they are of its directions, and are multiplied into it.
-    """
-    changed: set[str] = set()
-    for group in find_groups(denoiser, ALL_KINDS):
-        if not group.activations or group.name not in plan or plan[group.name].all():
-            continue
-        z, y = plan.basis(group.name)
-        like: Any = denoiser.get_submodule(group.consumers[0].module).weight
-        before: Any = getattr(denoiser, group.name, None)
-        if before is None:
-            project(denoiser, list(group.activations), group.size, len(z))
-        basis: Any = getattr(denoiser, group.name)
-        basis.to(device=like.device, dtype=like.dtype)
-        exact = torch.promote_types(like.dtype, torch.float32)
-        z, y = z.to(like.device, exact), y.to(like.device, exact)
-        for slot in group.consumers:
-            linear: Any = denoiser.get_submodule(slot.module)
-            _set_weight(linear, linear.weight.to(exact) @ y)
-        lift = y if before is None else before.lift.to(exact) @ y
-        _set_weight(basis, z if before is None else z @ before.weight.to(exact))
-        basis.lift = lift.to(like.dtype)
-        basis.out_features = len(z)
-        changed |= {slot.module for slot in group.consumers}
-    return changed
-
-
-def _set_weight(linear: Any, weight: Tensor) -> None:
-    old = linear.weight
-    linear.weight = nn.Parameter(weight.detach().to(old.dtype).contiguous(), requires_grad=old.requires_grad)
-    linear.in_features = weight.shape[1]
 
 
 def kept_features(denoiser: nn.Module, plan: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
@@ -178,7 +146,8 @@ def _describe(denoiser: ModelMixin, plan: PrunePlan, groups: list[PruneGroup], c
             basis: Any = getattr(denoiser, group.name)
             rank, features = basis.weight.shape
             known = {"activations": list(group.activations), "features": features, "rank": rank}
-            description |= {"format": FORMAT, "basis": known}
+            description |= {"format": 2, "basis": known}
+    description |= described(denoiser)
     attributes = description.setdefault("attributes", {})
     for group in groups:
         for attribute in group.attributes:
@@ -189,7 +158,7 @@ def _describe(denoiser: ModelMixin, plan: PrunePlan, groups: list[PruneGroup], c
     ropes = {n: (m.rope_heads, m.rope_count) for n, m in modules.items() if hasattr(m, "rope_heads")}
     for name, found in (("scattered", scattered), ("ropes", ropes)):
         description[name] = {path: _packed_rows(*kept) for path, kept in found.items()}
-    whole = _composed(PrunePlan.unpacked(description["plan"]["units"]), plan)
+    whole = _composed(PrunePlan.unpacked(description["plan"]["units"]), plan, groups)
     metadata = _in_units_of_the_dense(plan.metadata, before["plan"].get("metadata", {}) if before else {})
     description["plan"] = {"units": whole.packed(), "metadata": metadata}
     if before is None:
@@ -248,12 +217,18 @@ def _packed_rows(rows: Tensor, width: int) -> list:
     return PrunePlan({"rows": bits}).packed()["rows"]
 
 
-def _composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
+def _composed(first: PrunePlan, second: PrunePlan, groups: list[PruneGroup]) -> PrunePlan:
     """The one plan, in units of the dense model, that equals `first` and then `second`."""
     keep: dict[str, Tensor] = dict(first)
-    for name, chosen in second.items():
+    for group in groups:
+        name, chosen = group.name, second[group.name]
         keep[name] = keep[name].clone() if name in keep else torch.ones(len(chosen), dtype=torch.bool)
-        keep[name][keep[name].clone()] = chosen
+        before = keep[name].clone()
+        if group.inside in first:  # directions of heads that are gone went with them
+            heads = first[group.inside].repeat_interleave(group.width)
+            keep[name] = keep[name] if name in first else torch.ones(len(heads), dtype=torch.bool)
+            before = keep[name] & heads
+        keep[name][before] = chosen
     return PrunePlan(keep)
 
 
@@ -266,6 +241,7 @@ def plan_of(denoiser: nn.Module) -> PrunePlan | None:
     basis: Any = getattr(denoiser, BASIS, None)
     if basis is not None and basis.weight.device.type != "meta":
         plan.bases[BASIS] = (basis.weight.detach().float().cpu(), basis.lift.float().cpu())
+    plan.bases |= bases_of(denoiser, plan)
     return plan
 
 

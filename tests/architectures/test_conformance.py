@@ -37,6 +37,14 @@ def kept(cut: str, group, generator) -> torch.Tensor:
     return torch.arange(group.size) < (1 if cut == "one unit left" else group.floor)
 
 
+def basis(group, keep, generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is kept of some basis, (Z, Y), of each head or of all features together."""
+    width = group.width if group.inside else group.size
+    z = torch.linalg.qr(torch.randn(group.size // width, width, width, generator=generator).double())[0]
+    z = z * torch.linspace(0.5, 2, width)[:, None]
+    return z.flatten(0, 1)[keep], torch.linalg.inv(z).mT.flatten(0, 1)[keep].T
+
+
 @pytest.fixture(params=ROWS)
 def row(request):
     row = ROWS[request.param]
@@ -58,11 +66,8 @@ def test_masked_equals_sliced_and_reloaded(row, cut, tmp_path):
     groups = [group for group in groups if cut == "partial" or group.kind in PUBLISHED_KINDS]
     plan = ecodiff.PrunePlan({group.name: kept(cut, group, generator) for group in groups})
     for group in groups:
-        if group.activations:  # in any basis of what they read
-            z = torch.linalg.qr(torch.randn(group.size, group.size, generator=generator).double())[0]
-            z = z * torch.linspace(0.5, 2, group.size)[:, None]
-            keep = plan[group.name]
-            plan.bases[group.name] = (z[keep], torch.linalg.inv(z)[:, keep])
+        if group.activations or group.inside:  # in any basis of what they read, or of what a head gives
+            plan.bases[group.name] = basis(group, plan[group.name], generator)
     dense, before = run(denoiser, given), parameters(denoiser)
     with ecodiff.masked(denoiser, plan):
         masked = run(denoiser, given)

@@ -32,7 +32,7 @@ def test_an_emptied_attention_stays_what_it_is(tiny_sdxl, call):
     small = ecodiff.variant(tiny_sdxl, plan)
     before = latents(small)
     CALLS[call](small)
-    torch.testing.assert_close(latents(small), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(latents(small), before, rtol=1e-4, atol=5e-4)
 
 
 @pytest.mark.parametrize(
