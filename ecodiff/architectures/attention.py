@@ -69,6 +69,8 @@ def _with_values(module: Layer, heads: Iterable[PruneGroup]) -> Iterator[PruneGr
         producers = [slot for slot in group.producers if slot.module.rpartition(".")[2] in VALUES]
         if not producers or isinstance(getattr(module, "to_gate", None), nn.Linear):  # by feature
             continue
+        if "__class__" in type(module).forward.__code__.co_freevars:  # super() of what `Through` is not
+            continue
         width = producers[0].index.shape[1]
         shared = group.consumers[0].index.view(group.size, -1, width).transpose(1, 2).flatten(0, 1)
         yield PruneGroup(

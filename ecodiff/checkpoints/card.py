@@ -86,13 +86,17 @@ def model_card(pipe: DiffusionPipeline, facts: dict | None = None) -> str:
     dense, pruned = about.get("params_dense"), about.get("params_pruned")
     size = f"{dense:,} → {pruned:,} ({1 - pruned / dense:.1%} removed)" if dense else "see config"
     measured = "".join(f"| {key} | {value} |\n" for key, value in (facts or {}).items())
+    tried = compared(about.get("orders", {}))
+    orders = (
+        f"\n| orders measured at the run's size | {tried} (typical latent error, held out) |" if tried else ""
+    )
     return f"""{front}
 # {base}, pruned with ecodiff
 
 | | |
 |---|---|
 | parameters of the {name} | {size} |
-| method | {about.get("method", "unknown")} |
+| method | {about.get("method", "unknown")} |{orders}
 | prompts | {about.get("prompts", "ecodiff's")} |
 | plan | `{plan.digest}` |
 {measured}
@@ -104,6 +108,11 @@ def model_card(pipe: DiffusionPipeline, facts: dict | None = None) -> str:
 smaller shapes. With ecodiff {version("ecodiff") if _installed() else ""} installed,
 `ecodiff.load("THIS FOLDER")` needs no remote code. The licence is the base model's.
 """
+
+
+def compared(orders: dict[str, float]) -> str:
+    """Of a run that measured several orders at its size: the best and the others, in words."""
+    return ", ".join(f"{name} {orders[name]:.2g}" for name in sorted(orders, key=orders.__getitem__))
 
 
 def _installed() -> bool:

@@ -130,14 +130,17 @@ def run(options: argparse.Namespace) -> int:
 
 def _rows(result: dict, made: "PrunePlan", updated: dict[str, bool]) -> list[tuple[str, str]]:
     """What was done, for people."""
+    from ..checkpoints.card import compared
     from ..machine import megabytes
 
+    tried = compared(made.metadata.get("orders", {}))
     units = sum(int((~keep).sum()) for keep in made.values()), sum(len(k) for k in made.values())
     dense, pruned = result["params_dense"], result["params_pruned"]
     return [
         ("parameters", f"{dense:,} -> {pruned:,} ({1 - pruned / dense:.1%} of the denoiser removed)"),
         ("units", f"{units[0]:,} of {units[1]:,} removed ({units[0] / units[1]:.1%})"),
         ("compensated", f"{sum(updated.values())} of {len(updated)} layers that lost units"),
+        *([("orders", f"{tried}: latent error, held out, repaired; the first was taken")] if tried else []),
         ("size on disk", megabytes(result["bytes"])),
         ("saved in", result["out"]),
         ("run", f"{result['run']}  (prune it again for another size)"),

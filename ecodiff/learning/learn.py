@@ -28,12 +28,16 @@ from ..units import in_words
 from . import distributed
 from .budget import OPEN, Budget
 from .checkpointing import Keep, gradients
+from .choose import measured
 from .gauss_newton import gauss_newton_sample
 from .memory import Retry
 from .methods import METHODS
 from .objective import Objective
+from .scoring import Values
 from .state import LearnState
 from .trajectory import trajectory
+
+ERROR_OF = "error of "  # in a row of the history, before the name of an order that was measured
 
 # Of the official SDXL configuration: log-alpha at the start, temperature of the gates, and eps,
 # which bounds their noise to |log((u + eps) / (1 - u + eps))| <= log((1 + eps) / eps).
@@ -146,12 +150,19 @@ def _score(state: LearnState, budget: Budget, objective: Objective) -> dict:
     )
     if missing := [group for group in budget.groups if group.name not in found]:
         raise BudgetError(f"{config.method} does not rank {in_words([missing[0].kind])}. Choose other kinds.")
+    orders = {str(config.method): found} | dict(found.others)
+    errors: dict[str, float] = {}
+    if found.others:
+        denoiser = denoiser_of(objective.pipe)
+        plans = {name: budget.plan(_in_order(denoiser, budget, order)) for name, order in orders.items()}
+        errors = measured(objective, plans)
+    found = orders[min(errors, key=errors.__getitem__)] if errors else found
     for name in set(budget.names) & set(found.bases):
         for part, matrix in zip(PARTS, found.bases[name], strict=True):
             state.vectors[f"{name}.{part}"] = matrix.flatten()
     values = torch.cat([found[name] for name in budget.names])
     state.vectors["saliency"] = distributed.mean(values)
-    return {}
+    return {f"{ERROR_OF}{name}": error for name, error in errors.items()}
 
 
 def _warm_up(state: LearnState, budget: Budget, objective: Objective, keep: Keep) -> dict:
@@ -245,7 +256,10 @@ def scores(denoiser: torch.nn.Module, budget: Budget, state: LearnState) -> Scor
     if config.method is not None:
         worth, steps = state.vectors["saliency"], state.step
         bases = _bases(state, dict(zip(budget.names, budget.sizes, strict=True)))
-        return _ranked(denoiser, budget, worth, bases, method=config.method, steps=steps)
+        errors = _measured_orders(state)
+        chosen = min(errors, key=errors.__getitem__) if errors else config.method
+        facts = {"orders": errors} if errors else {}
+        return _ranked(denoiser, budget, worth, bases, method=chosen, steps=steps, **facts)
     worth = budget.worth(_saliency(state, config))
     if state.step <= config.warm_steps:
         return _ranked(denoiser, budget, worth, method="gauss-newton", steps=state.step)
@@ -255,6 +269,19 @@ def scores(denoiser: torch.nn.Module, budget: Budget, state: LearnState) -> Scor
         log_alpha = log_alpha + (prior - prior.clamp(-OPEN, OPEN))
     method = "learned" if config.penalty is None else "ecodiff, as published"
     return _ranked(denoiser, budget, log_alpha.exp(), method=method, steps=state.step)
+
+
+def _in_order(denoiser: torch.nn.Module, budget: Budget, order: Values) -> Scores:
+    """Scores by one method's values."""
+    worth = torch.cat([order[name] for name in budget.names])
+    bases = {name: basis for name, basis in order.bases.items() if name in budget.names}
+    return _ranked(denoiser, budget, worth, bases)
+
+
+def _measured_orders(state: LearnState) -> dict[str, float]:
+    """Latent errors of the orders that were compared, by method, if there were several."""
+    row = state.history[-1] if state.history else {}
+    return {key.removeprefix(ERROR_OF): error for key, error in row.items() if key.startswith(ERROR_OF)}
 
 
 def _bases(state: LearnState, sizes: dict[str, int]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -17,13 +17,20 @@ from ..config import PRESETS
 from ..pipelines import denoiser_calls, denoiser_of, moved, stream
 from ..pruning.masking import masked
 from ..units import ALL_KINDS, PRESET_KINDS, PruneGroup
+from . import choose
 from .trajectory import trajectory
 
 
 class Values(dict[str, Tensor]):
-    """{group: float32 (units,)}, and of groups of directions (Z, Y), if the method finds directions."""
+    """{group: float32 (units,)}.
+
+    Attributes:
+        bases: of groups of directions (Z, Y), if the method finds directions.
+        others: what other methods give by the same statistics, by name. Learning measures all and keeps one.
+    """
 
     bases: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({})
+    others: "Mapping[str, Values]" = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,8 @@ class Method:
             dict a batch of trajectories.
         kinds: of units that it ranks, by default.
         wide: it is also given all calibration prompts, as `prompts`, `on_step` and `kinds`.
+        passes: denoiser calls of each time step of a batch: differentiated and computed again.
+        orders: how many it gives; of several, learning measures each.
     """
 
     name: str
@@ -46,6 +55,13 @@ class Method:
     score: Callable[..., dict[str, Tensor]]
     kinds: tuple[str, ...] = PRESET_KINDS
     wide: bool = False
+    passes: float = 2
+    orders: int = 1
+
+    def expected_calls(self, steps: int, batches: int) -> float:
+        """Denoiser calls of a `wide` method, about, in trajectories of so many steps."""
+        measured = choose.BATCHES * (1 + self.orders) if self.orders > 1 else 0
+        return steps * (self.passes * batches + measured)
 
     def __call__(
         self,
@@ -78,11 +94,13 @@ def method(
     wide: bool = False,
     kinds: tuple[str, ...] = PRESET_KINDS,
     batches: int = BATCHES,
+    passes: float = 2,
+    orders: int = 1,
 ) -> Callable:
     """Register a function (pipe, calls, seed) -> values as a scoring method, by default for `kinds`."""
 
     def register(score: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
-        METHODS[name] = Method(name, source, cost, score, kinds, wide)
+        METHODS[name] = Method(name, source, cost, score, kinds, wide, passes, orders)
         PRESETS[name] = {"method": name, "warm_steps": batches, "steps": 0, "kinds": kinds}
         return score
 

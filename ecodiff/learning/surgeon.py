@@ -15,11 +15,15 @@ parameters, are its price. The metric is that of LLM Surgeon (arXiv 2312.17244),
 of ZipLM (arXiv 2302.04089) and OSSCAR (arXiv 2403.12983).
 
 A block of k features of n costs n^2 k operations for P and n k out for W: n = 15,360 and k = 64, 15 GFLOP and
-a matrix of 0.9 GB in float32.
+a matrix of 0.9 GB in float32. Layers without consumers in common are ordered one after another, and their
+orders merged by price, which is the order of all together; so memory holds a few layers' covariances, and
+the metric of all (`statistics_bytes`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 import torch
@@ -27,8 +31,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..architectures import find_groups, unit_parameters
-from ..pipelines import denoiser_calls, denoiser_of, moved, stream
-from ..units import ALL_KINDS, PRESET_KINDS
+from ..pipelines import denoiser_calls, denoiser_of, stream
+from ..units import ALL_KINDS, PRESET_KINDS, PruneGroup
 from .calibration import Call, Statistics, seen
 from .candidates import Candidate, Consumer, solved
 from .directions import sampled
@@ -37,6 +41,7 @@ from .inside_heads import Directions
 from .scoring import Values, method
 
 SURGEON_KINDS = (*PRESET_KINDS, "modulation_directions", "value_directions")
+TURN = 4 << 30  # bytes of covariances that are gathered at a time
 CALLS = 6  # denoiser calls of each batch that A is gathered over, evenly spread
 
 
@@ -44,6 +49,8 @@ CALLS = 6  # denoiser calls of each batch that A is gathered over, evenly spread
     "surgeon",
     "Optimal Brain Surgeon, greedy, Gauss-Newton metric (LLM Surgeon, ZipLM, OSSCAR)",
     cost=5,
+    passes=3.5,  # one to record what layers read, and half a one to gather it
+    orders=2,
     wide=True,
     kinds=SURGEON_KINDS,
     batches=12,
@@ -67,51 +74,113 @@ def surgeon(
     denoiser = denoiser_of(pipe)
     every = find_groups(denoiser, kinds)
     groups = [group for group in every if not group.inside]
-    layers = {
-        slot.module: denoiser.get_submodule(slot.module)
-        for g in groups
-        for slot in g.consumers
-        if solved(slot) and not g.activations
-    }
-    layers = {name: layer for name, layer in layers.items() if isinstance(layer, (nn.Linear, nn.Conv2d))}
-    inputs: dict[str, Statistics] = {name: Statistics() for name in layers}
+    layers = _readers(denoiser, groups)
     metric = {name: torch.zeros(len(layer.weight), len(layer.weight)) for name, layer in layers.items()}
-    calls = list(calls)
+    calls, recorded = list(calls), list[Call]()
 
     def sample(index: int, call: dict) -> dict[str, Tensor]:
-        _gather_inputs(pipe, call, inputs, on_step)
+        recorded.extend(_recorded(pipe, call, on_step))
         with _Watched(layers, metric):
             return gauss_newton_sample(pipe, groups, call, stream("probe", seed, index), on_step=on_step)
 
     plain, bases = sampled(pipe, groups, calls, prompts, seed, sample)
     trajectories = sum(len(call["prompt"]) for call in calls)
-    consumers = {
-        name: Consumer.of(layer, inputs[name], metric[name] / trajectories)
-        for name, layer in layers.items()
-        if inputs[name].rows
-    }
-    prices = {group.name: float(max(1, unit_parameters(denoiser, group))) for group in groups}
-    candidates = {g.name: Candidate.of(g, consumers, plain[g.name], prices[g.name]) for g in groups}
-    inside = {
-        g.name: Directions.of(g, candidates[g.inside], float(unit_parameters(denoiser, g)))
-        for g in every
-        if g.inside in candidates and candidates[g.inside].read
-    }
-    found = Values(removal_order([*candidates.values(), *inside.values()]))
-    found.bases = bases | {name: (each.z, each.y.T) for name, each in inside.items()}
+    orders = []
+    for turn in _turns(every, layers):
+        names = [name for cluster in turn for name in _read_by(cluster, layers)]
+        inputs = _gathered(denoiser, recorded, names, on_step)
+        for cluster in turn:
+            consumers = {
+                name: Consumer.of(layers[name], inputs.pop(name), metric[name] / trajectories)
+                for name in _read_by(cluster, layers)
+                if inputs[name].rows
+            }
+            prices = {g.name: float(max(1, unit_parameters(denoiser, g))) for g in cluster}
+            heads = [g for g in cluster if not g.inside]
+            candidates = {g.name: Candidate.of(g, consumers, plain[g.name], prices[g.name]) for g in heads}
+            inside = {
+                g.name: Directions.of(g, candidates[g.inside], prices[g.name])
+                for g in cluster
+                if g.inside in candidates and candidates[g.inside].read
+            }
+            orders.append(list(removals([*candidates.values(), *inside.values()])))
+            bases |= {name: (each.z, each.y.T) for name, each in inside.items()}
+    found = Values(merged(orders, {g.name: g.size for g in every}))
+    found.bases = bases
+    found.others = {"gauss-newton": _diagonal(denoiser, every, plain, bases)}
     return found
 
 
+def _diagonal(
+    denoiser: nn.Module, groups: Sequence[PruneGroup], plain: Mapping[str, Tensor], bases: Mapping[str, Any]
+) -> Values:
+    """The order of the Gauss-Newton diagonal. It does not rank directions inside heads: they go with them."""
+    found = Values({g.name: plain[g.name] / unit_parameters(denoiser, g) for g in groups if not g.inside})
+    last = 10 * max(float(values.max()) for values in found.values())
+    found.update({g.name: torch.full((g.size,), last) for g in groups if g.inside})
+    found.bases = {name: basis for name, basis in bases.items() if name in plain}
+    return found
+
+
+def _readers(denoiser: nn.Module, groups: Sequence[PruneGroup]) -> dict[str, Any]:
+    """The consumers whose repair can be counted in, by path, in network order."""
+    slots = [slot for group in groups for slot in group.consumers if solved(slot) and not group.activations]
+    layers = {slot.module: denoiser.get_submodule(slot.module) for slot in slots}
+    return {name: layer for name, layer in layers.items() if isinstance(layer, (nn.Linear, nn.Conv2d))}
+
+
+def _read_by(groups: Sequence[PruneGroup], layers: Mapping[str, Any]) -> list[str]:
+    """Which of `layers` read the units of groups."""
+    slots = [slot for group in groups if not group.activations for slot in group.consumers if solved(slot)]
+    return list(dict.fromkeys(slot.module for slot in slots if slot.module in layers))
+
+
+def clusters(groups: Sequence[PruneGroup], layers: Mapping[str, Any]) -> list[list[PruneGroup]]:
+    """Groups that have consumers in common, together: removals in one cluster change no prices in another."""
+    found: list[tuple[set[str], list[PruneGroup]]] = []
+    for group in groups:
+        names, members = set(_read_by([group], layers)), [group]
+        for other in [cluster for cluster in found if cluster[0] & names]:
+            found.remove(other)
+            names, members = names | other[0], other[1] + members
+        found.append((names, members))
+    return [members for _, members in found]
+
+
+def _turns(groups: Sequence[PruneGroup], layers: Mapping[str, Any]) -> Iterator[list[list[PruneGroup]]]:
+    """Clusters, as many at a time as their inputs' covariances fit in memory."""
+    turn: list[list[PruneGroup]] = []
+    taken = 0
+    for cluster in clusters(groups, layers):
+        need = sum(4 * layers[name].weight[0].numel() ** 2 for name in _read_by(cluster, layers))
+        if turn and taken + need > TURN:
+            yield turn
+            turn, taken = [], 0
+        turn.append(cluster)
+        taken += need
+    yield turn
+
+
 @torch.no_grad()
-def _gather_inputs(
-    pipe: DiffusionPipeline, call: dict, inputs: dict[str, Statistics], on_step: Callable[[], None] | None
-) -> None:
+def _recorded(pipe: DiffusionPipeline, call: dict, on_step: Callable[[], None] | None) -> list[Call]:
+    """Some of the denoiser's calls in dense trajectories, evenly spread over the time steps."""
     made = denoiser_calls(pipe, call, on_step=on_step)
     chosen = torch.linspace(0, len(made) - 1, min(CALLS, len(made))).round().long().unique()
-    for index in chosen.tolist():
-        args, kwargs = moved(made[index], denoiser_of(pipe).device)
-        for name, (x, y) in seen(denoiser_of(pipe), Call(args, kwargs, False), list(inputs)).items():
+    return [Call(made[index][0], made[index][1], False) for index in chosen.tolist()]
+
+
+@torch.no_grad()
+def _gathered(
+    denoiser: nn.Module, recorded: Sequence[Call], names: Sequence[str], on_step: Callable[[], None] | None
+) -> dict[str, Statistics]:
+    """Covariances of what layers read in recorded calls."""
+    inputs: dict[str, Statistics] = {name: Statistics() for name in names}
+    for call in recorded if names else ():
+        if on_step is not None:
+            on_step()
+        for name, (x, y) in seen(denoiser, call, names).items():
             inputs[name].add(y[:, :0], x)
+    return inputs
 
 
 class _Watched:
@@ -136,35 +205,60 @@ class _Watched:
         self.metric[name] += (rows.T @ rows).to(self.metric[name].device)
 
 
+@dataclass
+class Removal:
+    """A block of units of a group, what it costs per parameter, and what goes with it inside those heads."""
+
+    cost: float
+    group: str
+    units: Tensor
+    inside: str = ""
+    within: Tensor | None = None
+
+
 @torch.no_grad()
-def removal_order(candidates: Sequence[Candidate]) -> dict[str, Tensor]:
-    """{group: (units,)}: when each unit goes, rising; every size is a prefix of one order."""
-    values = {c.group.name: torch.zeros(c.group.size) for c in candidates}
-    units = sum(c.group.size for c in candidates)
-    gone = 0
+def removals(candidates: Sequence[Candidate]) -> Iterator[Removal]:
+    """The cheapest block of all candidates, again and again, until none is left."""
     while True:
         cheapest = min(candidates, key=lambda c: c.cost)
         if not len(cheapest.block):
-            return values
-        block = cheapest.take()
-        values[cheapest.group.name][block] = (gone + 1 + torch.arange(len(block))) / units
-        gone += len(block)
-        shared = cheapest.modules
-        if isinstance(inside := cheapest.inside, Directions):  # they go with their head
-            went = inside.left[torch.isin(inside.left // inside.group.width, block)]
-            values[inside.group.name][went] = (gone + 0.5) / units
+            return
+        found = Removal(cheapest.cost, cheapest.group.name, cheapest.take())
+        if isinstance(inside := cheapest.inside, Directions):
+            went = torch.isin(inside.left // inside.group.width, found.units)
+            found.inside, found.within = inside.group.name, inside.left[went]
+        yield found
         for candidate in candidates:
-            if candidate is cheapest or shared & candidate.modules:
+            if candidate is cheapest or cheapest.modules & candidate.modules:
                 candidate.refresh()
 
 
+def merged(orders: Sequence[list[Removal]], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """{group: (units,)}: when each unit goes, rising, if of all clusters the cheapest next block goes first.
+
+    Every size is a prefix of this one order.
+    """
+    values, total, gone = {n: torch.ones(size) for n, size in sizes.items()}, sum(sizes.values()), 0
+    heads = [(order[0].cost, index, 0) for index, order in enumerate(orders) if order]
+    heapify(heads)
+    while heads:
+        _, index, at = heappop(heads)
+        removal = orders[index][at]
+        values[removal.group][removal.units] = (gone + 1 + torch.arange(len(removal.units))) / total
+        gone += len(removal.units)
+        if removal.within is not None:
+            values[removal.inside][removal.within] = (gone + 0.5) / total
+        if at + 1 < len(orders[index]):
+            heappush(heads, (orders[index][at + 1].cost, index, at + 1))
+    return values
+
+
 def statistics_bytes(denoiser: nn.Module) -> int:
-    """What the statistics of all consumers take in memory, about: covariance, its inverse, moment, metric."""
-    total = 0
-    groups = [g for g in find_groups(denoiser, ALL_KINDS) if not (g.activations or g.inside)]
-    slots = [slot for group in groups for slot in group.consumers]
-    for name in {slot.module for slot in slots if solved(slot)}:
-        layer: Any = denoiser.get_submodule(name)
-        out, features = len(layer.weight), layer.weight[0].numel()
-        total += 4 * (3 * features**2 + out**2 + 2 * out * features)
-    return total
+    """What all of it takes in memory, about: the metric of all consumers, the covariances of a turn, and of
+    the largest cluster all that it works on: covariance, its inverse, moment and a copy."""
+    groups = [group for group in find_groups(denoiser, ALL_KINDS) if not group.inside]
+    layers = _readers(denoiser, groups)
+    squares = {name: 4 * layer.weight[0].numel() ** 2 for name, layer in layers.items()}
+    metric = sum(4 * len(layer.weight) ** 2 for layer in layers.values())
+    largest = max(sum(squares[n] for n in _read_by(c, layers)) for c in clusters(groups, layers))
+    return metric + max(largest, min(TURN, sum(squares.values()))) + 4 * largest

@@ -77,24 +77,25 @@ def trajectory(
 
     with (
         quiet(pipe),
+        no_graph_left(pipe),
         frozen(pipe, trained),
         block_by_block(denoiser, keep.blocks),
         replaced_forward(denoiser, kept_or_recomputed),
         attention_with_fast_backward(denoiser),
         torch.enable_grad(),
     ):
-        try:
-            yield run
-        finally:
-            _let_go(pipe)
+        yield run
 
 
-def _let_go(pipe: DiffusionPipeline) -> None:
+@contextmanager
+def no_graph_left(pipe: DiffusionPipeline) -> Iterator[None]:
     """Schedulers that keep the predictions of past steps (PNDM) keep the graph with them: cut it off."""
-    scheduler = getattr(pipe, "scheduler", None)
-    state = {} if scheduler is None else vars(scheduler)
-    for name, value in list(state.items()):
-        if isinstance(value, Tensor) and value.requires_grad:
-            state[name] = value.detach()
-        elif isinstance(value, list):
-            state[name] = [item.detach() if isinstance(item, Tensor) else item for item in value]
+    try:
+        yield
+    finally:
+        scheduler = getattr(pipe, "scheduler", None)
+        for name, value in list(vars(scheduler).items()) if scheduler is not None else ():
+            if isinstance(value, Tensor) and value.requires_grad:
+                setattr(scheduler, name, value.detach())
+            elif isinstance(value, list):
+                setattr(scheduler, name, [v.detach() if isinstance(v, Tensor) else v for v in value])

@@ -33,6 +33,16 @@ def kept(scores: Any, costs: Mapping[str, float], target: float, align: bool) ->
     return keep
 
 
+def removable(scores: Any, costs: Mapping[str, float]) -> float:
+    """What goes if all units go that may, in the unit of `costs`; what is inside heads goes with them."""
+    most = (
+        costs[name] * (len(values) - scores.floor(name)) - scores.setup(name, costs)
+        for name, values in scores.values.items()
+        if name not in scores.inside
+    )
+    return sum(max(0, cost) for cost in most)
+
+
 def within(scores: Any, keep: Mapping[str, Tensor], name: str) -> Tensor:
     """Which units of a group are gone with the units of another that hold them, bool (units,)."""
     gone = torch.zeros(len(scores.values[name]), dtype=torch.bool)

@@ -101,15 +101,7 @@ class Scores:
     @property
     def removable(self) -> int:
         """Parameters that go if every unit goes that may."""
-        return int(self._removable(self.costs))
-
-    def _removable(self, costs: Mapping[str, float]) -> float:
-        most = {
-            n: costs[n] * (len(v) - self.floor(n)) - self.setup(n, costs)
-            for n, v in self.values.items()
-            if n not in self.inside  # what is inside heads goes with them
-        }
-        return sum(max(0, cost) for cost in most.values())
+        return int(cutting.removable(self, self.costs))
 
     def setup(self, name: str, costs: Mapping[str, float]) -> int:
         """What is added to a group as soon as one of its units goes, in the unit of `costs`."""
@@ -182,7 +174,7 @@ class Scores:
         """Remove units, cheapest worth per `costs` first, until `ratio` of `total` is gone."""
         if not total or set(costs) != set(self.values):
             raise BudgetError(f"These scores do not know the {unit} of a unit (see measure.unit_macs).")
-        ceiling = self._removable(costs) / total
+        ceiling = cutting.removable(self, costs) / total
         if not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
             raise BudgetError(
                 f"The ratio is the fraction of {unit} to remove, from 0 to {ceiling:.3f} for this "

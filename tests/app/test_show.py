@@ -10,9 +10,17 @@ from ecodiff.units import ALL_KINDS
 
 def test_layers_are_named_by_their_groups():
     for model, rows in (
-        ("flux-dev", {"Heads": 57, "FFN neurons": 76, "Modulation rows": 76, "Modulation directions": 1}),
-        ("z-image", {"Heads": 34, "FFN neurons": 34}),
-        ("sdxl", {"Heads": 70, "Heads, cross-attention": 70, "FFN neurons": 70, "ResNet channels": 17}),
+        (
+            "flux-dev",
+            {"Heads": 57, "FFN neurons": 76, "Modulation rows": 76, "Modulation directions": 1}
+            | {"Directions inside heads": 57},
+        ),
+        ("z-image", {"Heads": 34, "FFN neurons": 34, "Directions inside heads": 34}),
+        (
+            "sdxl",
+            {"Heads": 70, "Heads, cross-attention": 70, "FFN neurons": 70, "ResNet channels": 17}
+            | {"Directions inside heads": 140},
+        ),
     ):
         groups = ecodiff.find_groups(loading.empty_denoiser(model), ALL_KINDS)
         html = show.layers({g.name: 0.5 for g in groups}, {g.name: g.kind for g in groups})

@@ -86,7 +86,7 @@ def test_it_comes_closer_goes_on_anywhere_and_leaves_the_dense_model_alone(tiny_
     assert torch.equal(latents(resumed), latents(whole))
     assert not any("lora" in name for name, _ in denoiser_of(whole).named_modules())
     folder = ecodiff.save(whole, tmp_path / "healed")
-    torch.testing.assert_close(latents(ecodiff.load(folder)), latents(whole), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(latents(ecodiff.load(folder)), latents(whole), rtol=1e-4, atol=5e-4)
     with pytest.raises(CheckpointError, match="other settings"):
         next(heal(ecodiff.variant(tiny_sdxl, plan), tiny_sdxl, PROMPTS, replace(config, rank=3), tmp_path))
     more = ecodiff.variant(tiny_sdxl, plan)

@@ -7,6 +7,7 @@ import torch
 
 import ecodiff
 from ecodiff.errors import BudgetError
+from ecodiff.learning import surgeon
 from ecodiff.learning.candidates import Consumer
 from ecodiff.learning.inside_heads import basis
 from ecodiff.learning.learn import learn
@@ -14,7 +15,7 @@ from ecodiff.metrics.cost import parameters
 from ecodiff.pipelines import denoiser_of
 from ecodiff.pruning.slicing import plan_of
 from ecodiff.units import PruneGroup, Slot, units
-from tests.conftest import latents, short
+from tests.conftest import flux, latents, short
 
 PROMPTS = ["red apple", "cat face", "rocket"]
 FIRST = replace(ecodiff.LearnConfig.preset("surgeon"), warm_steps=1, batch=2, inference_steps=2)
@@ -92,3 +93,13 @@ def test_a_method_that_does_not_rank_them_is_named(tiny_sdxl):
     config = replace(config, batch=1, inference_steps=2, extra=short(tiny_sdxl))
     with pytest.raises(BudgetError, match="gauss-newton does not rank directions inside heads"):
         list(learn(tiny_sdxl, PROMPTS, config))
+
+
+def test_layers_ordered_in_turns_give_the_same_ranking(monkeypatch):
+    pipe = flux()
+    config = replace(FIRST, extra=short(pipe))
+    whole = list(learn(pipe, PROMPTS, config))[-1][1]
+    monkeypatch.setattr(surgeon, "TURN", 1)  # one cluster at a time
+    parts = list(learn(pipe, PROMPTS, config))[-1][1]
+    assert all(torch.equal(parts.values[name], values) for name, values in whole.values.items())
+    assert all(torch.equal(parts.bases[name][0], z) for name, (z, _) in whole.bases.items())

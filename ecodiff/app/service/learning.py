@@ -28,7 +28,6 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 EXPIRY_SECONDS = 24 * 3600  # on a Space; at home runs are kept
 CALIBRATION_STEPS = 3  # of learning, that recording takes as long as, while it was not measured
-CALLS_A_STEP = 3  # denoiser calls of a time step: recorded, differentiated, computed again
 
 
 def start(
@@ -160,15 +159,15 @@ def _share(job: Job) -> float | None:
     method = METHODS.get(config.method or "")
     if method is None or not method.wide or not job.active:
         return None
-    steps = (config.inference_steps or 50) * config.warm_steps * CALLS_A_STEP
-    return min(1.0, job.run.calls / steps)
+    expected = method.expected_calls(config.inference_steps or 50, config.warm_steps)
+    return min(1.0, job.run.calls / expected)
 
 
 def _seconds_left(job: Job) -> float | None:
     """Until the run is finished: learning, and what repairing needs after it."""
     now, pace = time.monotonic(), job.seconds_left
     share = _share(job)
-    if job.stage == "learning" and pace is None and share and share > 0.05:
+    if job.stage == "learning" and pace is None and share and 0.05 < share < 1:
         pace = (now - job.since) * (1 - share) / share
     step = sum(job.seconds) / len(job.seconds) if job.seconds else None
     after = server().timings.last(job.run.model, "calibrate")
