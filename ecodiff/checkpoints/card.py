@@ -13,16 +13,21 @@ from ..pruning.plan import PrunePlan
 from ..pruning.slicing import plan_of
 
 
-def snippet(known: catalog.Model, folder: str) -> str:
-    """Python that opens a pruned folder without ecodiff and draws with its model's own settings."""
+def snippet(known: catalog.Model, folder: str, dtype: str = "") -> str:
+    """Python that opens a pruned folder without ecodiff and draws with its model's own settings.
+
+    Args:
+        dtype: the one that it has to be opened in; empty: the model's own, float32 on a CPU.
+    """
     asked = {"num_inference_steps": known.steps, "guidance_scale": known.guidance_scale}
     asked |= {"height": known.size, "width": known.size} | known.extra
     options = "".join(f", {name}={value!r}" for name, value in asked.items() if value is not None)
+    chosen = f'torch.{known.dtype} if device == "cuda" else torch.float32'
     return f"""import torch
 from diffusers import DiffusionPipeline
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-dtype = torch.{known.dtype} if device == "cuda" else torch.float32
+dtype = {f"torch.{dtype}" if dtype else chosen}
 pipe = DiffusionPipeline.from_pretrained("{folder}", torch_dtype=dtype, trust_remote_code=True)
 pipe.to(device)
 image = pipe("a red apple"{options}).images[0]
@@ -75,7 +80,7 @@ def front_matter(known: catalog.Model, library: str, tags: list[str]) -> str:
     return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in head.items()) + "---\n"
 
 
-def model_card(pipe: DiffusionPipeline, facts: dict | None = None) -> str:
+def model_card(pipe: DiffusionPipeline, facts: dict | None = None, dtype: str = "") -> str:
     """README.md of a pruned folder: what was removed, how to load it, the base model's licence."""
     name = denoiser_name(pipe)
     plan = plan_of(getattr(pipe, name)) or PrunePlan({})
@@ -101,7 +106,7 @@ def model_card(pipe: DiffusionPipeline, facts: dict | None = None) -> str:
 | plan | `{plan.digest}` |
 {measured}
 ```python
-{snippet(known, "THIS FOLDER")}
+{snippet(known, "THIS FOLDER", dtype)}
 ```
 
 `trust_remote_code` runs `{name}/{ecodiff_sliced_v1.NAME}.py`, which only gives the layers their

@@ -16,7 +16,7 @@ from torch import nn
 from ..checks import check_layers
 from ..errors import CheckpointError, UnsupportedModelError
 from ..pipelines import denoiser_name, denoiser_of
-from ..pruning.plan import PLAN_FILE
+from ..pruning.plan import PLAN_FILE, PrunePlan
 from ..pruning.slicing import plan_of
 from .card import model_card
 
@@ -47,26 +47,31 @@ def save(
         CheckpointError: the folder holds something else, or could not be written.
     """
     check_layers(denoiser_of(pipe))
-    asked = Path(folder)
-    folder = asked.resolve()  # a link means what it leads to
     plan = plan_of(denoiser_of(pipe))
     if plan is None:
         raise UnsupportedModelError(
             f"This {type(pipe).__name__} has not been pruned; save it with its own "
             "save_pretrained, or prune it first (ecodiff.variant)."
         )
-    taken = folder.exists() and (folder.is_file() or any(folder.iterdir()))
-    if taken and not (folder / PLAN_FILE).is_file():
-        raise CheckpointError(f"{folder} exists and holds something else. Name a new or an empty folder.")
     # A denoiser that was sliced in place changed its class after the pipeline had noted it down.
     pipe.register_modules(**{denoiser_name(pipe): denoiser_of(pipe)})
     if dtype is not None and dtype != denoiser_of(pipe).dtype:
         pipe = cast(pipe, dtype)
+    return write(pipe, folder, plan, card or model_card(pipe))
+
+
+def write(pipe: DiffusionPipeline, folder: str | Path, plan: PrunePlan, card: str) -> Path:
+    """Write a pipeline that was cut by `plan`, whatever its weights are stored in, as `save` does."""
+    asked = Path(folder)
+    folder = asked.resolve()  # a link means what it leads to
+    taken = folder.exists() and (folder.is_file() or any(folder.iterdir()))
+    if taken and not (folder / PLAN_FILE).is_file():
+        raise CheckpointError(f"{folder} exists and holds something else. Name a new or an empty folder.")
     with whole_folder(folder) as partial:
         pipe.save_pretrained(partial)
         open_in_one_dtype(partial)
         plan.save(partial / PLAN_FILE)
-        (partial / "README.md").write_text(card or model_card(pipe), encoding="utf-8")
+        (partial / "README.md").write_text(card, encoding="utf-8")
     return asked
 
 

@@ -27,7 +27,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
 def draw(folder):
-    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.{dtype}, trust_remote_code=True)
     generator = torch.Generator().manual_seed(0)
     options = dict(num_inference_steps=3, generator=generator, output_type="latent", **{short})
     return pipe, pipe("{prompt}", **options).images
@@ -57,9 +57,10 @@ theirs.save_pretrained("{folder}-spawned")
 """
 
 
-def drawn_by_diffusers_alone(folder, pipe) -> dict[str, torch.Tensor]:
+def drawn_by_diffusers_alone(folder, pipe, dtype="float32") -> dict[str, torch.Tensor]:
     """Latents of PROMPT by a process without ecodiff: {"latents", "again": saved by it and reloaded}."""
-    script = PLAIN.format(folder=folder, prompt=PROMPT, short=short(pipe), threads=torch.get_num_threads())
+    given = {"short": short(pipe), "threads": torch.get_num_threads(), "dtype": dtype}
+    script = PLAIN.format(folder=folder, prompt=PROMPT, **given)
     done = subprocess.run([sys.executable, "-c", script], cwd=folder.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return load_file(f"{folder}.latents")

@@ -57,3 +57,29 @@ def test_float8_is_what_layerwise_casting_draws(model, tmp_path):
         torch.testing.assert_close(found[key], weight, rtol=0.08, atol=0.003 * float(largest) + 1e-3)
         eights += bool((found[key] != weight.bfloat16().float()).any())
     assert eights > len(found) / 3, "nothing was rounded to 8 bits"
+
+
+@pytest.mark.parametrize("model", ["emoji-turbo", "emoji-flux"])
+def test_int8_is_opened_by_diffusers_in_half_the_bytes(model, tmp_path):
+    pytest.importorskip("torchao")
+    dense = ecodiff.load(model)
+    small = ecodiff.variant(dense, some_plan(dense))  # some layers are emptied
+    folder = formats.find_format("int8").write(small, tmp_path / "int8")
+    half = ecodiff.save(small, tmp_path / "half", torch.bfloat16)
+    name = denoiser_name(small)
+    sizes = [folder_bytes(path / name) for path in (folder, half)]
+    assert 0.45 < sizes[0] / sizes[1] < 0.75
+    wanted, found = (drawn_by_diffusers_alone(path, dense, "bfloat16")["latents"] for path in (half, folder))
+    error = float((found - wanted).float().square().mean() / wanted.float().var())
+    assert 0 < error < 0.05
+    card = (folder / "README.md").read_text()
+    assert "torch.bfloat16" in card and "torchao" in card and "else torch.float32" not in card
+    assert not [file for file in folder.rglob("*") if file.suffix in (".bin", ".pt", ".pkl")]
+    with pytest.raises(CheckpointError, match="exists"):
+        formats.find_format("int8").write(small, tmp_path)
+
+
+def test_int8_without_torchao_says_what_to_install(tiny_sdxl, tmp_path, monkeypatch):
+    monkeypatch.setattr("ecodiff.checkpoints.int8.find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match="pip install torchao"):
+        formats.find_format("int8").write(ecodiff.variant(tiny_sdxl, some_plan(tiny_sdxl)), tmp_path / "out")
