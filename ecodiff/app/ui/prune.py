@@ -5,7 +5,6 @@ import time
 import gradio as gr
 
 from ...errors import EcodiffError
-from ...units import PRESET_KINDS
 from .. import service
 from . import predicted, run_panel, show, strip
 from .common import (
@@ -110,7 +109,7 @@ def _form() -> dict[str, gr.components.Component]:
         PRESETS, value=service.default_preset("emoji-sdxl"), label="Preset", info="How its units are ranked"
     )
     with gr.Accordion("Advanced", open=False):
-        kinds = gr.CheckboxGroup(KINDS, value=list(PRESET_KINDS), label="Units to prune")
+        kinds = gr.CheckboxGroup(KINDS, value=preset_kinds(preset.value), label="Units to prune")
         method = gr.Dropdown(
             [("As the preset says", ""), *service.methods()],
             value="",
