@@ -90,7 +90,9 @@ def rank(method: str, pipe, model: catalog.Model, ratio: float, seed: int) -> tu
         scores = ecodiff.learn_masks(pipe, prompts, config)
         dense = min(config.steps * config.batch, config.trajectories)
         steps = config.warm_steps + config.steps
-        each, measured = (METHODS[method].cost, METHODS[method].orders > 1) if method in METHODS else (4, False)
+        each, measured = (
+            (METHODS[method].cost, METHODS[method].orders > 1) if method in METHODS else (4, False)
+        )
         # Orders are repaired on 24 trajectories and measured on 16, dense and by two plans.
         return scores, round(each * steps * config.batch) + dense + 72 * measured
     options = call_options(pipe, model.learn_steps, model.guidance_scale, model.size, model.extra)
