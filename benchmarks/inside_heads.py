@@ -1,4 +1,4 @@
-"""What directions inside heads cost and save in time, at the true width of FLUX.1 and SDXL, with random weights.
+"""What directions inside heads cost and save in time, at the true width of FLUX.1 and SDXL; random weights.
 
     python benchmarks/inside_heads.py
 

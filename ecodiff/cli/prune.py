@@ -28,10 +28,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="fraction of the denoiser's parameters to remove (default: 0.2, or the run's)",
     )
     parser.add_argument(
+        "--cost",
+        choices=("params", "macs"),
+        help="what the ratio is of: parameters (default), or multiply-accumulates of a call",
+    )
+    parser.add_argument(
         "--preset",
         metavar="NAME",
         help="fast, balanced, paper or ecodiff; or a scoring method: surgeon, wanda, taylor, ... (default: "
-        "the best as measured: surgeon if its statistics take less than 8 GB, else gauss-newton where "
+        "the best as measured: surgeon if its statistics take less than 16 GB, else gauss-newton where "
         "modulation has directions, else balanced)",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the pruned pipeline")
@@ -93,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
         return 130
     if distributed.rank():
         return 0  # the first process cuts and saves
-    made = run.plan(options.ratio, dict(options.units) if options.units else None)
+    made = run.plan(options.ratio, dict(options.units) if options.units else None, run.config.cost)
     small = variant(pipe, made)
     updated = {}
     if options.compensate:
@@ -152,7 +157,7 @@ def _opened(folder: Path, options: argparse.Namespace) -> "Run":
     """A run that is given by its folder: what it was learned with cannot be asked for again."""
     from ..runs import Run
 
-    asked = ("preset", "kinds", "seed", "steps", "guidance", "size", "prompts", "run")
+    asked = ("cost", "preset", "kinds", "seed", "steps", "guidance", "size", "prompts", "run")
     given = [f"--{name}" for name in asked if getattr(options, name) is not None]
     if given:
         raise EcodiffError(
@@ -175,7 +180,12 @@ def _open_or_create(options: argparse.Namespace, pipe) -> "Run":
     check_class(type(pipe))
     model = catalog.find(options.model)
     asked = {"seed": options.seed, "kinds": tuple(options.kinds) if options.kinds else None}
-    asked |= {"inference_steps": options.steps, "guidance_scale": options.guidance, "size": options.size}
+    asked |= {
+        "cost": options.cost,
+        "inference_steps": options.steps,
+        "guidance_scale": options.guidance,
+        "size": options.size,
+    }
     ratio = 0.2 if options.ratio is None else options.ratio
     best = "balanced" if distributed.count() > 1 else methods.measured_best(denoiser_of(pipe), "balanced")
     preset = options.preset or best
@@ -183,7 +193,8 @@ def _open_or_create(options: argparse.Namespace, pipe) -> "Run":
     prompts, heldout = set_aside(read(options.prompts)) if options.prompts else (None, ())
     prompts = prompts or model.prompts("calibration")
     # Refuse an impossible size before learning, not after.
-    Scores.unranked(denoiser_of(pipe), config.kinds).plan(ratio=ratio)
+    if config.cost == "params":
+        Scores.unranked(denoiser_of(pipe), config.kinds).plan(ratio=ratio)
     folder = distributed.agreed(Path(options.run) if options.run else RunStore().new_folder())
     if distributed.agreed(not (folder / "run.json").is_file()) and distributed.rank() == 0:
         Run.create(folder, options.model, config, prompts, preset, heldout)

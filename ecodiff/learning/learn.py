@@ -240,7 +240,7 @@ def _adam(vectors: dict[str, Tensor], gradient: Tensor, rate: float, updates: in
 def _gap(log_alpha: Tensor, budget: Budget, objective: Objective, batch: int) -> dict:
     """Loss with the gates' medians and with the plan that is cut from them, on one batch."""
     pipe, losses = objective.pipe, {}
-    plan = budget.plan(_ranked(denoiser_of(pipe), budget, log_alpha.exp()))
+    plan = budget.plan(_ranked(denoiser_of(pipe), budget, budget.per_parameter(log_alpha.exp())))
     relaxed = budget.by_group(gates.hard(log_alpha))
     hardened = {name: keep.float() for name, keep in plan.items()}
     for name, masks in (("relaxed", relaxed), ("hardened", hardened)):
@@ -254,28 +254,30 @@ def scores(denoiser: torch.nn.Module, budget: Budget, state: LearnState) -> Scor
     """The ranking so far. Log-alphas become worths: the exponential keeps their order."""
     config = budget.config
     if config.method is not None:
-        worth, steps = state.vectors["saliency"], state.step
+        values, steps = state.vectors["saliency"], state.step
         bases = _bases(state, dict(zip(budget.names, budget.sizes, strict=True)))
         errors = _measured_orders(state)
         chosen = min(errors, key=errors.__getitem__) if errors else config.method
         facts = {"orders": errors} if errors else {}
-        return _ranked(denoiser, budget, worth, bases, method=chosen, steps=steps, **facts)
+        return _ranked(denoiser, budget, values, bases, method=chosen, steps=steps, **facts)
     worth = budget.worth(_saliency(state, config))
     if state.step <= config.warm_steps:
-        return _ranked(denoiser, budget, worth, method="gauss-newton", steps=state.step)
+        values = budget.per_parameter(worth)
+        return _ranked(denoiser, budget, values, method="gauss-newton", steps=state.step)
     log_alpha = state.vectors["log_alpha"]
     if config.warm_steps:  # what was beyond reach of learning still has its order
         prior, _ = budget.prior(worth)
         log_alpha = log_alpha + (prior - prior.clamp(-OPEN, OPEN))
     method = "learned" if config.penalty is None else "ecodiff, as published"
-    return _ranked(denoiser, budget, log_alpha.exp(), method=method, steps=state.step)
+    values = budget.per_parameter(log_alpha.exp())
+    return _ranked(denoiser, budget, values, method=method, steps=state.step)
 
 
 def _in_order(denoiser: torch.nn.Module, budget: Budget, order: Values) -> Scores:
     """Scores by one method's values."""
-    worth = torch.cat([order[name] for name in budget.names])
+    values = torch.cat([order[name] for name in budget.names])
     bases = {name: basis for name, basis in order.bases.items() if name in budget.names}
-    return _ranked(denoiser, budget, worth, bases)
+    return _ranked(denoiser, budget, values, bases)
 
 
 def _measured_orders(state: LearnState) -> dict[str, float]:
@@ -295,7 +297,8 @@ def _bases(state: LearnState, sizes: dict[str, int]) -> dict[str, tuple[Tensor, 
 
 
 def _ranked(
-    denoiser: torch.nn.Module, budget: Budget, worth: Tensor, bases: dict | None = None, **facts
+    denoiser: torch.nn.Module, budget: Budget, values: Tensor, bases: dict | None = None, **facts
 ) -> Scores:
-    values = budget.by_group(budget.per_parameter(worth))
-    return Scores.of(denoiser, values, budget.macs, bases, **facts, learn=asdict(budget.config))
+    """Scores of what all units are worth, per parameter."""
+    by_group = budget.by_group(values)
+    return Scores.of(denoiser, by_group, budget.macs, bases, **facts, learn=asdict(budget.config))

@@ -26,6 +26,7 @@ from functools import partial
 from heapq import heapify, heappop, heappush
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def surgeon(
     on_step: Callable[[], None] | None = None,
     kinds: Sequence[str] = SURGEON_KINDS,
 ) -> Values:
-    """Units by when they are removed, as a number that rises: the first has the least.
+    """Units by what they cost per parameter when it is their turn to go, a number that rises in that order.
 
     Args:
         calls: arguments of the pipeline, one dict a batch of trajectories.
@@ -234,23 +235,27 @@ def removals(candidates: Sequence[Candidate]) -> Iterator[Removal]:
 
 
 def merged(orders: Sequence[list[Removal]], sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """{group: (units,)}: when each unit goes, rising, if of all clusters the cheapest next block goes first.
+    """{group: float32 (units,)}: what each unit costs per parameter when it goes, if of all clusters the
+    cheapest next block goes first.
 
-    Every size is a prefix of this one order.
+    They rise in that order, a unit by one unit in the last place at least, so every size in parameters is a
+    prefix of it. As costs they can be counted per something else.
     """
-    values, total, gone = {n: torch.ones(size) for n, size in sizes.items()}, sum(sizes.values()), 0
+    values, level = {name: np.full(size, np.nan, np.float32) for name, size in sizes.items()}, np.float32(0)
     heads = [(order[0].cost, index, 0) for index, order in enumerate(orders) if order]
     heapify(heads)
     while heads:
         _, index, at = heappop(heads)
         removal = orders[index][at]
-        values[removal.group][removal.units] = (gone + 1 + torch.arange(len(removal.units))) / total
-        gone += len(removal.units)
+        for unit in removal.units.tolist():
+            level = max(np.float32(removal.cost), np.nextafter(level, np.float32(np.inf)))
+            values[removal.group][unit] = level
         if removal.within is not None:
-            values[removal.inside][removal.within] = (gone + 0.5) / total
+            values[removal.inside][removal.within.numpy()] = np.nextafter(level, np.float32(np.inf))
         if at + 1 < len(orders[index]):
             heappush(heads, (orders[index][at + 1].cost, index, at + 1))
-    return values
+    # What no removal was found for goes last.
+    return {name: torch.from_numpy(np.nan_to_num(value, nan=10 * level)) for name, value in values.items()}
 
 
 def statistics_bytes(denoiser: nn.Module) -> int:

@@ -130,13 +130,16 @@ class Run:
         file = self.folder / "plan.safetensors"
         return PrunePlan.load(file).metadata["ratio"] if file.exists() else None
 
-    def plan(self, ratio: float | None = None, units: Mapping[str, float] | None = None) -> PrunePlan:
+    def plan(
+        self, ratio: float | None = None, units: Mapping[str, float] | None = None, cost: str = "params"
+    ) -> PrunePlan:
         """What stays at a size. Milliseconds: nothing is learned again.
 
         Args:
             ratio: fraction of the denoiser's parameters to remove; None: what the run was learned for,
                 or the size of its plan.
             units: in place of it, of each kind the fraction of its units to remove.
+            cost: what the ratio is of: "params", or of a run that counted them "macs".
 
         Raises:
             RunError: nothing is learned yet.
@@ -155,8 +158,11 @@ class Run:
             return own
         if not (self.folder / "scores.safetensors").exists():
             raise RunError("This run has no scores yet. Let it learn for a few steps first.")
-        size = {"units": units} if units else {"ratio": self.config.ratio if ratio is None else ratio}
-        plan = self.scores().plan(**size)
+        scores, size = self.scores(), self.config.ratio if ratio is None else ratio
+        if cost == "macs" and not units:
+            plan = scores.plan(macs=round((1 - size) * scores.total_macs))
+        else:
+            plan = scores.plan(units=units) if units else scores.plan(ratio=size)
         plan.metadata |= {"model": self.model}
         if self.prompts and self.prompts != self.known.prompts("calibration"):
             plan.metadata |= {"prompts": f"{len(self.prompts)} of the person who pruned it"}

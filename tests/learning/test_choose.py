@@ -73,3 +73,12 @@ def test_without_memory_for_a_pruned_model_the_method_that_was_asked_for_is_kept
     monkeypatch.setattr(choose, "variant", none)
     _, scores = list(learn.learn(pipe, PROMPTS, config))[-1]
     assert scores.metadata["method"] == "surgeon" and "orders" not in scores.metadata
+
+
+def test_a_budget_of_macs_is_met_by_what_costs_macs(pipe, config):
+    """The surgeon's values are what units cost, so they can be counted per multiply-accumulate."""
+    _, scores = list(learn.learn(pipe, PROMPTS, replace(config, cost="macs", ratio=0.15)))[-1]
+    plan, other = scores.plan(macs=round(0.85 * scores.total_macs)), scores.plan(ratio=0.15)
+    removed = [1 - p.metadata["macs_pruned"] / p.metadata["macs_dense"] for p in (plan, other)]
+    assert removed[0] == pytest.approx(0.15, abs=0.02) and removed[1] < removed[0]
+    assert removed[0] / plan.metadata["ratio"] > removed[1] / other.metadata["ratio"]
