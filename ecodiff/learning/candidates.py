@@ -78,9 +78,8 @@ class Consumer:
         at = self.features(index).flatten()
         solved = torch.linalg.solve(self.inverse[at][:, at], self.inverse[at])  # (P_SS)^-1 P_S:
         solved[:, at] = torch.eye(len(at))
-        self.weight -= self.weight[:, at] @ solved
-        self.metric_weight -= self.metric_weight[:, at] @ solved
-        self.inverse -= self.inverse[:, at] @ solved
+        for matrix in (self.weight, self.metric_weight, self.inverse):  # large ones, so in place
+            matrix.addmm_(matrix[:, at], solved, alpha=-1)
         # What is gone is zero but for its own variance, so that nothing divides by it.
         self.inverse[at] = 0
         self.inverse[:, at] = 0

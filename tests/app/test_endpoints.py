@@ -93,8 +93,9 @@ def test_the_main_job(client, tmp_path):
     assert predicted["params_dense"] == 8_327_876
     assert client.predict("emoji-sdxl", api_name="/default_preset") == "surgeon"
     assert client.predict("emoji-flux", api_name="/default_preset") == "surgeon"
-    assert client.predict("sdxl", api_name="/default_preset") == "fast"  # its statistics would take 40 GB
-    assert client.predict("flux-dev", api_name="/default_preset") == "gauss-newton"
+    assert client.predict("sdxl", api_name="/default_preset") == "surgeon"
+    assert client.predict("flux2-dev", api_name="/default_preset") == "fast"  # surgeon would take 26 GB
+    assert client.predict("flux-dev", api_name="/default_preset") == "surgeon"
     published = client.predict("emoji-sdxl", 0.2, "ecodiff", api_name="/predict")
     assert published["ceiling"] < predicted["ceiling"]  # what the preset prunes, as `prune_start` does
     assert predicted["memory"]["draw"] <= predicted["memory"]["learn"] < predicted["memory"]["here"]
