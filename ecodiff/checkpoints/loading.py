@@ -96,10 +96,11 @@ def load(
 
 
 def _from_files(source: str, dtype: torch.dtype, components: dict):
-    """The pipeline of a folder or repository. Many hold float32 weights and, as the variant "fp16", halves:
+    """The pipeline of a folder or repository. Many hold float32 weights and, as a variant, halves:
     of the two, what is nearer to `dtype` is read (and downloaded), or what is there."""
     plain: Exception | None = None
-    for variant in ("fp16", None) if dtype.itemsize == 2 else (None, "fp16"):
+    halves = ("bf16", "fp16") if dtype == torch.bfloat16 else ("fp16", "bf16")
+    for variant in (*halves, None) if dtype.itemsize == 2 else (None, *halves):
         options = {"dtype": dtype, "use_safetensors": True, "variant": variant}
         try:
             return DiffusionPipeline.from_pretrained(source, **options, **components)
@@ -267,7 +268,7 @@ def disk_dtype(model: str | catalog.Model) -> torch.dtype:
     known = catalog.find(model)
     for name in ("unet", "transformer"):
         files = (Path(known.source) / name).glob("*.safetensors")
-        for file in sorted(files, key=lambda file: ".fp16" not in file.name):
+        for file in sorted(files, key=lambda file: not {".fp16", ".bf16"} & set(file.suffixes)):
             with safe_open(file, framework="pt") as weights:
                 return weights.get_tensor(next(iter(weights.keys()))).dtype
     return _sixteen_bits(known)

@@ -42,7 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the pruned pipeline")
     parser.add_argument("--run", metavar="DIR", help="the run's folder; an unfinished one is resumed")
     parser.add_argument(
-        "--kinds", nargs="+", choices=ALL_KINDS, help="units to prune (default: heads ffn conv_ffn resnet)"
+        "--kinds", nargs="+", choices=ALL_KINDS, help="units to prune (default: those of the preset)"
     )
     parser.add_argument(
         "--units",
