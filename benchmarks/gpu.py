@@ -39,6 +39,8 @@ PARTS: dict[str, list[str]] = {
     ],
     "speed-emoji-sdxl": ["benchmarks/speed.py", "--model", "emoji-sdxl", "--compile"],
     "speed-emoji-flux": ["benchmarks/speed.py", "--model", "emoji-flux", "--compile"],
+    "inside-heads": ["benchmarks/inside_heads.py"],
+    "ordering": ["benchmarks/ordering.py"],  # on the CPU, there too
     "memory-sdxl": ["benchmarks/gpu.py", "--memory", "sdxl"],
     "memory-flux": ["benchmarks/gpu.py", "--memory", "flux-dev"],
     "quality-emoji-flux": ["benchmarks/fidelity.py", "--model", "emoji-flux", "--methods", "surgeon", "fast"],
@@ -55,6 +57,7 @@ DRY: dict[str, list[str]] = {
         "--ratios",
         "0.2",
     ],
+    "ordering": ["benchmarks/ordering.py", "--layers", "512x128"],
     "memory-sdxl": ["benchmarks/gpu.py", "--memory", "emoji-sdxl"],
     "memory-flux": ["benchmarks/gpu.py", "--memory", "emoji-flux"],
 }

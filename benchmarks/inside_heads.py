@@ -84,7 +84,8 @@ def main() -> None:
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     for name, build in (("FLUX.1", flux), ("SDXL", sdxl)):
         found = compared(*build(options.device, dtype), options.pairs)
-        print(name, device_name(), json.dumps({key: round(value, 3) for key, value in found.items()}))
+        rounded = {key: round(value, 3) for key, value in found.items()}
+        print(json.dumps({"model": name, "device": device_name()} | rounded), flush=True)
 
 
 if __name__ == "__main__":

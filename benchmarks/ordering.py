@@ -8,7 +8,7 @@ seconds of both, and of all n / 64 blocks.
 """
 
 import argparse
-import os
+import json
 import time
 
 import torch
@@ -49,12 +49,14 @@ def main() -> None:
                 candidate.refresh()
 
         each = seconds(remove) / BLOCKS
-        print(
-            f"{features} features, {out} outputs, {device_name()}, {torch.get_num_threads()} threads of "
-            f"{os.cpu_count()}: prepared in {prepared:.1f} s, a block of 64 in {each:.2f} s, all "
-            f"{features // 64} in {each * features / 64:.0f} s",
-            flush=True,
-        )
+        found = {
+            "features": features,
+            "outputs": out,
+            "device": device_name(),
+            "threads": torch.get_num_threads(),
+        }
+        found |= {"prepared": round(prepared, 1), "block": round(each, 3), "all": round(each * features / 64)}
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
