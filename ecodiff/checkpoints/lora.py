@@ -22,9 +22,9 @@ from ..pruning.heads import parts, turned
 from ..pruning.plan import PrunePlan
 from ..pruning.slicing import kept_features, plan_of
 from ..storage import check_header, reading, write_tensors
-from ..units import ALL_KINDS
+from ..units import ALL_KINDS, PruneGroup
 from .loading import empty_denoiser
-from .lora_names import Names, kohya, translated
+from .lora_names import Names, in_whole_heads, kohya, translated
 
 MAX_FILE_BYTES = 4 << 30
 
@@ -89,7 +89,7 @@ def translate(
     """`translate_lora` without a pipeline: of its class, whose component `name` is like `dense`."""
     tensors, lost = _read(Path(lora), pipeline, name, plan, dense)
     kept, modules = kept_features(dense, plan), dict(dense.named_modules())
-    groups = [g for g in find_groups(dense, ALL_KINDS) if g.name in plan and not plan[g.name].all()]
+    groups = _cut(dense, plan)
     scattered = {slot.module for group in groups for slot in group.slots if slot.scattered}
     lifts = {slot.module: plan.basis(g.name)[1] for g in groups if g.activations for slot in g.consumers}
     turns: dict[str, list] = {}
@@ -262,14 +262,20 @@ def save_lora(
     if naming == "kohya":
         assert dense is not None, "kohya's names need the dense model"
         component = "unet" if hasattr(dense, "down_blocks") else "transformer"
-        kept, layers = kept_features(dense, plan), dict(dense.named_modules())
+        outer = kept_features(dense, {g.name: plan[g.name] for g in _cut(dense, plan) if not g.inside})
         widths = {}
-        for name, layer in layers.items():
+        for name, layer in dense.named_modules():
             if isinstance(weight := getattr(layer, "weight", None), Tensor):
-                rows = kept.get((name, "out"))
+                rows = outer.get((name, "out"))
                 widths[name] = len(weight) if rows is None else int(rows.sum())
+        tensors = in_whole_heads(tensors, component, kept_features(dense, plan), outer)
         tensors = kohya(tensors, component, dense, widths)
     return write_tensors(path, tensors, {"format": "pt", DIGEST: plan.digest})
+
+
+def _cut(dense: nn.Module, plan: PrunePlan) -> list[PruneGroup]:
+    """Groups that lose units."""
+    return [g for g in find_groups(dense, ALL_KINDS) if g.name in plan and not plan[g.name].all()]
 
 
 def trained_lora(pipe: DiffusionPipeline, adapter: str = "default") -> dict[str, Tensor]:

@@ -174,6 +174,29 @@ def _lokr(parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, float]:
     return torch.kron(torch.eye(first.shape[1]), b), torch.kron(first, a), len(b)
 
 
+def in_whole_heads(
+    tensors: Mapping[str, Tensor],
+    component: str,
+    kept: Mapping[tuple[str, str], Tensor],
+    outer: Mapping[tuple[str, str], Tensor],
+) -> dict[str, Tensor]:
+    """A LoRA with zeros for directions that are gone inside heads, as the weights of `fill_heads_` have.
+
+    Args:
+        kept: `kept_features` of all of a plan; outer: of all but directions inside heads.
+    """
+    found = dict(tensors)
+    for (layer, axis), both in kept.items():
+        others = outer.get((layer, axis), torch.ones_like(both))
+        key = f"{component}.{layer}.lora_{'A' if axis == 'in' else 'B'}.weight"
+        if key in found and int(both.sum()) < int(others.sum()):
+            dim, place = int(axis == "in"), (others.cumsum(0) - 1)[both]
+            shape = list(found[key].shape)
+            shape[dim] = int(others.sum())
+            found[key] = found[key].new_zeros(shape).index_copy(dim, place, found[key])
+    return found
+
+
 def kohya(
     tensors: Mapping[str, Tensor], component: str, denoiser: nn.Module, widths: Mapping[str, int]
 ) -> dict[str, Tensor]:

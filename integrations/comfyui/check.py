@@ -71,20 +71,24 @@ def start(comfyui: Path):
     return sys.modules["ecodiff_comfyui.nodes"]
 
 
-def pruned(pipe, ratio: float, modulation: str = "modulation_directions"):
+def pruned(pipe, ratio: float, modulation: str = "modulation_directions", inside: bool = False):
     """A pipeline without a random part of its units, its first and last attention without any head.
 
     Args:
         modulation: the kind of its units that goes: directions, or rows ("modulation").
+        inside: directions inside heads go as well.
     """
-    kinds = ("heads", "ffn", "resnet", modulation)
+    kinds = ("heads", "ffn", "resnet", modulation, *(["value_directions"] if inside else []))
     noise, denoiser = torch.Generator().manual_seed(0), denoiser_of(pipe)
     groups = [group for group in ecodiff.find_groups(denoiser, kinds) if group.kind in kinds]
     values = {group.name: torch.rand(group.size, generator=noise) for group in groups}
     bases = {}
     for group in groups:
-        if group.activations:
-            z = torch.linalg.qr(torch.randn(group.size, group.size, generator=noise)).Q
+        if group.activations or group.inside:
+            width = group.width if group.inside else group.size
+            z = torch.linalg.qr(torch.randn(group.size // width, width, width, generator=noise)).Q.flatten(
+                0, 1
+            )
             bases[group.name] = (z, z.mT.contiguous())
     heads = [group.name for group in groups if group.kind == "heads"]
     for emptied in (heads[0], heads[-1]):

@@ -59,10 +59,10 @@ def close(ours, theirs):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("ratio", [0.4, 0.8])
-def test_a_unet(ratio, tmp_path):
+@pytest.mark.parametrize(("ratio", "inside"), [(0.4, False), (0.8, False), (0.4, True)])
+def test_a_unet(ratio, inside, tmp_path):
     pipe = ecodiff.load("emoji-sdxl")
-    small = check.pruned(pipe, ratio)
+    small = check.pruned(pipe, ratio, inside=inside)
     model = loaded(comfyui.save_comfyui(small, tmp_path / "unet.safetensors"))
     rows = prompt_rows(["red apple", "cat face"], range(2), 0, {"num_inference_steps": 2})
     args, kwargs = denoiser_calls(small, rows, limit=1)[0]
@@ -72,15 +72,24 @@ def test_a_unet(ratio, tmp_path):
     y = torch.cat([added["text_embeds"], ids], dim=1)
     close(model(args[0], args[1].expand(len(args[0])), kwargs["encoder_hidden_states"], y), theirs)
     count = sum(p.numel() for p in model.parameters())
-    assert count == sum(p.numel() for p in small.unet.parameters())
+    pruned = sum(p.numel() for p in small.unet.parameters())
+    assert count > pruned if inside else count == pruned, "directions inside heads are zeros there"
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["modulation_directions", "modulation"])
-@pytest.mark.parametrize("ratio", [0.4, 0.8])
-def test_flux(ratio, kind, tmp_path):
+@pytest.mark.parametrize(
+    ("ratio", "kind", "inside"),
+    [
+        (0.4, "modulation_directions", False),
+        (0.8, "modulation_directions", False),
+        (0.4, "modulation", False),
+        (0.8, "modulation", False),
+        (0.4, "modulation_directions", True),
+    ],
+)
+def test_flux(ratio, kind, inside, tmp_path):
     pipe = ecodiff.load("emoji-flux")
-    small = check.pruned(pipe, ratio, kind)
+    small = check.pruned(pipe, ratio, kind, inside)
     model = loaded(comfyui.save_comfyui(small, tmp_path / "out"))
     rows = prompt_rows(["red apple", "cat face"], range(2), 0, {"num_inference_steps": 2})
     _, kwargs = denoiser_calls(small, rows, limit=1)[0]
@@ -95,7 +104,7 @@ def test_flux(ratio, kind, tmp_path):
         kwargs["guidance"],
     )
     close(ours, theirs)
-    if kind == "modulation_directions":  # the projection stays one, and small
+    if kind == "modulation_directions" and not inside:  # the projection stays one, and small
         count = sum(p.numel() for p in model.parameters())
         assert count == sum(p.numel() for p in small.transformer.parameters())
 

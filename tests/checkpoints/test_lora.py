@@ -1,5 +1,7 @@
 """A LoRA of the dense model, translated, is that LoRA fused and then pruned."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,7 +11,8 @@ from ecodiff.checkpoints import lora_names
 from ecodiff.checkpoints.lora import save_lora, trained_lora, translate_lora
 from ecodiff.errors import CheckpointError, PlanError
 from ecodiff.pipelines import denoiser_name, denoiser_of
-from ecodiff.pruning.slicing import kept_features
+from ecodiff.pruning.heads import fill_heads_
+from ecodiff.pruning.slicing import kept_features, plan_of
 from ecodiff.units import BASIS
 from tests.checkpoints.test_folders import some_plan
 from tests.conftest import PIPELINES, latents
@@ -378,6 +381,7 @@ def test_written_in_kohyas_naming_it_is_the_same(kind, tmp_path):
     """Read back by ecodiff for an unpruned model of the same shapes: the pruned one itself."""
     pipe = PIPELINES[kind]()
     plan, dense = some_plan(pipe), denoiser_of(pipe)
+    plan = ecodiff.PrunePlan({name: keep for name, keep in plan.items() if not name.endswith(".values")})
     small = ecodiff.variant(pipe, plan)
     tensors, _ = translate_lora(peft_file(pipe, tmp_path / "lora.safetensors"), small, plan, dense=dense)
     encoder = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
@@ -406,3 +410,35 @@ def test_what_is_for_the_third_text_encoder_is_listed(tmp_path):
     save_file(stored, tmp_path / "three.safetensors")
     _, report = translate_lora(tmp_path / "three.safetensors", pipe, some_plan(pipe))
     assert "third text encoder" in report.dropped[layer] and "third text encoder" in report.words()
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "flux-dev"])
+def test_kohyas_naming_fits_the_file_for_comfyui_where_heads_are_whole(kind, tmp_path):
+    """Directions inside heads that are gone are zeros there, in the weights and in the LoRA."""
+    pipe = PIPELINES[kind]()
+    plan, dense = some_plan(pipe, empty=False), denoiser_of(pipe)
+    plan = ecodiff.PrunePlan({n: k for n, k in plan.items() if ".norm" not in n}, {}, plan.bases)
+    file = peft_file(pipe, tmp_path / "lora.safetensors")
+    small = ecodiff.variant(pipe, plan)
+    tensors, _ = translate_lora(file, small, dense=dense)
+    cut_by = plan_of(denoiser_of(small))
+    found = load_file(save_lora(tensors, tmp_path / "kohya.safetensors", cut_by, "kohya", dense))
+    before = fill_heads_(copy.deepcopy(denoiser_of(small)))
+    pipe.load_lora_weights(str(file))
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    after = dict(fill_heads_(denoiser_of(ecodiff.variant(pipe, plan))).named_modules())
+    checked = 0
+    for layer, module in before.named_modules():
+        flat = f"lora_unet_{layer.replace('.', '_')}"
+        if (down := found.get(f"{flat}.lora_down.weight")) is None:
+            continue
+        update = found[f"{flat}.lora_up.weight"].flatten(1) @ down.flatten(1)
+        wanted = (after[layer].weight - module.weight).flatten(1)
+        torch.testing.assert_close(update, wanted, atol=2e-5, rtol=0)
+        checked += 1
+    assert checked > 20 or kind == "flux-dev"
+    if kind == "flux-dev":  # q, k and v are one layer there
+        attention = before.transformer_blocks[0].attn
+        rows = [getattr(attention, name).out_features for name in ("to_q", "to_k", "to_v")]
+        assert len(found["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"]) == sum(rows)
