@@ -26,3 +26,14 @@ def test_layers_are_named_by_their_groups():
         html = show.layers({g.name: 0.5 for g in groups}, {g.name: g.kind for g in groups})
         found = re.findall(r'aria-label="(.+?): 50% kept on average over (\d+) layers"', html)
         assert {label: int(count) for label, count in found} == rows
+
+
+def test_a_runs_title_says_which_orders_were_measured_and_which_is_first():
+    status = {
+        "size": None,
+        "ratio": 0.2,
+        "history": [{"step": 1, "error of wanda": 0.02, "error of mine": 0.001}],
+    }
+    assert "orders measured: mine 0.001 · wanda 0.02" in show.heading("a run", status)
+    assert "orders" not in show.heading("a run", status | {"history": [{"step": 1}]})
+    assert "orders" not in show.heading("a run", status | {"history": []})

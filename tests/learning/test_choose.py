@@ -82,3 +82,11 @@ def test_a_budget_of_macs_is_met_by_what_costs_macs(pipe, config):
     removed = [1 - p.metadata["macs_pruned"] / p.metadata["macs_dense"] for p in (plan, other)]
     assert removed[0] == pytest.approx(0.15, abs=0.02) and removed[1] < removed[0]
     assert removed[0] / plan.metadata["ratio"] > removed[1] / other.metadata["ratio"]
+
+
+def test_the_card_says_what_was_measured(pipe, config, tmp_path):
+    _, scores = list(learn.learn(pipe, PROMPTS, config))[-1]
+    small = ecodiff.variant(pipe, scores.plan(ratio=0.2))
+    card = (ecodiff.save(small, tmp_path / "small") / "README.md").read_text()
+    best, other = sorted(scores.metadata["orders"].items(), key=lambda item: item[1])
+    assert f"| {best[0]} {best[1]:.2g}, {other[0]} {other[1]:.2g} (typical latent error, held out) |" in card
