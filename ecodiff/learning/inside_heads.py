@@ -57,7 +57,7 @@ class Directions(Candidate):
     y: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @classmethod
-    def of(cls, group: PruneGroup, heads: Candidate, price: float) -> "Directions":  # type: ignore[override]
+    def of_heads(cls, group: PruneGroup, heads: Candidate, price: float) -> "Directions":
         """Turns the consumers of the heads, for all who read them."""
         pairs = zip(heads.read, group.consumers, strict=True)
         read = [(consumer, slot.index) for (consumer, _), slot in pairs]
@@ -76,11 +76,11 @@ class Directions(Candidate):
         order = worth.argsort(stable=True)
         heads = self.left[order] // self.group.width
         # The most important of each head is the last of its own in a rising order.
-        last = torch.zeros(len(order), dtype=torch.bool)
         places = torch.full((self.heads.group.size,), -1)
-        places[heads] = torch.arange(len(order))
-        last[places[places >= 0]] = True
-        return order[~last][:count]
+        places.scatter_reduce_(0, heads, torch.arange(len(order)), "amax")
+        may = torch.ones(len(order), dtype=torch.bool)
+        may[places[places >= 0]] = False
+        return order[may][:count]
 
     def gone(self) -> Tensor:
         """How many of each head that is left are gone, (heads,)."""

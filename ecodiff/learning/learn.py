@@ -256,7 +256,7 @@ def scores(denoiser: torch.nn.Module, budget: Budget, state: LearnState) -> Scor
     if config.method is not None:
         values, steps = state.vectors["saliency"], state.step
         bases = _bases(state, dict(zip(budget.names, budget.sizes, strict=True)))
-        errors = _measured_orders(state)
+        errors = measured_orders(state)
         chosen = min(errors, key=errors.__getitem__) if errors else config.method
         facts = {"orders": errors} if errors else {}
         return _ranked(denoiser, budget, values, bases, method=chosen, steps=steps, **facts)
@@ -280,8 +280,8 @@ def _in_order(denoiser: torch.nn.Module, budget: Budget, order: Values) -> Score
     return _ranked(denoiser, budget, values, bases)
 
 
-def _measured_orders(state: LearnState) -> dict[str, float]:
-    """Latent errors of the orders that were compared, by method, if there were several."""
+def measured_orders(state: LearnState) -> dict[str, float]:
+    """Latent errors of the orders that were compared, by method; empty if there was one only."""
     row = state.history[-1] if state.history else {}
     return {key.removeprefix(ERROR_OF): error for key, error in row.items() if key.startswith(ERROR_OF)}
 

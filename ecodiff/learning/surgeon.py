@@ -100,7 +100,7 @@ def surgeon(
             heads = [g for g in cluster if not g.inside]
             candidates = {g.name: Candidate.of(g, consumers, plain[g.name], prices[g.name]) for g in heads}
             inside = {
-                g.name: Directions.of(g, candidates[g.inside], prices[g.name])
+                g.name: Directions.of_heads(g, candidates[g.inside], prices[g.name])
                 for g in cluster
                 if g.inside in candidates and candidates[g.inside].read
             }

@@ -74,7 +74,8 @@ def fit_processor(attention: nn.Module) -> None:
         joint = before.startswith(("CogView", "CogVideoX", "GlmImage"))
         attention.emptied = EmptiedAttnProcessor(joint, residual=before.startswith("AttnAddedKV"))
         attention.__class__ = emptied_class(type(attention))
-    elif getattr(attention, "heads", 0) == getattr(attention, "sliceable_head_dim", 0) == 1:
+        return
+    if getattr(attention, "heads", 0) == getattr(attention, "sliceable_head_dim", 0) == 1:
         attention.sliceable_head_dim = 2  # diffusers' attention slicing halves it
     if before == "AttnAddedKVProcessor2_0":  # it takes the heads' width for the residual's
         attention.processor = AttnAddedKVProcessor()

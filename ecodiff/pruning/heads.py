@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..architectures import find_groups
 from ..units import ALL_KINDS, PruneGroup
 from .ecodiff_sliced_v1 import FORMAT, features_of, see_all_, see_through, set_directions, set_features
-from .plan import PrunePlan
+from .plan import PrunePlan, packed_rows
 
 
 def whole(keep: Tensor, parts: Tensor) -> Tensor:
@@ -163,11 +163,9 @@ def described(denoiser: nn.Module) -> dict[str, Any]:
     partly: dict[str, dict] = {}
     directions: dict[str, list[int]] = {}
     for path, module in denoiser.named_modules():
-        for child, (axis, width) in getattr(module, "partly", {}).items():
-            index, _ = features_of(module, child)
-            bits = torch.zeros(width, dtype=torch.bool)
-            bits[index] = True
-            partly.setdefault(path, {})[child] = [axis, PrunePlan({"rows": bits}).packed()["rows"]]
+        for child, (axis, _) in getattr(module, "partly", {}).items():
+            rows = packed_rows(*features_of(module, child))
+            partly.setdefault(path, {})[child] = [axis, rows]
         if hasattr(module, "values_project"):
             directions[path] = list(module.values_project.shape)
     return {"format": FORMAT, "partly": partly, "directions": directions} if partly else {}

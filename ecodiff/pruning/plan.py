@@ -135,6 +135,13 @@ class PrunePlan(Mapping[str, Tensor]):
         return cls(keep, metadata, bases)
 
 
+def packed_rows(rows: Tensor, width: int) -> list:
+    """Which of `width` rows there are, packed as a plan's units are: [width, base64 of the bits]."""
+    bits = torch.zeros(width, dtype=torch.bool)
+    bits[rows.cpu()] = True
+    return PrunePlan({"rows": bits}).packed()["rows"]
+
+
 def _unpack_basis(keep: Tensor, project: Tensor, lift: Tensor) -> tuple[Tensor, Tensor]:
     count, size = int(keep.sum()), len(keep)
     width = project.numel() // max(1, 4 * count)  # of all features, or of a head's

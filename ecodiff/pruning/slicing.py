@@ -24,7 +24,7 @@ from .ecodiff_sliced_v1 import (
 )
 from .heads import bases_of, described, narrow_, turn_
 from .modulation import project_directions_
-from .plan import PrunePlan
+from .plan import PrunePlan, packed_rows
 
 
 def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Module:
@@ -157,7 +157,7 @@ def _describe(denoiser: ModelMixin, plan: PrunePlan, groups: list[PruneGroup], c
     scattered = {n: (m.rows, m.width) for n, m in modules.items() if isinstance(m, ScatteredLinear)}
     ropes = {n: (m.rope_heads, m.rope_count) for n, m in modules.items() if hasattr(m, "rope_heads")}
     for name, found in (("scattered", scattered), ("ropes", ropes)):
-        description[name] = {path: _packed_rows(*kept) for path, kept in found.items()}
+        description[name] = {path: packed_rows(*kept) for path, kept in found.items()}
     whole = _composed(PrunePlan.unpacked(description["plan"]["units"]), plan, groups)
     metadata = _in_units_of_the_dense(plan.metadata, before["plan"].get("metadata", {}) if before else {})
     description["plan"] = {"units": whole.packed(), "metadata": metadata}
@@ -211,24 +211,17 @@ def _in_units_of_the_dense(metadata: dict, before: dict) -> dict:
     return found
 
 
-def _packed_rows(rows: Tensor, width: int) -> list:
-    bits = torch.zeros(width, dtype=torch.bool)
-    bits[rows.cpu()] = True
-    return PrunePlan({"rows": bits}).packed()["rows"]
-
-
 def _composed(first: PrunePlan, second: PrunePlan, groups: list[PruneGroup]) -> PrunePlan:
     """The one plan, in units of the dense model, that equals `first` and then `second`."""
     keep: dict[str, Tensor] = dict(first)
     for group in groups:
-        name, chosen = group.name, second[group.name]
-        keep[name] = keep[name].clone() if name in keep else torch.ones(len(chosen), dtype=torch.bool)
-        before = keep[name].clone()
-        if group.inside in first:  # directions of heads that are gone went with them
-            heads = first[group.inside].repeat_interleave(group.width)
-            keep[name] = keep[name] if name in first else torch.ones(len(heads), dtype=torch.bool)
-            before = keep[name] & heads
-        keep[name][before] = chosen
+        chosen, heads = second[group.name], first.get(group.inside)
+        size = len(chosen) if heads is None else len(heads) * group.width
+        own = keep.get(group.name, torch.ones(size, dtype=torch.bool))
+        # Directions of heads that are gone went with them.
+        before = own if heads is None else own & heads.repeat_interleave(group.width)
+        keep[group.name] = own.clone()
+        keep[group.name][before] = chosen
     return PrunePlan(keep)
 
 

@@ -29,11 +29,6 @@ def test_layers_are_named_by_their_groups():
 
 
 def test_a_runs_title_says_which_orders_were_measured_and_which_is_first():
-    status = {
-        "size": None,
-        "ratio": 0.2,
-        "history": [{"step": 1, "error of wanda": 0.02, "error of mine": 0.001}],
-    }
+    status = {"size": None, "ratio": 0.2, "orders": {"wanda": 0.02, "mine": 0.001}}
     assert "orders measured: mine 0.001 · wanda 0.02" in show.heading("a run", status)
-    assert "orders" not in show.heading("a run", status | {"history": [{"step": 1}]})
-    assert "orders" not in show.heading("a run", status | {"history": []})
+    assert "orders" not in show.heading("a run", status | {"orders": {}})

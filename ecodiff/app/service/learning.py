@@ -12,6 +12,7 @@ from ...checkpoints import hub, loading
 from ...checkpoints.saving import folder_bytes
 from ...checks import check_class
 from ...errors import RunError
+from ...learning.learn import measured_orders
 from ...learning.methods import METHODS
 from ...runs.examples import EXAMPLES, example_of
 from ...runs.folder import Run
@@ -121,7 +122,8 @@ def status(run: str) -> dict:
         "size": the one ratio of a run made of a plan, or None where any can be cut,
         "stage", "step", "steps", "share": of the one step of a ranking method, or None, "ahead",
         "seconds_left": of all stages, from what they took before, or None,
-        "error", "memory", "history": one dict a step}; stage is queued,
+        "error", "memory", "history": one dict a step, "orders": {method: latent error} of the orders that
+        were measured, or {}}; stage is queued,
         loading, learning, calibrating, finished, stopped, failed, or interrupted (nothing works on it: the
         server was restarted or, on ZeroGPU, `learn` is to be called).
     """
@@ -150,6 +152,7 @@ def status(run: str) -> dict:
         "error": opened.error,
         "memory": opened.memory,
         "history": state.history if state else [],
+        "orders": measured_orders(state) if state else {},
     }
 
 

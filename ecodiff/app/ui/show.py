@@ -58,11 +58,8 @@ def failure(message: str) -> str:
 def heading(name: str, status: dict) -> str:
     """Which run it is."""
     size = f"−{status['size'] or status['ratio']:.0%}"
-    row = status["history"][-1] if status["history"] else {}
-    errors = {key.removeprefix("error of "): row[key] for key in row if key.startswith("error of ")}
-    best = " · ".join(
-        f"{escape(name)} {error:.2g}" for name, error in sorted(errors.items(), key=lambda e: e[1])
-    )
+    errors = status["orders"]
+    best = " · ".join(f"{escape(name)} {errors[name]:.2g}" for name in sorted(errors, key=errors.__getitem__))
     why = "Typical latent error of each order, repaired, on held-out trajectories: the first was taken."
     orders = f' · <span title="{why}">orders measured: {best}</span>' if errors else ""
     return f'<p class="eco-run"><b>{escape(name)}</b> · learned for {size}{orders}</p>'
