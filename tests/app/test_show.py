@@ -1,8 +1,11 @@
 """What the page shows of a cut: rows are named by what the groups are, not by their names."""
 
 import re
+from pathlib import Path
 
 import ecodiff
+from ecodiff import catalog
+from ecodiff.app.service import prediction
 from ecodiff.app.ui import show
 from ecodiff.checkpoints import loading
 from ecodiff.units import ALL_KINDS
@@ -32,3 +35,11 @@ def test_a_runs_title_says_which_orders_were_measured_and_which_is_first():
     status = {"size": None, "ratio": 0.2, "orders": {"wanda": 0.02, "mine": 0.001}}
     assert "orders measured: mine 0.001 · wanda 0.02" in show.heading("a run", status)
     assert "orders" not in show.heading("a run", status | {"orders": {}})
+
+
+def test_the_size_of_a_models_files_is_that_of_its_weights():
+    """Not of the example run that lies beside them."""
+    source = Path(catalog.find("emoji-sdxl").source)
+    parts = [name for name, entry in loading.model_index(str(source)).items() if isinstance(entry, list)]
+    weights = sum(f.stat().st_size for name in parts for f in (source / name).glob("*.safetensors"))
+    assert prediction.unit_costs("emoji-sdxl")[2] == weights > 10**7

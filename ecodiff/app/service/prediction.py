@@ -31,7 +31,8 @@ def unit_costs(model: str, kinds: tuple[str, ...] = PRESET_KINDS) -> tuple[Score
     scores = Scores.unranked(empty_denoiser(model), kinds)
     itemsize = loading.disk_dtype(model).itemsize
     source = Path(catalog.find(model).source)
-    weights = sum(file.stat().st_size for file in source.rglob("*.safetensors"))
+    files = (file for file in source.rglob("*.safetensors") if file.parent.name != "example")  # no weights
+    weights = sum(file.stat().st_size for file in files)
     return scores, itemsize, weights or scores.total * itemsize
 
 
