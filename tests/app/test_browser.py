@@ -74,6 +74,13 @@ def button(page, name):
     return page.get_by_role("button", name=name, exact=True)
 
 
+def answer(page, name, yes):
+    """Press a button that asks, and answer. The page asks some time after the click: wait for it."""
+    page.once("dialog", lambda dialog: dialog.accept() if yes else dialog.dismiss())
+    with page.expect_event("dialog"):
+        button(page, name).click()
+
+
 def number(page, name, value):
     """Type a number. Gradio forgets what is typed in the instant in which a component appears."""
     field = page.get_by_role("spinbutton", name=name)
@@ -376,11 +383,9 @@ def test_a_run_is_healed_goes_to_the_hub_and_is_deleted(browser, tmp_path):
             button(page, "Upload").click()
             page.get_by_role("link", name=f"{stand_in.address}/ann/little").wait_for(timeout=60_000)
 
-            page.once("dialog", lambda dialog: dialog.dismiss())
-            button(page, "Delete").click()
+            answer(page, "Delete", yes=False)
             assert (tmp_path / "runs" / run["run"]).is_dir(), "no was the answer"
-            page.once("dialog", lambda dialog: dialog.accept())
-            button(page, "Delete").click()
+            answer(page, "Delete", yes=True)
             page.get_by_text("No runs yet").wait_for()
             assert not (tmp_path / "runs" / run["run"]).exists()
         assert PLAN_FILE in stand_in.repos["ann/little"]
