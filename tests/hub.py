@@ -22,6 +22,7 @@ class Hub:
     address: str = ""
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     private: dict[str, bool] = field(default_factory=dict)
+    gated: dict[str, set[str]] = field(default_factory=dict)  # who may read those repositories
     blobs: dict[str, bytes] = field(default_factory=dict)
     asked: list[tuple[str, str]] = field(default_factory=list)
     models: list[dict] = field(default_factory=list)  # that are found by a search
@@ -128,6 +129,10 @@ class _Handler(BaseHTTPRequestHandler):
         files = self.hub.repos.get(name)
         if files is None or (self.hub.private[name] and self.user != name.split("/")[0]):
             self.answer(404 if self.user else 401, {"error": "Repository not found"}, "RepoNotFound")
+        elif rest[:1] in (["resolve"], ["auth-check"]) and not self.may_read(name):
+            self.answer(403 if self.user else 401, {"error": "Access to it is restricted."}, "GatedRepo")
+        elif rest[:1] == ["auth-check"]:
+            self.answer(200, {})
         elif rest[:1] == ["resolve"]:
             self.resolve(files, "/".join(rest[2:]))
         elif rest[:1] == ["preupload"]:
@@ -146,6 +151,9 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             siblings = [{"rfilename": path} for path in files]
             self.answer(200, {"id": name, "modelId": name, "sha": "0" * 40, "siblings": siblings, "tags": []})
+
+    def may_read(self, name: str) -> bool:
+        return name not in self.hub.gated or self.user in self.hub.gated[name]
 
     def commit(self, name: str, files: dict[str, bytes], body: bytes) -> None:
         for line in map(json.loads, body.decode().splitlines()):

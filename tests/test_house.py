@@ -1,6 +1,8 @@
 """The house: every import runs downwards, what needs a GUI is in its room, nothing grows too large."""
 
+import argparse
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -136,3 +138,6 @@ def test_what_is_registered_is_described(registry):
 def test_every_command_says_what_it_does():
     for name, module in commands().items():
         assert module.HELP and module.arguments.__doc__ and module.run.__doc__, name
+    parser = argparse.ArgumentParser()
+    commands()["export"].arguments(parser)
+    assert all(re.search(rf"\b{name}\b", parser.format_help()) for name in FORMATS), "its formats"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ecodiff.app.ui import show
-from tests import stacking, support
+from tests import stacking, support, wording
 from tests.denoisers import MISSING
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +81,8 @@ def test_what_it_costs_is_as_measured():
 def test_the_readme_is_short_and_its_links_lead_somewhere():
     assert len(README.splitlines()) <= 150
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        if page == wording.FILE:
+            continue  # links of texts, not of its own
         text = page.read_text(encoding="utf-8")
         for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
             assert link.startswith("http") or (page.parent / link).exists(), f"{page}: {link}"
@@ -88,3 +90,7 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
 
 def test_the_page_shows_what_the_benchmarks_wrote():
     assert json.loads(support.MEASURED.read_text()) == support.measured(), "run python -m tests.support"
+
+
+def test_all_wording_is_in_one_file():
+    assert wording.FILE.read_text(encoding="utf-8") == wording.document(), "python -m tests.wording"

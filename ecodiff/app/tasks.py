@@ -18,6 +18,7 @@ from .. import catalog, machine
 from ..checkpoints import loading
 from ..checkpoints.card import model_card
 from ..checkpoints.formats import find_format
+from ..checkpoints.sign_in import signed_in
 from ..checkpoints.unused import lean
 from ..errors import EcodiffError, OutOfMemoryError, RunError, memory_advice
 from ..learning import calibration
@@ -69,10 +70,12 @@ class LearnRun:
     """
 
     folder: str
+    token: str = field(default="", repr=False)  # of the Hub, to fetch the model with
 
     def run(self) -> Iterator[dict]:
         run, started, device = Run.open(Path(self.folder)), time.monotonic(), server().devices.drawing
-        pipe = device.dense(run.model)
+        with signed_in(self.token):
+            pipe = device.dense(run.model)
         left = machine.CHUNK_SECONDS - (time.monotonic() - started)
         if not run.finished:
             for state, seconds in learn_run(run, pipe, device.lock, budget=left):

@@ -8,6 +8,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from ..checkpoints.sign_in import signed_in
 from ..errors import EcodiffError, OutOfMemoryError, RunError, memory_advice
 from ..learning.state import LearnState
 from ..pruning.slicing import variant
@@ -35,6 +36,7 @@ class Job:
     seconds: deque = field(default_factory=lambda: deque(maxlen=8))  # of the last steps
     state: LearnState | None = None
     since: float = 0.0  # when its stage began, time.monotonic()
+    token: str = field(default="", repr=False)  # of the Hub, to fetch the model with
     drawing: bool = False  # it is finished, and its pictures are drawn
 
     @property
@@ -61,8 +63,11 @@ class Worker:
         self._lock = threading.Lock()
         self._more = threading.Condition(self._lock)
 
-    def submit(self, run: Run) -> Job:
+    def submit(self, run: Run, token: str = "") -> Job:
         """Queue a run (or do nothing if it is queued or running).
+
+        Args:
+            token: of the Hub, to fetch its model with; "": this machine's own.
 
         Raises:
             RunError: too many runs are waiting.
@@ -75,7 +80,7 @@ class Worker:
                 raise RunError(f"{MAX_WAITING} runs are waiting already. Try again later.")
             run.permit()
             self._jobs.pop(run.id, None)  # so that the order is that of the queue
-            job = self._jobs[run.id] = Job(run, state=run.state())
+            job = self._jobs[run.id] = Job(run, state=run.state(), token=token)
             self._waiting.append(job)
             self._more.notify()
             self._forget()
@@ -122,7 +127,7 @@ class Worker:
                 job = self._waiting.popleft()
                 job.stage = "loading"
             try:
-                with memory_advice(ADVICE):
+                with memory_advice(ADVICE), signed_in(job.token):
                     self._learn(job, device)
             except EcodiffError as error:
                 job.run.record(str(error))
@@ -132,6 +137,8 @@ class Worker:
                 if job.stage != "finished":  # what comes after it only saves time
                     job.run.record("ecodiff failed unexpectedly; the server's log says where. Resume?")
                     job.stage = "failed"
+            finally:
+                job.token = ""
 
     def _learn(self, job: Job, device: Device) -> None:
         pipe = device.dense(job.run.model)

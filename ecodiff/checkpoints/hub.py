@@ -39,6 +39,27 @@ def offers_sign_in() -> bool:
     return bool(os.environ.get("OAUTH_CLIENT_ID"))
 
 
+def require_access(repo_id: str, token: str = "") -> None:
+    """Raise CheckpointError if a person may not read a repository, gated or private, though it may be here.
+
+    Args:
+        token: of the person; empty: what this machine may read, everybody may who uses it.
+    """
+    api = HfApi(token=token or None, library_name="ecodiff")
+    try:
+        api.auth_check(repo_id)
+    except (GatedRepoError, RepositoryNotFoundError) as error:
+        url, sign = f"{api.endpoint}/{repo_id}", 'sign in with Hugging Face, under "Find a model"'
+        how = sign if offers_sign_in() else "give this machine a token (`hf auth login`, or HF_TOKEN)"
+        if isinstance(error, GatedRepoError):
+            why = f"{repo_id} is gated. Accept its licence on {url}, {how}, and try again."
+        else:
+            why = f"There is no {repo_id} that you may read. Is it private? Then {how}, and try again."
+        raise CheckpointError(why) from None
+    except (HfHubHTTPError, HFValidationError, *NETWORK_ERRORS, OSError):
+        return  # whoever opens it will say what is wrong
+
+
 FOUND = 20  # models of one search
 _ASKED = 60  # of which so many are asked for, as some cannot be pruned
 
@@ -210,10 +231,10 @@ def _plan_card(plan: PrunePlan) -> str:
     return f"""{front}
 # A plan to prune {model}
 
-Which heads, neurons and channels of {model} stay{removed} (`{plan.digest}`). No weights are in it.
+Which units of {model} stay{removed} (`{plan.digest}`). No weights are in it.
 
 ```bash
-python -m ecodiff bring {model} "THIS FOLDER" --run run
+python -m ecodiff import {model} "THIS FOLDER" --run run
 python -m ecodiff prune run --out small
 ```
 """

@@ -25,6 +25,7 @@ from ..errors import CheckpointError, EcodiffError, ModelNotFoundError, Unsuppor
 from ..machine import free_bytes, megabytes
 from ..pipelines import denoiser_of
 from ..pruning import ecodiff_sliced_v1
+from .sign_in import hub_token
 from .single_file import base_of, is_single_file, open_single_file
 
 # diffusers reads components of a pruned folder from the module that its index names, if imported.
@@ -82,7 +83,7 @@ def load(
                 components[name] = None  # SD3 without its T5: diffusers wants to be told
             elif isinstance(entry, list) and entry[0] == ecodiff_sliced_v1.NAME:
                 cls = getattr(ecodiff_sliced_v1, str(entry[1]))
-                components[name] = cls.from_pretrained(source, subfolder=name, dtype=dtype)
+                components[name] = cls.from_pretrained(source, subfolder=name, dtype=dtype, token=hub_token())
         pipe = _from_files(source, dtype, components)
     except EcodiffError:
         raise
@@ -101,7 +102,7 @@ def _from_files(source: str, dtype: torch.dtype, components: dict):
     plain: Exception | None = None
     halves = ("bf16", "fp16") if dtype == torch.bfloat16 else ("fp16", "bf16")
     for variant in (*halves, None) if dtype.itemsize == 2 else (None, *halves):
-        options = {"dtype": dtype, "use_safetensors": True, "variant": variant}
+        options = {"dtype": dtype, "use_safetensors": True, "variant": variant, "token": hub_token()}
         try:
             return DiffusionPipeline.from_pretrained(source, **options, **components)
         except (LocalEntryNotFoundError, HfHubHTTPError):
@@ -165,7 +166,7 @@ def model_index(source: str) -> dict:
     if not os.path.isdir(source):
         probe(source)
     try:
-        return DiffusionPipeline.load_config(source)
+        return DiffusionPipeline.load_config(source, token=hub_token())
     except HFValidationError as error:
         raise ModelNotFoundError(f"{source!r} is not a Hub id: {error}") from None
     except NETWORK_ERRORS:
@@ -185,7 +186,7 @@ def probe(repo: str) -> None:
     if isinstance(try_to_load_from_cache(repo, "model_index.json"), str):
         return
     try:
-        get_hf_file_metadata(hf_hub_url(repo, "model_index.json"), timeout=PROBE_SECONDS)
+        get_hf_file_metadata(hf_hub_url(repo, "model_index.json"), token=hub_token(), timeout=PROBE_SECONDS)
     except NETWORK_ERRORS:
         raise unreachable(repo) from None
     except (OSError, ValueError):  # it answered: what is wrong is told by who reads the file
@@ -233,7 +234,7 @@ def empty_denoiser(model: str | catalog.Model) -> nn.Module:
     try:
         with torch.device("meta"):
             known_class: Any = cls
-            return known_class.from_config(known_class.load_config(source, subfolder=name))
+            return known_class.from_config(known_class.load_config(source, subfolder=name, token=hub_token()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, *NETWORK_ERRORS) as error:
         if os.path.isdir(source):
             raise damaged(source, error) from None
@@ -246,7 +247,7 @@ def _fetch_settings(source: str) -> None:
         if try_to_load_from_cache(source, file) is not None:
             continue
         try:
-            hf_hub_download(source, file, etag_timeout=PROBE_SECONDS)
+            hf_hub_download(source, file, token=hub_token(), etag_timeout=PROBE_SECONDS)
         except (LocalEntryNotFoundError, *NETWORK_ERRORS):
             return  # the Hub cannot be reached: it is asked once
         except (HfHubHTTPError, OSError, ValueError):

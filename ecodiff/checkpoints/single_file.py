@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import catalog
 from ..errors import CheckpointError
+from .sign_in import hub_token
 
 MAX_HEADER = 100 << 20  # bytes, as safetensors itself allows
 
@@ -169,14 +170,15 @@ def open_single_file(source: str, base: str, pipeline: Any, name: str, denoiser:
                 f"{source} holds fp8 weights with scales, and text encoders beside them. Give the checkpoint "
                 "in bfloat16, or the denoiser alone."
             )
-        pipe = pipeline.from_single_file(source, config=base, torch_dtype=dtype)
+        pipe = pipeline.from_single_file(source, config=base, torch_dtype=dtype, token=hub_token())
     else:
         given: Any = _unscaled(source, dtype) if scaled else source
-        parts = {name: denoiser.from_single_file(given, config=base, subfolder=name, torch_dtype=dtype)}
+        options = {"config": base, "torch_dtype": dtype, "token": hub_token()}
+        parts = {name: denoiser.from_single_file(given, subfolder=name, **options)}
         if any(key.startswith(AUTOENCODER) for key in names):
             kind = diffusers.AutoencoderKL
-            parts["vae"] = kind.from_single_file(source, config=base, subfolder="vae", torch_dtype=dtype)
-        pipe = pipeline.from_pretrained(base, dtype=dtype, use_safetensors=True, **parts)
+            parts["vae"] = kind.from_single_file(source, subfolder="vae", **options)
+        pipe = pipeline.from_pretrained(base, dtype=dtype, use_safetensors=True, token=hub_token(), **parts)
     _schedule(pipe, source, names)
     return pipe
 

@@ -12,9 +12,8 @@ ALIASES = ("fill",)
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument("model", help="a pruned folder")
-    parser.add_argument(
-        "--format", default="dense", metavar="NAME", help="diffusers, dense (default), comfyui or fp8"
-    )
+    names = "comfyui, dense (default), diffusers, fp8 or int8"
+    parser.add_argument("--format", default="dense", metavar="NAME", help=names)
     lean_argument(parser)
     parser.add_argument("--out", required=True, metavar="PATH", help="a new folder, or a .safetensors file")
 

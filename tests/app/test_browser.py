@@ -18,6 +18,7 @@ from benchmarks.server import serve
 from ecodiff.pruning.plan import PLAN_FILE
 from ecodiff.runs.folder import Run
 from tests import hub
+from tests.app.test_sign_in import GATED, offer
 from tests.app.test_zerogpu import ONE_STEP, space
 from tests.checkpoints.test_folders import some_plan
 
@@ -366,7 +367,7 @@ def test_a_run_is_healed_goes_to_the_hub_and_is_deleted(browser, tmp_path):
             page.get_by_text(re.compile("Closer|did not get closer")).wait_for(timeout=120_000)
             accessible(page, "a healed run")
 
-            page.get_by_text("Put it on the Hugging Face Hub").click()
+            page.get_by_text("Upload to the Hugging Face Hub").click()
             page.get_by_role("textbox", name="Repository").fill("little")
             page.get_by_role("radio", name="Plan alone").check()
             button(page, "Upload").click()
@@ -374,7 +375,7 @@ def test_a_run_is_healed_goes_to_the_hub_and_is_deleted(browser, tmp_path):
             page.locator("button", has_text="Sign in with Hugging Face").click()
             page.get_by_text("Can be removed at most").wait_for()
             page.get_by_role("tab", name="Library").click()
-            page.get_by_text("Put it on the Hugging Face Hub").click()
+            page.get_by_text("Upload to the Hugging Face Hub").click()
             page.get_by_text("Logout (ann)").wait_for()
             page.get_by_role("textbox", name="Repository").fill("little")
             page.get_by_role("radio", name="Plan alone").check()
@@ -389,6 +390,31 @@ def test_a_run_is_healed_goes_to_the_hub_and_is_deleted(browser, tmp_path):
             page.get_by_text("No runs yet").wait_for()
             assert not (tmp_path / "runs" / run["run"]).exists()
         assert PLAN_FILE in stand_in.repos["ann/little"]
+
+
+def test_a_gated_model_is_opened_by_whoever_signs_in(browser, tmp_path):
+    with hub.running() as stand_in:
+        offer(stand_in)
+        machine = {"HF_TOKEN": "hf_bob", "OAUTH_CLIENT_ID": "outside of a Space Gradio makes one up"}
+        with serve(tmp_path, **hub.settings(stand_in.address, tmp_path) | machine) as url:
+            page = browser.new_page(viewport={"width": 1200, "height": 900})
+            page.goto(url)
+
+            def ask():
+                model = page.get_by_label("Model").first
+                model.fill(GATED)
+                model.press("Enter")
+
+            ask()
+            page.get_by_text("a gated model needs its licence accepted").wait_for()
+            page.get_by_text("Find a model").click()
+            page.get_by_text("opened with your own rights").wait_for()
+            shot(page, "gated")
+            page.locator("button", has_text="Sign in with Hugging Face").first.click()
+            page.get_by_text("Can be removed at most").wait_for()
+            ask()
+            button(page, "Prune").click()
+            page.get_by_text(f"{GATED} · ").first.wait_for(timeout=60_000)
 
 
 WHERE = """() => {

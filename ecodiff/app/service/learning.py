@@ -10,6 +10,7 @@ from pydantic import Field
 from ... import catalog, machine
 from ...checkpoints import hub, loading
 from ...checkpoints.saving import folder_bytes
+from ...checkpoints.sign_in import signed_in
 from ...checks import check_class
 from ...errors import RunError
 from ...learning.learn import measured_orders
@@ -23,7 +24,7 @@ from .. import limits
 from ..server import server
 from ..tasks import LearnRun, results
 from ..worker import Job
-from .prediction import checked_ratio, known_model, require_memory, unit_costs
+from .prediction import checked_ratio, permitted_model, require_memory, unit_costs
 
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -38,6 +39,7 @@ def start(
     seed: Seed = 0,
     kinds: list[str] | None = None,
     prompts: list[str] | None = None,
+    token: str = "",
 ) -> dict:
     """Start learning which units of a model matter. Returns the status of the new run.
 
@@ -49,14 +51,17 @@ def start(
         kinds: which units may go, of "heads", "ffn", "resnet", "modulation"; None: the preset's.
         prompts: to learn and to repair on, in place of ecodiff's; of ten or more, a fifth is set aside to
             judge by.
+        token: of the Hugging Face Hub, to fetch a gated or private model with; kept in memory for as long as
+            the run is at work. Empty: this machine's own.
     """
-    known = known_model(model)
+    known = permitted_model(model, token)
     own, heldout = set_aside(parse("\n".join(prompts))) if prompts else (None, ())
     changes = {"kinds": tuple(kinds)} if kinds else {}
-    check_class(loading.classes(known.name)[0])
-    config = known.learn_config(preset, ratio, seed=int(seed), **changes)
-    checked_ratio(ratio, unit_costs(known.name, config.kinds)[0])
-    require_memory(known.name)
+    with signed_in(token):
+        check_class(loading.classes(known.name)[0])
+        config = known.learn_config(preset, ratio, seed=int(seed), **changes)
+        checked_ratio(ratio, unit_costs(known.name, config.kinds)[0])
+        require_memory(known.name)
     if os.environ.get("SPACE_ID"):
         server().store.sweep(EXPIRY_SECONDS)
     limits.require_room(learning=True)
@@ -65,7 +70,7 @@ def start(
     limits.admit(run)
     if not machine.zerogpu():
         try:
-            server().worker.submit(run)
+            server().worker.submit(run, token)
         except RunError:  # refused: nothing is left of it
             server().store.delete(run)
             raise
@@ -80,23 +85,28 @@ def import_(model: str, files: Sequence[str] = (), repo: str = "", token: str = 
         files: paths of a plan file (.safetensors), or of the zip of a pruned model; or of EcoDiff's
             published masks (.pt), of heads, of neurons, or both.
         repo: instead of files, the Hub id of a plan or a pruned model.
-        token: to read `repo` with; empty: as anybody may. The server's own is not used.
+        token: of the Hub, to read `repo` and the model with; empty: as anybody may. The server's own is not
+            used for `repo`.
     """
-    known = known_model(model)
+    known = permitted_model(model, token)
     limits.require_room()
     if repo.strip():
         files = [str(hub.pull_plan(repo.strip(), token or False))]
-    config = known.learn_config("fast", 0.2)
-    run = import_run(server().store.new_folder(), known.name, config, files)
+    with signed_in(token):
+        config = known.learn_config("fast", 0.2)
+        run = import_run(server().store.new_folder(), known.name, config, files)
     limits.admit(run)
     return status(run.id)
 
 
-def learn(run: str) -> Iterator[dict]:
+def learn(run: str, token: str = "") -> Iterator[dict]:
     """Go on learning, where nothing does so by itself: on ZeroGPU, for one call of about a minute.
 
     Call it again while the stage is "interrupted" or "calibrating". Elsewhere a worker learns, and this only
     says where it is.
+
+    Args:
+        token: as `start` takes it.
 
     Yields:
         what `status` returns, after every step
@@ -105,7 +115,7 @@ def learn(run: str) -> Iterator[dict]:
     done = opened.finished and server().devices.calibrated(opened.model, opened.learned_on)
     if machine.zerogpu() and not opened.stop_requested and not done:
         paces = []
-        for step in results(LearnRun(str(opened.folder))):
+        for step in results(LearnRun(str(opened.folder), token)):
             paces.append(step["seconds"])
             left = opened.config.total_steps - step["step"]
             pace = {"seconds_left": left * sum(paces[-8:]) / len(paces[-8:]) if left else None}
@@ -239,14 +249,18 @@ def stop(run: str) -> dict:
     return status(run)
 
 
-def resume(run: str) -> dict:
-    """Go on with a run that was stopped, failed or interrupted."""
+def resume(run: str, token: str = "") -> dict:
+    """Go on with a run that was stopped, failed or interrupted.
+
+    Args:
+        token: as `start` takes it.
+    """
     opened = changeable(run)
     if machine.zerogpu():
         opened.permit()
         opened.forget_error()
     elif not opened.finished:
-        server().worker.submit(opened)
+        server().worker.submit(opened, token)
     return status(run)
 
 

@@ -11,6 +11,7 @@ from ... import catalog, machine
 from ...architectures import find_groups, unrecognised
 from ...checkpoints import hub, loading
 from ...checkpoints.formats import FORMATS
+from ...checkpoints.sign_in import signed_in
 from ...config import LearnConfig
 from ...errors import BudgetError, ModelNotFoundError
 from ...learning.footprint import Footprint, fits, footprint
@@ -44,6 +45,18 @@ def known_model(model: str) -> catalog.Model:
     return known
 
 
+def permitted_model(model: str, token: str) -> catalog.Model:
+    """The model of that name. On a Space its weights may be here already: who asks must have a right to them.
+
+    Raises:
+        CheckpointError: it is gated or private, and who asks is not signed in or has no access.
+    """
+    known = known_model(model)
+    if os.environ.get("SPACE_ID") and not Path(known.source).exists():
+        hub.require_access(known.source, token)
+    return known
+
+
 def find_models(words: str, hub_too: bool = True) -> dict:
     """Models that match words, of the catalogue and of the Hub, as far as ecodiff can prune them.
 
@@ -62,7 +75,12 @@ def needs(model: str, itemsize: int | None = None) -> Footprint:
 
 
 def predict(
-    model: str, ratio: float, preset: str = "fast", kinds: list[str] | None = None, gpu: int | None = None
+    model: str,
+    ratio: float,
+    preset: str = "fast",
+    kinds: list[str] | None = None,
+    gpu: int | None = None,
+    token: str = "",
 ) -> dict:
     """What pruning will leave, by arithmetic on the model's configuration.
 
@@ -71,6 +89,7 @@ def predict(
         ratio: fraction of the denoiser's parameters to remove.
         preset, kinds: as `start` takes them: what may go.
         gpu: 10^9 bytes of memory of the GPU that it should fit; None: of this machine's device.
+        token: as `start` takes it.
 
     Returns:
         {"params_dense", "params_pruned", "bytes_dense", "bytes_pruned", "ceiling": share of the parameters
@@ -82,8 +101,9 @@ def predict(
     """
     known = known_model(model)
     wanted = LearnConfig.preset(preset, **{"kinds": tuple(kinds)} if kinds else {}).kinds
-    scores, itemsize, dense_bytes = unit_costs(known.name, wanted)
-    denoiser = empty_denoiser(known.name)
+    with signed_in(token):
+        scores, itemsize, dense_bytes = unit_costs(known.name, wanted)
+        denoiser = empty_denoiser(known.name)
     removed = round(checked_ratio(ratio, scores) * scores.total)
     device = torch.device(machine.device())
     here = machine.capacity(device)

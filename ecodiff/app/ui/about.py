@@ -8,16 +8,17 @@ from .common import Browser, Tab
 
 TEXT = """
 ## What it does
-ecodiff removes attention heads, feed-forward neurons and ResNet channels from a diffusion model's
-denoiser. It puts a gate on every one of them, runs whole generations, and learns which gates can close
-while the final latents stay what they were: no images, no retraining, prompts only. What is closed is
-then really cut out, so the model has fewer parameters in memory and on disk.
+ecodiff removes what a diffusion model's images depend on least from its denoiser: attention heads,
+feed-forward neurons, ResNet channels, and directions inside heads and modulation layers. It runs whole
+generations to find out, from prompts alone; images are not needed, and nothing is retrained. What is not
+needed is really cut out, so the model has fewer parameters in memory and on disk.
 
 The method is EcoDiff: Zhang et al., *Learnable Sparsity for Vision Generative Models*
 ([arXiv 2412.02852](https://arxiv.org/abs/2412.02852)), with hard-concrete gates (Louizos et al. 2018)
-and time step gradient checkpointing. ecodiff starts the gates from a Gauss-Newton estimate of what
-each one is worth, steers to a size that you choose, and lets the weights that stay take over from
-those that went (a closed-form update of each layer, as in Optimal Brain Surgeon: no training).
+and time step gradient checkpointing. The presets Fast, Balanced, Paper and EcoDiff learn with it. The
+preset Surgeon ranks all units in one step instead, by what the final latents lose once the weights that stay
+have taken over (Optimal Brain Surgeon); it measured best on the models that ship with ecodiff. Whatever ranks
+them, the weights that stay can take over from those that went: a closed-form update of each layer.
 
 ## What it does not do
 - The ratio is of the denoiser's parameters. Time saved is less than that: not

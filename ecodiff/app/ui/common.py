@@ -121,6 +121,11 @@ def placed(function: Callable, components: dict[str, gr.components.Component]) -
     return generator if inspect.isgeneratorfunction(function) else wrapper
 
 
+def secret(token: gr.OAuthToken | None) -> str:
+    """The token of whoever is signed in; "" if nobody is."""
+    return token.token if token else ""
+
+
 def lenient(box: gr.Slider | gr.Number) -> gr.Slider | gr.Number:
     """Take a number as the box will show it once it is left: within bounds, and the least if it is empty.
 

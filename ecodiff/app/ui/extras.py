@@ -5,7 +5,7 @@ import gradio as gr
 from ...errors import EcodiffError
 from .. import service
 from . import show
-from .common import lenient, placed, told
+from .common import lenient, placed, secret, told
 
 
 def loras(run: gr.Dropdown, size: gr.Slider) -> None:
@@ -17,7 +17,7 @@ def loras(run: gr.Dropdown, size: gr.Slider) -> None:
             [("diffusers", "diffusers"), ("kohya, for ComfyUI", "kohya")], value="diffusers", label="Naming"
         )
         lora_prompt = gr.Textbox(
-            label="Prompt of a preview", max_length=500, info="With the words that wake the LoRA"
+            label="Prompt of a preview", max_length=500, info="With the trigger words of the LoRA"
         )
         with gr.Row():
             translate, preview = gr.Button("Cut it to fit"), gr.Button("Preview")
@@ -59,7 +59,7 @@ def healing(run: gr.Dropdown, size: gr.Slider) -> None:
 
 def pushing(run: gr.Dropdown, size: gr.Slider) -> None:
     """Where a run goes to the Hub, under the account of whoever signs in."""
-    with gr.Accordion("Put it on the Hugging Face Hub", open=False):
+    with gr.Accordion("Upload to the Hugging Face Hub", open=False):
         gr.LoginButton(size="sm")
         with gr.Row():
             repo = gr.Textbox(label="Repository", placeholder="my-small-model", max_length=96, min_width=240)
@@ -112,6 +112,5 @@ def upload(run, percent, repo, what, private, token: gr.OAuthToken | None = None
     """Put the pruned pipeline or its plan on the Hub."""
     if not run or not repo.strip():
         raise gr.Error("Choose a run, and give the repository a name.", duration=8)
-    signed = token.token if token else ""
-    found = service.push(run, percent / 100, repo.strip(), signed, what == "Plan alone", private)
+    found = service.push(run, percent / 100, repo.strip(), secret(token), what == "Plan alone", private)
     return f"Uploaded to [{found['url']}]({found['url']})."

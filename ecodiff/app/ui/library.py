@@ -6,7 +6,7 @@ import gradio as gr
 
 from .. import service
 from . import extras, shelf
-from .common import MODELS, Browser, Tab, lock_size, percent_box, placed, told
+from .common import MODELS, Browser, Tab, lock_size, percent_box, placed, secret, told
 
 LISTED = ("empty", "found", "listed", "run", "timer")
 BUILT = ("plan", "model", "about", "code", "built")
@@ -207,7 +207,7 @@ def files(run, percent, chosen, lean):
 @told
 def bring(model, files, repo, runs, token: gr.OAuthToken | None = None):
     """A run of what was learned elsewhere."""
-    made = service.import_(model, files or [], repo, token.token if token else "")["run"]
+    made = service.import_(model, files or [], repo, secret(token))["run"]
     return [*(runs or []), made]
 
 

@@ -16,9 +16,8 @@ def prediction(facts: dict) -> str:
         if any(row["pipeline"] for row in passed)
         else "its denoiser in a loop of its own"
     )
-    notes = [
-        f"Licence: {escape(facts['licence'])}" + (", gated: accept it on the Hub first" * facts["gated"])
-    ]
+    gated = ", gated: accept it on the Hub, and sign in" if facts["gated"] else ""
+    notes = [f"Licence: {escape(facts['licence'])}{gated}"]
     notes.append(
         f"This architecture passed the conformance suite, {whole}"
         if passed

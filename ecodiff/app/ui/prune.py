@@ -16,6 +16,7 @@ from .common import (
     mine,
     percent_box,
     placed,
+    secret,
     seed_box,
     told,
 )
@@ -123,7 +124,7 @@ def _form() -> dict[str, gr.components.Component]:
             lines=3,
             max_lines=8,
         )
-        upload = gr.UploadButton("Take them from a text file", file_types=[".txt"], size="sm")
+        upload = gr.UploadButton("From a text file", file_types=[".txt"], size="sm")
     upload.upload(own_prompts, upload, prompts, api_visibility="private")
     start = gr.Button("Prune", variant="primary", size="lg")
     if service.zerogpu():
@@ -143,6 +144,9 @@ def _search(model: gr.Dropdown) -> None:
             look = gr.Button("Search", scale=1, min_width=90)
         found = gr.Radio([], label="Found", visible=False)
         told_about = gr.Markdown()
+        if service.offers_sign_in():
+            gr.Markdown("Gated and private models are opened with your own rights:")
+            gr.LoginButton(size="sm")
     private = {"api_visibility": "private"}
     gr.on([look.click, words.submit], find, words, [found, told_about], **private)
     found.input(lambda name: name, found, model, show_progress="hidden", **private)
@@ -189,10 +193,11 @@ def shown_of(model):
     return strip.cards(found["pictures"], (0.2, 0.4, 0.6), title)
 
 
-def predict(model, percent, preset, kinds, gpu):
+def predict(model, percent, preset, kinds, gpu, token: gr.OAuthToken | None = None):
     """What a size will leave, or why it cannot be."""
     try:
-        return predicted.prediction(service.predict(model, percent / 100, preset, kinds, gpu or None))
+        facts = service.predict(model, percent / 100, preset, kinds, gpu or None, secret(token))
+        return predicted.prediction(facts)
     except EcodiffError as error:
         return show.failure(str(error))
 
@@ -212,7 +217,7 @@ def own_prompts(file):
 
 
 @told
-def begin(model, percent, preset, seed, kinds, method, prompts, runs):
+def begin(model, percent, preset, seed, kinds, method, prompts, runs, token: gr.OAuthToken | None = None):
     """Start a run and remember its id in the browser."""
     if not kinds:
         raise gr.Error("Choose units to prune, under Advanced.", duration=8)
@@ -220,5 +225,6 @@ def begin(model, percent, preset, seed, kinds, method, prompts, runs):
     newest = next(iter(mine(runs)), None)
     if newest and newest["stage"] in service.ACTIVE and time.time() - newest["created"] < TWICE_SECONDS:
         return runs, newest["run"], percent
-    made = service.start(model, percent / 100, method or preset, seed, kinds, own)["run"]
+    asked = (model, percent / 100, method or preset, seed, kinds, own, secret(token))
+    made = service.start(*asked)["run"]
     return [*(runs or []), made], made, percent

@@ -8,7 +8,7 @@ import pandas as pd
 from ...errors import EcodiffError, RunError
 from .. import service
 from . import show, strip
-from .common import COMPENSATE, label, percent_box, readable, told
+from .common import COMPENSATE, label, percent_box, readable, secret, told
 
 POLL_SECONDS = 0.7
 CUT = ("figures", "layers", "download", "packed", "code", "pictures", "curve", "paint")  # by size
@@ -137,7 +137,7 @@ def watch(run):
 
 
 @told
-def drive(run, turn):
+def drive(run, turn, token: gr.OAuthToken | None = None):
     """See the run through. On ZeroGPU it learns in calls of a minute, each an event of its own.
 
     An event that ends while there is more to do changes `turn`, which starts the next one.
@@ -147,7 +147,7 @@ def drive(run, turn):
         return
     before = service.status(run)["step"]
     try:
-        for found in service.learn(run):
+        for found in service.learn(run, secret(token)):
             yield view(found)
     except (gr.Error, EcodiffError) as error:  # ZeroGPU ended the call, or there is no quota, or it failed
         found, why = service.status(run), readable(error).message
@@ -236,6 +236,6 @@ def end(run):
 
 
 @told
-def go_on(run):
+def go_on(run, token: gr.OAuthToken | None = None):
     """Go on with a run that was stopped."""
-    service.resume(run)
+    service.resume(run, secret(token))

@@ -8,7 +8,7 @@ import gradio as gr
 from ...errors import EcodiffError
 from .. import service
 from . import show
-from .common import label, mine, told, when
+from .common import label, mine, secret, told, when
 
 ORDERS = {
     "Newest first": lambda row: -row["created"],
@@ -99,6 +99,6 @@ def stop(run: str) -> None:
 
 
 @told
-def resume(run: str) -> None:
+def resume(run: str, token: gr.OAuthToken | None = None) -> None:
     """Go on with a run."""
-    service.resume(run)
+    service.resume(run, secret(token))
