@@ -76,6 +76,10 @@ def test_what_it_costs_is_as_measured():
     load = read("load.json")
     assert load["same_scores"] and set(load["outcomes"]) == {"drawn", "Queue is full! Please try again."}
     assert f"{load['outcomes']['drawn']} pairs drawn" in MEASUREMENTS
+    page = read("page.json")
+    assert f"first paint {page['paint']:.2f} s, {page['bytes'] / 1e6:.2f} MB" in MEASUREMENTS
+    assert f"pictures after {page['pictures']:.1f} s" in MEASUREMENTS
+    assert f"to the first answer {page['click']:.2f} s" in MEASUREMENTS
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere():
