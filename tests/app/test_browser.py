@@ -128,6 +128,16 @@ def test_the_main_job(page, url, tmp_path):
     page.get_by_text("6.66 M").nth(1).wait_for()
     shot(page, "4-finished")
     accessible(page, "a finished run")
+    page.locator(".eco-layers").get_by_text("ResNet channels").wait_for()
+    point = page.get_by_role("button", name="Show −60%")  # of the curve, once it is drawn
+    point.wait_for(timeout=60_000)
+    point.focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("img", name="auto rickshaw, −60%").wait_for()
+    page.get_by_role("button", name="Show −40%").click()
+    page.get_by_role("img", name="auto rickshaw, −40%").wait_for()
+    playwright.expect(page.get_by_role("spinbutton", name="Remove").nth(1)).to_have_value("40")
+    shot(page, "4-curve")
 
     size = page.get_by_role("spinbutton", name="Remove").nth(1)
     size.fill("40")
@@ -151,7 +161,7 @@ def test_the_main_job(page, url, tmp_path):
     playwright.expect(page.get_by_role("spinbutton", name="Remove")).to_have_value("40")
     page.get_by_role("textbox", name="Prompt").fill("cat face")
     button(page, "Draw both").click()
-    page.get_by_text("Latent error").wait_for(timeout=60_000)
+    page.get_by_text("Latent error", exact=True).wait_for(timeout=60_000)
     page.get_by_text("Speed of a step").wait_for()
     slider = page.get_by_role("slider", name="Dense or pruned")
     before = int(slider.get_attribute("aria-valuenow"))
@@ -261,6 +271,10 @@ def test_a_model_is_found_by_words(page):
     page.get_by_role("radio", name="Stable Diffusion 3.5 Medium · 2.2 B").check()
     playwright.expect(page.get_by_label("Model").first).to_have_value(re.compile("sd-3.5-medium"))
     page.get_by_text("of 2.2").first.wait_for(timeout=60_000)
+    page.get_by_label("To fit").click()
+    page.get_by_role("option", name="A GPU of 8 GB").click()
+    page.get_by_text("8 GB (estimate): at −").wait_for(timeout=60_000)
+    page.get_by_text("too much to learn it there").wait_for()
     shot(page, "9-found")
     page.get_by_role("textbox", name="Words").fill("no such thing")
     button(page, "Search").click()
@@ -355,6 +369,10 @@ def test_a_run_is_healed_goes_to_the_hub_and_is_deleted(browser, tmp_path):
             page.get_by_text("Open a run by its id").click()
             page.get_by_role("textbox", name="Id", exact=True).fill(run["run"])
             button(page, "Open").click()
+            page.locator(".eco-shelf-row").get_by_role("button", name="Open").click()
+            page.get_by_role("heading", name="The result").wait_for()
+            playwright.expect(page.get_by_role("spinbutton", name="Remove").nth(1)).to_be_disabled()
+            page.get_by_role("tab", name="Library").click()
 
             page.get_by_text("Heal it").click()
             number(page, "Steps", "10")
@@ -405,6 +423,7 @@ def test_a_gated_model_is_opened_by_whoever_signs_in(browser, tmp_path):
                 model.fill(GATED)
                 model.press("Enter")
 
+            page.get_by_text("Can be removed at most").wait_for()
             ask()
             page.get_by_text("a gated model needs its licence accepted").wait_for()
             page.get_by_text("Find a model").click()
@@ -412,9 +431,24 @@ def test_a_gated_model_is_opened_by_whoever_signs_in(browser, tmp_path):
             shot(page, "gated")
             page.locator("button", has_text="Sign in with Hugging Face").first.click()
             page.get_by_text("Can be removed at most").wait_for()
+            page.get_by_text("Find a model").click()
+            page.get_by_text("Logout").first.wait_for()
             ask()
+            page.set_viewport_size({"width": 390, "height": 800})
+            page.get_by_role("button", name="Advanced").click()
+            own = [f"a red apple, number {number}" for number in range(10)]
+            page.get_by_role("textbox", name="Your prompts").fill("\n".join(own))
+            page.get_by_text("conformance suite").wait_for()
             button(page, "Prune").click()
-            page.get_by_text(f"{GATED} · ").first.wait_for(timeout=60_000)
+            title = page.get_by_text(f"{GATED} · ").first
+            title.wait_for(timeout=60_000)
+            page.wait_for_timeout(2000)
+            assert 0 <= title.bounding_box()["y"] < 800, "a phone scrolls to what happens"
+            shot(page, "phone-run")
+        (file,) = (tmp_path / "runs").glob("*/run.json")
+        run = Run.open(file.parent)
+        learned, held = run.learned_on, run.heldout
+        assert sorted([*learned, *held]) == own and len(held) == 2
 
 
 WHERE = """() => {

@@ -137,9 +137,10 @@ def lenient(box: gr.Slider | gr.Number) -> gr.Slider | gr.Number:
     return box
 
 
-def percent_box() -> gr.Slider:
+def percent_box(elem_id: str | None = None) -> gr.Slider:
     """How much goes, wherever a person says it."""
-    return lenient(gr.Slider(1, 90, value=20, step=1, label="Remove", info="% of the denoiser's parameters"))
+    words = {"label": "Remove", "info": "% of the denoiser's parameters"}
+    return lenient(gr.Slider(1, 90, value=20, step=1, elem_id=elem_id, **words))
 
 
 def seed_box() -> gr.Number:

@@ -43,7 +43,7 @@ def results() -> dict[str, gr.components.Component]:
         gr.Markdown("## The result")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                size = percent_box()
+                size = percent_box("size")  # which a point of the curve sets
                 gr.Markdown("Move the size: nothing is learned again.")
                 curve = gr.HTML()
                 paint = gr.Button("Draw this size", visible=False)

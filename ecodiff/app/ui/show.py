@@ -166,11 +166,11 @@ def _known(suggested: list[str]) -> str:
     return f". This small model knows emoji by their names only. Try {words}."
 
 
-# What people see, by PSNR of their images: rules of thumb.
+# What people see, by PSNR of their images: bounds set by eye on the strips of the embedded models' examples.
 WORDS = (
-    (40.0, "hard to tell apart"),
-    (30.0, "small differences"),
-    (20.0, "visibly different"),
+    (35.0, "hard to tell apart"),
+    (25.0, "small differences"),
+    (15.0, "visibly different"),
     (0.0, "another image"),
 )
 

@@ -89,7 +89,8 @@ def _row(name: str, words: str, images: Sequence[str], prompts: Sequence[str], n
 def curve(found: dict, asked: float = -1.0) -> str:
     """Mean latent error against the size, as a drawing; the size that is asked for is filled.
 
-    Sizes that were not drawn with repaired weights are left out.
+    A point that is pressed sets the size (`theme.JS`), so its images are shown. Sizes that were not drawn
+    with repaired weights are left out.
     """
     rows = [row for row in found.get("sizes", []) if row["repaired"]]
     if len(rows) < 2:
@@ -105,16 +106,18 @@ def curve(found: dict, asked: float = -1.0) -> str:
     points = [at(row) for row in rows]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in [(MARGIN, CURVE_HEIGHT - MARGIN), *points])
     marks = "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="{"here" if _is(row, [asked]) else ""}"/>'
+        f'<g role="button" tabindex="0" data-percent="{100 * row["ratio"]:.0f}" '
+        f'aria-label="Show −{row["ratio"]:.0%}: latent error {latent_error(fmean(row["latent_error"]))}">'
+        f'<circle class="touch" cx="{x:.1f}" cy="{y:.1f}" r="16"/>'
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="{"here" if _is(row, [asked]) else ""}"/></g>'
         f'<text x="{x:.1f}" y="{CURVE_HEIGHT - MARGIN + 15}">−{row["ratio"]:.0%}</text>'
         f'<text x="{x:.1f}" y="{y - 8:.1f}">{latent_error(fmean(row["latent_error"]))}</text>'
         for row, (x, y) in zip(rows, points, strict=True)
     )
-    told = ", ".join(f"−{row['ratio']:.0%}: {latent_error(fmean(row['latent_error']))}" for row in rows)
     return (
-        f'<figure class="eco-curve"><svg viewBox="0 0 {CURVE_WIDTH} {CURVE_HEIGHT}" role="img" '
-        f'aria-label="Latent error by size: {told}">'
+        f'<figure class="eco-curve"><svg viewBox="0 0 {CURVE_WIDTH} {CURVE_HEIGHT}" role="group" '
+        'aria-label="Latent error by size">'
         f'<polyline points="{line}"/>{marks}</svg>'
         f"<figcaption>Latent error by size, repaired: {len(found['prompts'])} prompts that nothing was "
-        "learned on; 0 is identical, 1 is unrelated.</figcaption></figure>"
+        "learned on; 0 is identical, 1 is unrelated. Choose a point to see its images.</figcaption></figure>"
     )

@@ -104,6 +104,9 @@ CSS = """
 .eco-curve polyline { fill: none; stroke: var(--primary-600); stroke-width: 2; }
 .eco-curve circle { fill: var(--background-fill-primary); stroke: var(--primary-600); stroke-width: 2; }
 .eco-curve circle.here { fill: var(--primary-600); }
+.eco-curve circle.touch { fill: transparent; stroke: none; }
+.eco-curve g { cursor: pointer; }
+.eco-curve g:hover circle:not(.touch) { fill: var(--primary-300); }
 .eco-curve text { font-size: 11px; text-anchor: middle; fill: var(--body-text-color-subdued); }
 .eco-run { margin: 0 0 4px; }
 .eco-status { font-variant-numeric: tabular-nums; }
@@ -118,7 +121,8 @@ CSS = """
 .eco-layers span { font-size: 12px; color: var(--body-text-color-subdued); }
 """
 
-# Gradio's image slider has neither a role nor keys: it is given both, whenever one appears.
+# Gradio's image slider has neither a role nor keys: it is given both, whenever one appears. And a point of
+# the curve that is pressed sets the size of the run that is shown.
 JS = """() => {
   const fit = (bar) => {
     if (bar.tabIndex === 0) return;
@@ -149,6 +153,15 @@ JS = """() => {
   };
   const all = () => document.querySelectorAll('[data-testid="slider"]').forEach(fit);
   new MutationObserver(all).observe(document.body, { childList: true, subtree: true });
+  const pick = (event) => {
+    const point = event.target.closest?.('[data-percent]');
+    const box = document.querySelector('#size input[type=number]');
+    if (!point || !box || box.disabled || !['click', 'Enter', ' '].includes(event.key ?? event.type)) return;
+    event.preventDefault();
+    Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set.call(box, point.dataset.percent);
+    for (const name of ['input', 'change', 'blur']) box.dispatchEvent(new Event(name, { bubbles: true }));
+  };
+  for (const name of ['click', 'keydown']) document.addEventListener(name, pick);
 }"""
 
 
