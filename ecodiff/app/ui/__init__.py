@@ -59,9 +59,10 @@ def _wire(demo: gr.Blocks, tabs: gr.Tabs, browser: Browser, built: dict[str, Tab
     asked = [runs, current, p["size"], p["compensate"]]
     p["see"].click(placed(compare.come, named), asked, arrived, **PRIVATE)
     demo.load(prune.predict, p["what"], p["predicted"], **PRIVATE)
-    demo.load(prune.shown_of, p["what"][0], p["example"], **PRIVATE)
+    demo.load(prune.shown_of, p["what"][0], p["shown"], **PRIVATE)
     demo.load(placed(compare.follow, named), runs, [tabs, runs, *c["settings"], c["linked"]], **PRIVATE)
     opened = built["library"].parts["opened"]
+    p["look"].click(prune.example_run, p["what"][0], opened, **PRIVATE)
     turned = opened.change(prune.turn_to, opened, [tabs, current, p["size"]], **PRIVATE)
     for event in (demo.load, turned.success):
         seen = event(p["watch"], current, p["watched"], concurrency_limit=None, **PRIVATE)

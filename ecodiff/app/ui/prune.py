@@ -30,7 +30,9 @@ GPUS = (8, 12, 16, 24, 48, 80)  # 10^9 bytes
 def build(browser: Browser) -> Tab:
     """Lay out the tab."""
     runs, current = browser.runs, browser.current
-    example = gr.HTML()
+    with gr.Column() as example:
+        shown = gr.HTML()
+        look = gr.Button("Open this result: move its size, draw your own prompts", visible=False)
     gr.Markdown(
         "Pick a model and how much of it to remove. ecodiff learns which parts its images depend on, "
         "and cuts the rest out. **emoji-sdxl** works right away, here."
@@ -57,7 +59,7 @@ def build(browser: Browser) -> Tab:
     # One event for all boxes: the answer to what is in them now comes last, and others are dropped.
     changes = [form[box].change for box in ("model", "ratio", "kinds", "gpu")]
     gr.on(changes, predict, what, prediction, trigger_mode="always_last", **private)
-    form["model"].change(shown_of, form["model"], example, **hidden)
+    form["model"].change(shown_of, form["model"], [shown, look], **hidden)
     form["model"].change(preset_of, form["model"], form["preset"], **hidden)
     # The published method prunes heads and neurons only: what will be pruned is what is ticked.
     form["preset"].change(preset_kinds, form["preset"], form["kinds"], **hidden)
@@ -76,7 +78,13 @@ def build(browser: Browser) -> Tab:
     results["paint"].click(placed(run_panel.paint, named), [current, size], drawn, **private)
     files = [results[name] for name in ("download", "packed", "code")]
     results["pack"].click(placed(run_panel.make, named), [current, size, compensate], files, **private)
-    parts: dict = {"what": what, "predicted": prediction, "example": example, "drawn": drawn}
+    parts: dict = {
+        "what": what,
+        "predicted": prediction,
+        "shown": [shown, look],
+        "look": look,
+        "drawn": drawn,
+    }
     parts |= {name: results[name] for name in ("size", "compensate", "see")}
     parts |= {
         "watched": watched,
@@ -185,12 +193,12 @@ def shown_of(model):
     """What pruning does to a model's images, if that ships with it."""
     found = service.example(model)
     if not found:
-        return ""
+        return "", gr.Button(visible=False)
     title = (
         f'<p class="eco-lead">What it does to <b>{model}</b>: prompts that nothing was learned on, each from '
         "the same noise.</p>"
     )
-    return strip.cards(found["pictures"], (0.2, 0.4, 0.6), title)
+    return strip.cards(found["pictures"], (0.2, 0.4, 0.6), title), gr.Button(visible=True)
 
 
 def predict(model, percent, preset, kinds, gpu, token: gr.OAuthToken | None = None):
@@ -200,6 +208,12 @@ def predict(model, percent, preset, kinds, gpu, token: gr.OAuthToken | None = No
         return predicted.prediction(facts)
     except EcodiffError as error:
         return show.failure(str(error))
+
+
+@told
+def example_run(model):
+    """The run that ships with a model, to be shown as one of the Library is."""
+    return [service.example(model)["run"], time.time()]
 
 
 @told
