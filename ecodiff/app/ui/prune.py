@@ -32,7 +32,7 @@ def build(browser: Browser) -> Tab:
     runs, current = browser.runs, browser.current
     with gr.Column() as example:
         shown = gr.HTML()
-        look = gr.Button("Open this result: move its size, draw your own prompts", visible=False)
+        look = gr.Button("Open this result: move its size, draw your own prompts", size="sm", visible=False)
     gr.Markdown(
         "Pick a model and how much of it to remove. ecodiff learns which parts its images depend on, "
         "and cuts the rest out. **emoji-sdxl** works right away, here."
@@ -55,14 +55,7 @@ def build(browser: Browser) -> Tab:
     private = {"api_visibility": "private"}
     hidden = private | {"show_progress": "hidden"}
     watching = hidden | {"concurrency_limit": None}
-    what = [form[name] for name in ("model", "ratio", "preset", "kinds", "gpu")]
-    # One event for all boxes: the answer to what is in them now comes last, and others are dropped.
-    changes = [form[box].change for box in ("model", "ratio", "kinds", "gpu")]
-    gr.on(changes, predict, what, prediction, trigger_mode="always_last", **private)
-    form["model"].change(shown_of, form["model"], [shown, look], **hidden)
-    form["model"].change(preset_of, form["model"], form["preset"], **hidden)
-    # The published method prunes heads and neurons only: what will be pruned is what is ticked.
-    form["preset"].change(preset_kinds, form["preset"], form["kinds"], **hidden)
+    what = _answer(form, prediction, [shown, look])
     begun = form["start"].click(begin, [*asked, runs], [runs, current, size], **private)
     begun.success(None, js=scroll_to("run"), **private)
     panel["stop"].click(run_panel.end, current, None, queue=False, **private)
@@ -78,23 +71,36 @@ def build(browser: Browser) -> Tab:
     results["paint"].click(placed(run_panel.paint, named), [current, size], drawn, **private)
     files = [results[name] for name in ("download", "packed", "code")]
     results["pack"].click(placed(run_panel.make, named), [current, size, compensate], files, **private)
-    parts: dict = {
-        "what": what,
-        "predicted": prediction,
-        "shown": [shown, look],
-        "look": look,
-        "drawn": drawn,
-    }
+    parts: dict = {"what": what, "predicted": prediction, "shown": [shown, look], "look": look}
     parts |= {name: results[name] for name in ("size", "compensate", "see")}
     parts |= {
         "watched": watched,
         "cut_out": cut_out,
+        "drawn": drawn,
         "watch": placed(run_panel.watch, named),
         "recut": cutting,
         "painted": placed(run_panel.painted, named),
         "redrawn": placed(run_panel.redrawn, named),
     }
     return Tab(parts=parts)
+
+
+def _answer(form: dict, prediction: gr.HTML, example: list) -> list:
+    """What is in the boxes is answered: with what it would leave, and what is shown of the model.
+
+    Returns what the prediction is made of.
+    """
+    private = {"api_visibility": "private"}
+    hidden = private | {"show_progress": "hidden"}
+    what = [form[name] for name in ("model", "ratio", "preset", "kinds", "gpu")]
+    # One event for all boxes: the answer to what is in them now comes last, and others are dropped.
+    changes = [form[box].change for box in ("model", "ratio", "kinds", "gpu")]
+    gr.on(changes, predict, what, prediction, trigger_mode="always_last", **private)
+    form["model"].change(shown_of, form["model"], example, **hidden)
+    form["model"].change(preset_of, form["model"], form["preset"], **hidden)
+    # The published method prunes heads and neurons only: what will be pruned is what is ticked.
+    form["preset"].change(preset_kinds, form["preset"], form["kinds"], **hidden)
+    return what
 
 
 def _form() -> dict[str, gr.components.Component]:
