@@ -21,6 +21,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 import ecodiff
 from ecodiff.checkpoints import loading
 from ecodiff.config import CompensateConfig, HealConfig
+from ecodiff.learning import streaming
 from ecodiff.learning.heal import heal
 from ecodiff.learning.learn import learn
 from ecodiff.metrics import cost
@@ -34,6 +35,7 @@ from tests.denoisers import ROWS
 from tests.pipelines import BUILDERS
 
 NAME = "elsewhere"
+STREAMED = ("sdxl", "sd3.5", "Sana")  # pipelines that are tried larger than the device
 MOVES = {"aten::_to_copy", "aten::copy_"}  # from one device to another
 CPU_INDEX = {"aten::index", "aten::index_put_", "aten::index_put"}  # CUDA takes indices from the CPU too
 
@@ -48,6 +50,7 @@ class Module:
     manual_seed_all = set_rng_state = synchronize = staticmethod(lambda *args: None)
     get_rng_state = staticmethod(lambda *args: torch.zeros(1, dtype=torch.uint8))
     device = staticmethod(lambda index: nullcontext())
+    get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16, torch.float16])
 
 
 class There(torch.Tensor):
@@ -210,7 +213,8 @@ def row_job(row) -> None:
 
 def offloaded(pipe, expected: Sample) -> None:
     """A model that does not fit: its parts are there only while they work, and it draws the same."""
-    loading.free_bytes = lambda device: 1
+    unet = sum(p.nbytes for p in pipe.unet.parameters())
+    loading.free_bytes = lambda device: unet
     pipe = loading._ready(pipe, f"{NAME}:0", offload=True)
     assert pipe.unet.device.type == "cpu"
     seen = []
@@ -220,11 +224,53 @@ def offloaded(pipe, expected: Sample) -> None:
     torch.testing.assert_close(found.latents, expected.latents, rtol=1e-4, atol=1e-4)
 
 
+def streamed_job(build, size, extra: dict) -> None:
+    """A model that does not fit at all: the same scores, weights and images, bit for bit; little is there."""
+    small = {"inference_steps": 2, "size": size, "extra": extra | SHORT.get(type(build()), {})}
+    prompts, kinds = ["red apple", "blue whale"], ("heads", "ffn", "resnet")
+
+    def job(pipe) -> tuple:
+        found = {}
+        ratio = Scores.unranked(denoiser_of(pipe), kinds).ceiling / 2
+        for name in ("gauss-newton", "fast"):
+            few = {"warm_steps": 1, "steps": int(name == "fast"), "batch": 2, "trajectories": 4, **small}
+            config = ecodiff.LearnConfig.preset(name, ratio=ratio, kinds=kinds, **few)
+            found[name] = [scores for _, scores in learn(pipe, prompts, config)][-1]
+        pruned = ecodiff.variant(pipe, found["fast"].plan(ratio=ratio))
+        few = CompensateConfig(trajectories=4, heldout=2, batch=2, **small)
+        ecodiff.compensate_(pruned, pipe, prompts, few)
+        drawn = [
+            generate(p, "red apple", 0, steps=2, size=size, extra=extra).latents.cpu() for p in (pipe, pruned)
+        ]
+        return {name: scores.values for name, scores in found.items()}, drawn
+
+    expected = job(_quiet(build()).to(f"{NAME}:0"))
+    pipe = _quiet(build())
+    streaming.stream_(pipe, f"{NAME}:0", large=64)
+    denoiser = denoiser_of(pipe)
+    weights = sum(p.nbytes for p in denoiser.parameters())
+    there = lambda: sum(p.nbytes for p in denoiser.parameters() if p.device.type == NAME)  # noqa: E731
+    assert denoiser.device.type == NAME and there() < 0.2 * weights
+    _equal(job(pipe), expected)
+    assert there() < 0.2 * weights, "weights were left on the device"
+
+
+def _quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _equal(found, expected) -> None:
+    for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert torch.equal(a, b), (a - b).abs().max()
+
+
 def main() -> None:
     builders = {name: (build, None, {}) for name, build in PIPELINES.items()} | BUILDERS
     jobs = {f"{name} pipeline": partial(_built, *built) for name, built in builders.items()}
     pipe = ecodiff.load("emoji-turbo", device="cpu")
     jobs["offloaded"] = partial(offloaded, pipe, generate(pipe, "red apple", 0, steps=2, size=64))
+    jobs |= {f"{name} streamed": partial(streamed_job, *builders[name]) for name in STREAMED}
     jobs |= {name: partial(row_job, row) for name, row in ROWS.items()}
     wanted, results = sys.argv[1:] or list(jobs), {}
     with elsewhere():

@@ -12,6 +12,9 @@ from tests.conftest import PIPELINES
 from tests.denoisers import ROWS
 from tests.pipelines import BUILDERS
 
+JOBS = [*(f"{name} pipeline" for name in PIPELINES | BUILDERS), "offloaded", *ROWS]
+JOBS += [f"{name} streamed" for name in ("sdxl", "sd3.5", "Sana")]
+
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch has no devices that are made in Python",
@@ -26,7 +29,7 @@ def found() -> dict[str, str]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", [*(f"{name} pipeline" for name in PIPELINES | BUILDERS), "offloaded", *ROWS])
+@pytest.mark.parametrize("name", JOBS)
 def test_the_job_is_done_elsewhere(found, name):
     assert found[name] == ""
 

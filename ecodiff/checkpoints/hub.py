@@ -26,7 +26,7 @@ from ..errors import CheckpointError
 from ..pruning.plan import PLAN_FILE, PrunePlan
 from ..storage import MAX_FILE_BYTES, in_short
 from .card import front_matter
-from .loading import NETWORK_ERRORS
+from .sign_in import NETWORK_ERRORS
 
 
 def is_repo(name: str) -> bool:

@@ -5,8 +5,7 @@ import json
 import os
 import re
 import sys
-from importlib import import_module
-from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,15 @@ from torch import nn
 from .. import catalog, machine
 from ..checks import without_values
 from ..errors import CheckpointError, EcodiffError, ModelNotFoundError, UnsupportedModelError, memory_advice
+from ..learning.streaming import stream_
 from ..machine import free_bytes, megabytes
 from ..pipelines import denoiser_of
 from ..pruning import ecodiff_sliced_v1
-from .sign_in import hub_token
+from .sign_in import NETWORK_ERRORS, hub_token
 from .single_file import base_of, is_single_file, open_single_file
 
 # diffusers reads components of a pruned folder from the module that its index names, if imported.
 sys.modules.setdefault(ecodiff_sliced_v1.NAME, ecodiff_sliced_v1)
-
-# huggingface_hub 1 speaks HTTP with httpx, 2 with httpx2: their errors have no base in common.
-NETWORK_ERRORS = tuple(import_module(name).HTTPError for name in ("httpx", "httpx2") if find_spec(name))
 
 PROBE_SECONDS = 5
 _HUB_ID = re.compile(r"[^/.~][^/]*/[^/]+")
@@ -59,7 +56,9 @@ def load(
         dtype: None: float32 on a CPU, else `working_dtype`.
         device: None: `backends.device()`.
         offload: if the parts do not fit on the device together, each is there only while it works
-            (diffusers' model offloading). Good for drawing; nothing can be learned then.
+            (diffusers' model offloading). Good for drawing; nothing can be learned then. Without, and where
+            the largest part is too large by itself, weights come from main memory layer by layer
+            (`learning.streaming`): slower, and everything can be done.
 
     Raises:
         OutOfMemoryError: the model does not fit on the device.
@@ -122,13 +121,17 @@ def _ready(pipe: DiffusionPipeline, device: str, offload: bool):
                 "of another version? Get it again."
             )
     parts = [part.eval() for part in pipe.components.values() if isinstance(part, nn.Module)]
-    weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
-    if offload and device != "cpu" and weights > free_bytes(torch.device(device)):
-        pipe.enable_model_cpu_offload(device=device)
-        return pipe
-    words = f"The weights alone take {megabytes(weights)}. Take a smaller model, or a larger device."
+    weights = [sum(p.numel() * p.element_size() for p in part.parameters()) for part in parts]
+    words = f"The weights alone take {megabytes(sum(weights))}. Take a smaller model, or a larger device."
     with memory_advice(words):
-        return pipe.to(device)
+        free = inf if device in ("cpu", "mps") else free_bytes(torch.device(device))
+        if sum(weights) <= free:
+            return pipe.to(device)
+        if offload and max(weights) <= free:
+            pipe.enable_model_cpu_offload(device=device)
+        else:
+            stream_(pipe, device)
+        return pipe
 
 
 def _from_single_file(source: str, dtype: torch.dtype):

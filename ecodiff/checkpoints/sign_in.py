@@ -1,8 +1,13 @@
-"""Whose rights the Hugging Face Hub is asked with while a model is opened."""
+"""Whose rights the Hugging Face Hub is asked with while a model is opened, and how it fails to answer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
+from importlib.util import find_spec
+
+# huggingface_hub 1 speaks HTTP with httpx, 2 with httpx2: their errors have no base in common.
+NETWORK_ERRORS = tuple(import_module(name).HTTPError for name in ("httpx", "httpx2") if find_spec(name))
 
 _TOKEN: ContextVar[str | None] = ContextVar("token", default=None)
 

@@ -100,9 +100,12 @@ def _of_the_catalogue(denoiser, known) -> tuple[dict, list[tuple[str, str]]]:
 
     need = footprint(denoiser, **known.footprint())
     facts = {"memory_draw": need.draw, "memory_offloaded": need.draw_offloaded, "memory_learn": need.learn}
+    facts["memory_learn_streamed"] = need.learn_streamed
     memories = f"{megabytes(need.draw)} to draw, {megabytes(need.draw_offloaded)} with components offloaded, "
-    memories += f"{megabytes(need.learn)} to learn"
-    gated = ", gated: accept it on the Hub first" if known.gated else ""
+    memories += (
+        f"{megabytes(need.learn)} to learn, {megabytes(need.learn_streamed)} with weights in main memory"
+    )
+    gated = ", gated: accept its licence on the Hub, and sign in there" if known.gated else ""
     rows = [("memory (estimate)", memories), ("licence", known.licence + gated)]
     return facts | {"licence": known.licence, "gated": known.gated}, rows
 

@@ -92,7 +92,7 @@ def _kept_features(dense: nn.Module, plan: Mapping[str, Tensor]) -> dict[str, Te
         if isinstance(modules[name], (nn.Linear, nn.Conv2d)) and not features.all():
             weight = modules[name].weight
             # A convolution reads each channel at every place of its kernel.
-            found[name] = features.repeat_interleave(weight[0, 0].numel()).to(weight.device)
+            found[name] = features.repeat_interleave(weight[0, 0].numel()).to(_device(dense))
     return found
 
 
@@ -102,7 +102,7 @@ def _turns(dense: nn.Module, plan: PrunePlan) -> dict[str, list[tuple[Tensor, Te
     for group in find_groups(dense, ALL_KINDS):
         if group.inside and group.name in plan.bases:
             for slot in group.consumers:
-                z = parts(group, plan)[0].to(slot.weight(dense).device)
+                z = parts(group, plan)[0].to(_device(dense))
                 found.setdefault(slot.module, []).append((slot.index, z))
     return found
 
@@ -111,12 +111,18 @@ def _update(module: Any, learned: Statistics, check: Statistics, damping: float)
     """Solve for one layer; True if that is better on the held-out rows, and done."""
     if not learned.rows or not check.rows:
         return False
-    weight = module.weight.float().flatten(1)
-    bias = None if module.bias is None else module.bias.float()
+    device, old = learned.x.device, module.weight  # a layer's weights may wait elsewhere
+    weight = old.to(device).float().flatten(1)
+    bias = None if module.bias is None else module.bias.to(device).float()
     found = solve(learned, weight, bias, damping)
     if not check.error(*found) < check.error(weight, bias):
         return False
-    module.weight = nn.Parameter(found[0].view_as(module.weight).to(module.weight.dtype), False)
+    module.weight = nn.Parameter(found[0].view_as(old).to(old.device, old.dtype), False)
     if bias is not None:
-        module.bias = nn.Parameter(found[1].to(module.bias.dtype), False)
+        module.bias = nn.Parameter(found[1].to(module.bias.device, module.bias.dtype), False)
     return True
+
+
+def _device(dense: nn.Module) -> torch.device:
+    """Where the model works."""
+    return next(dense.parameters()).device

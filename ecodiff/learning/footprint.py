@@ -1,12 +1,13 @@
 """What a model takes in memory, to draw with and to learn on: arithmetic on its configuration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffusers import ModelMixin
 
 from ..architectures import blocks, find_groups
 from ..architectures.inputs import meta_call
 from .memory import activation_bytes
+from .streaming import LARGE
 
 BATCH = 4  # trajectories that are learned on at a time
 SLACK = 1.05  # of the weights: buffers and what an allocator wastes
@@ -23,6 +24,8 @@ class Footprint:
         call: what one call of the denoiser holds besides, to draw one image.
         decode: the same of the autoencoder.
         learning: of a call with gradients on a batch, blocks recomputed.
+        there: weights of the denoiser that are on the device at a time at most, where they come from main
+            memory (`learning.streaming`).
     """
 
     denoiser: int
@@ -30,11 +33,12 @@ class Footprint:
     call: int
     decode: int
     learning: int
+    there: int
 
     def pruned(self, ratio: float) -> "Footprint":
         """Of a model without that fraction of its denoiser. What a call holds is taken as it was."""
         kept = round(self.denoiser * (1 - ratio))
-        return Footprint(kept, self.others, self.call, self.decode, self.learning)
+        return replace(self, denoiser=kept)
 
     @property
     def draw(self) -> int:
@@ -52,9 +56,13 @@ class Footprint:
         return round(SLACK * self.denoiser) + self.learning
 
     @property
-    def learn_least(self) -> int:
-        """The same, of one trajectory at a time."""
-        return round(SLACK * self.denoiser) + self.learning // BATCH
+    def learn_streamed(self) -> int:
+        """Weights in main memory, each on the device only while its layer works."""
+        return round(SLACK * self.there) + self.learning
+
+    def learn_least(self, streams: bool) -> int:
+        """Of one trajectory at a time; `streams`: weights can wait in main memory."""
+        return round(SLACK * (self.there if streams else self.denoiser)) + self.learning // BATCH
 
     def smallest_cut(self, room: float, ceiling: float) -> float | None:
         """The fraction of the denoiser to remove so that drawing fits whole; None where nothing does."""
@@ -88,20 +96,30 @@ def footprint(denoiser: ModelMixin, itemsize: int, others: float, size: int, gui
         token = rows * (size // 16) ** 2 * width * itemsize
         inside, held = 34 * token, token * (len(blocks(groups)) + 34)
     weights = sum(parameter.numel() for parameter in denoiser.parameters())
+    sizes = {name: p.numel() * itemsize for name, p in denoiser.named_parameters()}
+    large = {name: size for name, size in sizes.items() if size >= LARGE}
+    inner = [
+        sum(s for n, s in large.items() if n.startswith(f"{block}."))
+        for block in blocks(find_groups(denoiser))
+    ]
+    there = sum(sizes.values()) - sum(large.values()) + max([*inner, *large.values()])
     decode = DECODED * size * size * itemsize if size > 256 else 0
-    return Footprint(weights * itemsize, round(others * itemsize), inside, decode, BATCH * held)
+    return Footprint(weights * itemsize, round(others * itemsize), inside, decode, BATCH * held, there)
 
 
-def fits(need: Footprint, ratio: float, ceiling: float, room: float) -> dict[str, str | float | bool | None]:
+def fits(
+    need: Footprint, ratio: float, ceiling: float, room: float, streams: bool = True
+) -> dict[str, str | float | None]:
     """What a device with that much memory can do with a model that is pruned to a size.
 
     Args:
         room: bytes of memory that the device has.
+        streams: weights can wait in main memory: it is a GPU with a memory of its own.
 
     Returns:
         {"draw": "whole", "offloaded", "groups" (a few layers at a time) or "no", "dense": the same of the
-        dense model, "learn": True if it can be learned on, "cut": the ratio from which it is drawn whole, or
-        None}
+        dense model, "learn": "whole", "streamed" (weights in main memory) or "no", "cut": the ratio from
+        which it is drawn whole, or None}
     """
     usable = MARGIN * room
     small = need.pruned(ratio)
@@ -113,9 +131,11 @@ def fits(need: Footprint, ratio: float, ceiling: float, room: float) -> dict[str
             return "offloaded"
         return "groups" if of.call <= 0.5 * usable else "no"  # the autoencoder can work in tiles
 
+    streamed = streams and need.learn_streamed <= usable
+    learn = "whole" if need.learn <= usable else "streamed" if streamed else "no"
     return {
         "draw": way(small),
         "dense": way(need),
-        "learn": need.learn <= usable,
+        "learn": learn,
         "cut": need.smallest_cut(usable, ceiling),
     }

@@ -27,6 +27,7 @@ from ..units import PruneGroup
 from .checkpointing import ALL, NOTHING, Keep
 from .encodings import Encodings
 from .objective import Objective
+from .streaming import stream_, streamed, unstreamed
 
 Made = TypeVar("Made")
 
@@ -42,6 +43,7 @@ class MemoryPlan:
         free: bytes that may be used.
         keep: what is kept of it.
         encoders: bytes that are free as well while text encoders are away.
+        streamed: the weights come from main memory, layer by layer.
     """
 
     calls: int
@@ -50,6 +52,7 @@ class MemoryPlan:
     free: int
     keep: Keep = NOTHING
     encoders: int = 0
+    streamed: bool = False
 
     @property
     def usable(self) -> int:
@@ -71,7 +74,8 @@ class MemoryPlan:
         gigabytes = f"{self.needed / 1e9:.2g} GB of {self.usable / 1e9:.2g} GB that may be used"
         gigabytes += ", text encoders away" * self.keep.alone
         if self.keep.blocks:
-            return f"every block is computed twice, {gigabytes}"
+            weights = "weights come from main memory, " if self.streamed else ""
+            return f"{weights}every block is computed twice, {gigabytes}"
         if not self.kept:
             return f"every time step is computed twice, {gigabytes}"
         return f"activations of {self.kept} of {self.calls} calls kept, {gigabytes}"
@@ -165,7 +169,7 @@ def activation_bytes(
     weights = {id(t): torch.empty_like(t, device="meta") for t in denoiser.buffers()}
     weights |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in denoiser.parameters()}
     own = {tensor.untyped_storage()._cdata for tensor in weights.values()}
-    denoiser = copy.deepcopy(denoiser, weights)
+    denoiser = unstreamed(copy.deepcopy(denoiser, weights))
     args, kwargs = moved((args, kwargs), "meta")
     for leaf in tree_leaves((args, kwargs)):
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.ndim > 2:
@@ -215,12 +219,15 @@ def plan(
         whole, by_block = found.all, found.by_block
     except (RuntimeError, ValueError):  # it looks at values, which meta has not
         whole, by_block = free, free  # so nothing is kept, and less if that is too much
-    encoders = 0 if denoiser.device.type == "cpu" else encoders  # where they are away, they are on the CPU
-    return fitted(MemoryPlan(calls, max(1, whole), by_block, free, encoders=encoders))
+    away = streamed(denoiser)
+    encoders = 0 if away or denoiser.device.type == "cpu" else encoders  # they are in main memory already
+    return fitted(MemoryPlan(calls, max(1, whole), by_block, free, encoders=encoders, streamed=away))
 
 
 def fitted(found: MemoryPlan) -> MemoryPlan:
-    """The same measurements with as many calls kept as fit."""
+    """The same measurements with as many calls kept as fit; of a streamed model, as little as can be."""
+    if found.streamed:
+        return replace(found, keep=Keep(blocks=True))
     room = found.free // found.activations
     if room:
         return found.keeping(min(room, found.calls))
@@ -264,7 +271,7 @@ class Retry:
                     made = step(self.keep)
                 break
             except (MemoryError, RuntimeError) as error:
-                smaller = self.plan.smaller() if self.plan and exhausted(error) else None
+                smaller = self._smaller() if self.plan and exhausted(error) else None
                 if smaller is None:
                     raise
             self._take(smaller)
@@ -272,6 +279,15 @@ class Retry:
         if self.plan and not self.plan.calls and self.objective.calls:
             self._take(fitted(replace(self.plan, calls=self.objective.calls)))
         return made
+
+    def _smaller(self) -> MemoryPlan | None:
+        """The next plan that needs less; the last is that of weights that come from main memory."""
+        assert self.plan is not None
+        found, denoiser = self.plan.smaller(), denoiser_of(self.pipe)
+        if found is None and denoiser.device.type == "cuda" and not streamed(denoiser):
+            stream_(self.pipe, denoiser.device)
+            found = fitted(replace(self.plan, encoders=0, streamed=True))
+        return found
 
     def _take(self, found: MemoryPlan) -> None:
         self.plan = found

@@ -23,6 +23,7 @@ from ..pipelines import (
 )
 from ..pruning.masking import factors_of
 from .checkpointing import ALL, NOTHING, Keep, block_by_block, recomputed
+from .streaming import streamed
 
 
 @contextmanager
@@ -79,7 +80,7 @@ def trajectory(
         quiet(pipe),
         no_graph_left(pipe),
         frozen(pipe, trained),
-        block_by_block(denoiser, keep.blocks),
+        block_by_block(denoiser, keep.blocks or streamed(denoiser)),
         replaced_forward(denoiser, kept_or_recomputed),
         attention_with_fast_backward(denoiser),
         torch.enable_grad(),

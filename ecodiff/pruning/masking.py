@@ -19,6 +19,7 @@ from .heads import projection, turned
 def _factors(denoiser: nn.Module, groups: list[PruneGroup], masks: Mapping[str, Tensor]):
     """One factor a feature that a consumer reads, or gives: (features,) or (rows, features)."""
     factors: dict[tuple[str, str, tuple | None], Tensor] = {}
+    device = next(denoiser.parameters()).device  # where it works; a layer's weights may wait elsewhere
     for group in groups:
         mask = masks.get(group.name)
         if mask is None or group.name in getattr(masks, "bases", {}):
@@ -28,7 +29,6 @@ def _factors(denoiser: nn.Module, groups: list[PruneGroup], masks: Mapping[str, 
                 f"The mask of {group.name} has shape {tuple(mask.shape)}; it has {group.size} units."
             )
         for slot in (*group.consumers, *group.norms):
-            device = slot.weight(denoiser).device
             mask = mask.to(device, torch.promote_types(torch.float32, mask.dtype))
             index = slot.index.to(device)
             spread = mask.repeat_interleave(index.shape[1], dim=-1)

@@ -140,14 +140,14 @@ def test_the_main_job(page, url, tmp_path):
     shot(page, "4-finished")
     accessible(page, "a finished run")
     page.locator(".eco-layers").get_by_text("ResNet channels").wait_for()
-    point = page.get_by_role("button", name="Show −60%")  # of the curve, once it is drawn
-    point.wait_for(timeout=60_000)
+    point = page.get_by_role("button", name="Show −40%")  # of the curve, once it is drawn
+    point.wait_for(timeout=120_000)
     point.focus()
     page.keyboard.press("Enter")
-    page.get_by_role("img", name="auto rickshaw, −60%").wait_for()
-    page.get_by_role("button", name="Show −40%").click()
     page.get_by_role("img", name="auto rickshaw, −40%").wait_for()
     playwright.expect(page.get_by_role("spinbutton", name="Remove").nth(1)).to_have_value("40")
+    page.get_by_role("button", name="Show −20%").click()
+    page.get_by_role("img", name="auto rickshaw, −20%").wait_for()
     shot(page, "4-curve")
 
     size = page.get_by_role("spinbutton", name="Remove").nth(1)

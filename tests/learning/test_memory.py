@@ -174,6 +174,8 @@ def test_an_estimate_follows_the_dtype():
     denoiser, known = loading.empty_denoiser("sdxl"), catalog.find("sdxl")
     halves, floats = (footprint(denoiser, **known.footprint(itemsize)) for itemsize in (None, 4))
     for name, value in asdict(halves).items():
+        if name == "there":  # a tensor is large by its bytes
+            continue
         assert getattr(floats, name) == pytest.approx(2 * value, abs=2)
 
 
@@ -187,7 +189,15 @@ def test_what_fits_a_gpu():
     cut = found[8]["cut"]
     assert 0.2 < cut < 0.97 and fits(need, cut + 0.01, 0.97, 8e9)["draw"] == "whole"
     assert fits(need, 0.2, cut - 0.01, 8e9)["cut"] is None, "that much cannot be removed"
-    assert found[24]["learn"] and not found[4]["learn"]
+    assert [found[room]["learn"] for room in (4, 8, 12, 24)] == ["no", "streamed", "whole", "whole"]
+
+
+@pytest.mark.parametrize(("name", "room"), [("sdxl", 8), ("flux-dev", 16), ("sd-3.5-medium", 8)])
+def test_what_is_streamed_learns_on_a_small_gpu(name, room):
+    need = footprint(loading.empty_denoiser(name), **catalog.find(name).footprint())
+    assert fits(need, 0.2, 0.9, room * 1e9)["learn"] == "streamed"
+    assert fits(need, 0.2, 0.9, room * 1e9, streams=False)["learn"] == "no"
+    print(f"{name}: {need.learn / 1e9:.1f} GB, streamed {need.learn_streamed / 1e9:.1f} GB")
 
 
 @pytest.mark.parametrize("name", [model.name for model in catalog.MODELS.values()])

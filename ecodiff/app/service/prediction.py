@@ -95,7 +95,8 @@ def predict(
         {"params_dense", "params_pruned", "bytes_dense", "bytes_pruned", "ceiling": share of the parameters
         that can go at most, "units": what holds those, in words, "licence", "gated",
         "supported": what the conformance suite passes of this architecture, "memory": {"draw": pruned,
-        everything on the device, "learn", "here"}, bytes: estimates, and what the device has, "fits": as
+        everything on the device, "learn", "streamed": with weights in main memory, "here"}, bytes: estimates,
+        and what the device has, "fits": as
         `learning.footprint.fits` says, with "gpu", "left_alone": {class: parameters
         that no unit holds}}
     """
@@ -108,6 +109,7 @@ def predict(
     device = torch.device(machine.device())
     here = machine.capacity(device)
     need = needs(known.name, 4 if device.type == "cpu" and not gpu else None)
+    room = gpu * 1e9 if gpu else here
     return {
         "params_dense": scores.total,
         "params_pruned": scores.total - removed,
@@ -118,8 +120,13 @@ def predict(
         "licence": known.licence,
         "gated": known.gated,
         "supported": catalog.supported(type(denoiser).__name__),
-        "memory": {"draw": need.pruned(ratio).draw, "learn": need.learn, "here": here},
-        "fits": fits(need, ratio, scores.ceiling, gpu * 1e9 if gpu else here) | {"gpu": gpu},
+        "memory": {
+            "draw": need.pruned(ratio).draw,
+            "learn": need.learn,
+            "streamed": need.learn_streamed,
+            "here": here,
+        },
+        "fits": fits(need, ratio, scores.ceiling, room, bool(gpu) or device.type == "cuda") | {"gpu": gpu},
         "left_alone": unrecognised(denoiser, find_groups(denoiser, ALL_KINDS)),
     }
 
@@ -128,7 +135,7 @@ def require_memory(model: str) -> None:
     """Raise BudgetError if a model cannot be learned here, not even on one trajectory at a time."""
     device = torch.device(machine.device())
     here, need = machine.capacity(device), needs(model, 4 if device.type == "cpu" else None)
-    if (least := need.learn_least) > here:
+    if (least := need.learn_least(device.type == "cuda")) > here:
         raise BudgetError(
             f"Learning on {model} takes at least {machine.megabytes(least)} (estimate), and there are "
             f"{machine.megabytes(here)} here. Learn it on a larger machine, and import the plan here."

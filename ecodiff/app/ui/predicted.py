@@ -49,8 +49,13 @@ def fits(facts: dict) -> str:
     elif found["draw"] != "whole" and found["cut"]:
         words += f"From −{ceil(100 * found['cut'])} % on it is drawn with everything in memory. "
     where = "there" if found["gpu"] else "here"
-    if not found["learn"]:
+    if found["learn"] == "no":
         words += f"Learning takes {megabytes(need['learn'])}: too much to learn it {where}. "
+    elif found["learn"] == "streamed":
+        words += (
+            f"It can be learned {where} with its weights in main memory ({megabytes(need['streamed'])} on "
+        )
+        words += f"the GPU, in place of {megabytes(need['learn'])}): slower, how much is not measured. "
     elif need["learn"] > 1e9:
         words += f"It can be learned {where} ({megabytes(need['learn'])})."
     return words

@@ -1,0 +1,138 @@
+"""Learning on a model that is larger than the device: weights come from main memory, layer by layer.
+
+Every layer with large weights has them in main memory. When it is called they are copied to the device, and
+the copy goes with the call; what a backward pass needs of it, autograd holds until then. With blocks
+recomputed (`Keep.blocks`) that is one block's weights at a time: they are there for the forward pass, again
+for the recomputation, and gone after their backward pass. Results are the same to the bit.
+
+diffusers' and accelerate's offloading hooks move the parameter itself, and a backward pass that saved it
+would find it elsewhere. So the hooks here are ecodiff's own: they put a copy in its place. A pruned copy of a
+streamed denoiser is streamed, too: hooks go with the layers, and look at what they have when they are called.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from ..pipelines import denoiser_of
+from .encodings import text_encoders
+
+LARGE = 1 << 20  # bytes; what is smaller stays on the device
+
+
+class _Brought:
+    """Brings what a layer has elsewhere to the device for one call."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._away: list[list[tuple[dict, str, Tensor]]] = []
+
+    def before(self, layer: nn.Module, args) -> None:
+        away: list[tuple[dict, str, Tensor]] = []
+        self._away.append(away)
+        for table, name, tensor in _own(layer):
+            if tensor.device != self.device:
+                away.append((table, name, tensor))
+                table[name] = _copy(tensor, self.device)
+
+    def after(self, layer: nn.Module, args, output) -> None:
+        for table, name, tensor in self._away.pop() if self._away else ():
+            table[name] = tensor
+
+
+class _Settled:
+    """Before a model is called, what no layer brings goes to the device for good: what slicing has added."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __call__(self, model: nn.Module, args) -> None:
+        for layer in model.modules():
+            if not _brings(layer):
+                _move(layer, self.device)
+
+
+def stream_(pipe: DiffusionPipeline, device: str | torch.device, large: int = LARGE) -> None:
+    """Put a pipeline on a device, but for the large weights of its denoiser and text encoders.
+
+    Those stay in main memory (pinned, for a GPU of CUDA's), and each is on the device only while its layer
+    works: slower, and right for learning, drawing, slicing and repairing.
+
+    Args:
+        large: bytes of a tensor that is not kept on the device.
+    """
+    device = torch.empty(0, device=device).device  # "cuda" is the one in use
+    streamed_parts = [denoiser_of(pipe), *text_encoders(pipe).values()]
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module) and all(part is not other for other in streamed_parts):
+            part.to(device)
+    for part in streamed_parts:
+        _stream(part, device, large)
+
+
+def streamed(model: nn.Module) -> bool:
+    """True if the weights of a model come from main memory."""
+    return any(isinstance(hook, _Settled) for hook in model._forward_pre_hooks.values())
+
+
+def unstreamed(model: nn.Module) -> nn.Module:
+    """Take the hooks off a copy of a model, which then is where it is. Returns it."""
+    for layer in model.modules():
+        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", hook), _Brought | _Settled):
+                    del hooks[key]
+                    layer._forward_hooks_always_called.pop(key, None)
+    return model
+
+
+def _stream(model: nn.Module, device: torch.device, large: int) -> None:
+    if streamed(model):
+        return
+    first = next(model.parameters(), None)  # it tells diffusers and transformers where the model is
+    for layer in model.modules():
+        away = [part for part in _own(layer) if part[2] is not first and part[2].nbytes >= large]
+        for table, name, tensor in away:
+            table[name] = _home(tensor, device)
+        for table, name, tensor in _own(layer):
+            if all(name != other for _, other, _ in away):
+                table[name] = _copy(tensor, device)
+        if not away:
+            continue
+        brought = _Brought(device)
+        layer.register_forward_pre_hook(brought.before, prepend=True)
+        layer.register_forward_hook(brought.after, always_call=True)
+    model.register_forward_pre_hook(_Settled(device), prepend=True)
+
+
+def _own(layer: nn.Module) -> Iterator[tuple[dict, str, Tensor]]:
+    """A layer's parameters and buffers, not those of layers in it: (table, name, tensor)."""
+    for table in (layer._parameters, layer._buffers):
+        for name, tensor in list(table.items()):
+            if tensor is not None:
+                yield table, name, tensor
+
+
+def _brings(layer: nn.Module) -> bool:
+    hooks = layer._forward_pre_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), _Brought) for hook in hooks)
+
+
+def _move(layer: nn.Module, device: torch.device) -> None:
+    for table, name, tensor in _own(layer):
+        if tensor.device != device:
+            table[name] = _copy(tensor, device)
+
+
+def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+    copied = tensor.detach().to(device, non_blocking=True)
+    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+
+
+def _home(tensor: Tensor, device: torch.device) -> Tensor:
+    """In main memory, where copies to the device start from."""
+    here = tensor.detach().to("cpu")
+    here = here.pin_memory() if device.type == "cuda" else here
+    return nn.Parameter(here, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else here

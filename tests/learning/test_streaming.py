@@ -1,0 +1,74 @@
+"""Weights that come from main memory, layer by layer. On a device of its own: tests/elsewhere.py."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+import ecodiff
+from ecodiff.learning import streaming
+from ecodiff.learning.learn import learn
+from ecodiff.pipelines import denoiser_of
+from tests.conftest import PIPELINES
+
+
+class Alive:
+    """Copies that layers brought, and that something still holds: bytes now, and at most."""
+
+    def __init__(self):
+        self.now = self.most = self.copies = 0
+
+    def copy(self, tensor, device):
+        made = tensor.detach().clone()
+        storage = made.untyped_storage()
+        self.now, self.copies = self.now + storage.nbytes(), self.copies + 1
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self.gone, storage.nbytes())
+        return torch.nn.Parameter(made, False) if isinstance(tensor, torch.nn.Parameter) else made
+
+    def gone(self, size: int) -> None:
+        self.now -= size
+
+
+def stream(pipe, monkeypatch) -> Alive:
+    """On this machine's CPU, as if it were another device: every call copies, and copies are counted."""
+    streaming.stream_(pipe, "cpu", large=64)
+    for layer in denoiser_of(pipe).modules():
+        for hook in layer._forward_pre_hooks.values():
+            if isinstance(getattr(hook, "__self__", None), streaming._Brought):
+                hook.__self__.device = None
+    alive = Alive()
+    monkeypatch.setattr(streaming, "_copy", alive.copy)
+    return alive
+
+
+@pytest.mark.parametrize("method", ["gauss-newton", "taylor", "fast"])
+def test_one_block_at_a_time_and_the_same_scores(monkeypatch, method):
+    dense, pipe = PIPELINES["flux-dev"](), PIPELINES["flux-dev"]()
+    few = {
+        "warm_steps": 1,
+        "batch": 2,
+        "trajectories": 4,
+        "inference_steps": 3,
+        "size": 64,
+        "kinds": ("heads", "ffn"),
+    }
+    few |= {"steps": 1} if method == "fast" else {}
+    config = ecodiff.LearnConfig.preset(method, ratio=0.2, **few)
+    prompts = ["red apple", "blue whale"]
+    (_, expected), *_ = reversed(list(learn(dense, prompts, config)))
+    told = []
+    alive = stream(pipe, monkeypatch)
+    (_, found), *_ = reversed(list(learn(pipe, prompts, config, on_plan=told.append)))
+    assert alive.copies > 100 and told[0].startswith("weights come from main memory, every block")
+    for name, values in expected.values.items():
+        assert torch.equal(found.values[name], values), name
+    gc.collect()
+    assert alive.now == 0, "a copy was kept"
+    transformer = pipe.transformer
+    whole = sum(p.nbytes for p in transformer.parameters())
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    outside = whole - sum(p.nbytes for block in blocks for p in block.parameters())
+    largest = max(sum(p.nbytes for p in block.parameters()) for block in blocks)
+    assert alive.most <= max(largest, outside) * 1.1 < 0.4 * whole
