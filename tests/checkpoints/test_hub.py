@@ -87,7 +87,7 @@ def test_a_plan_alone_and_what_an_earlier_upload_left(command, stand_in, small, 
     assert code == 0, said
     theirs = {"sample.png", "LICENSE"}
     assert set(stand_in.repos["ann/little"]) == {PLAN_FILE, "README.md", ".gitattributes"} | theirs
-    assert 'bring emoji-turbo "ann/little"' in stand_in.repos["ann/little"]["README.md"].decode()
+    assert 'import emoji-turbo "ann/little"' in stand_in.repos["ann/little"]["README.md"].decode()
     # and another person's command reads it, as it is public
     code, said = command("bring", "emoji-turbo", "ann/little", "--run", tmp_path / "run", token="hf_bob")
     assert code == 0, said
