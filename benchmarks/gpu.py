@@ -39,6 +39,8 @@ PARTS: dict[str, list[str]] = {
     ],
     "speed-emoji-sdxl": ["benchmarks/speed.py", "--model", "emoji-sdxl", "--compile"],
     "speed-emoji-flux": ["benchmarks/speed.py", "--model", "emoji-flux", "--compile"],
+    "streaming-sdxl": ["benchmarks/streaming.py", "--model", "sdxl", *RANDOM],
+    "streaming-flux": ["benchmarks/streaming.py", "--model", "flux-dev", *RANDOM, "--repeats", "1"],
     "inside-heads": ["benchmarks/inside_heads.py"],
     "ordering": ["benchmarks/ordering.py"],  # on the CPU, there too
     "memory-sdxl": ["benchmarks/gpu.py", "--memory", "sdxl"],
@@ -58,6 +60,7 @@ DRY: dict[str, list[str]] = {
         "0.2",
     ],
     "ordering": ["benchmarks/ordering.py", "--layers", "512x128"],
+    "streaming-flux": ["benchmarks/streaming.py", "--repeats", "1"],
     "memory-sdxl": ["benchmarks/gpu.py", "--memory", "emoji-sdxl"],
     "memory-flux": ["benchmarks/gpu.py", "--memory", "emoji-flux"],
 }
