@@ -251,7 +251,7 @@ def save_lora(
 
     Args:
         tensors: of `translate_lora`, or of a LoRA that was trained on the pruned model.
-        naming: one of `NAMINGS`; of text encoders only diffusers' names are written.
+        naming: one of `NAMINGS`; of text encoders kohya's are written for CLIP only.
         dense: the dense denoiser (on the meta device will do), for other namings than diffusers'.
 
     Raises:

@@ -5,7 +5,9 @@ PEFT's and ComfyUI's prefixes (`base_model.model.`, `diffusion_model.`), OneTrai
 and LyCORIS' (`lycoris_...`, LoHa, LoKr). What is not known here is left as it is, for diffusers' own readers.
 """
 
+import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -202,21 +204,28 @@ def kohya(
 ) -> dict[str, Tensor]:
     """A LoRA in PEFT's naming as one in kohya's, which ComfyUI, A1111, Forge and diffusers read.
 
-    A FLUX.1 layer that holds several of diffusers' gets them as one pair, their ups on its diagonal. What is
-    not of the denoiser, text encoders' layers, keeps its names.
+    A FLUX.1 layer that holds several of diffusers' gets them as one pair, their ups on its diagonal. Layers
+    of CLIP text encoders are named as kohya does; what else is not of the denoiser keeps its names.
 
     Args:
         widths: output features of each of the pruned denoiser's layers.
     """
     original = original_layers(denoiser) if component == "transformer" else {}
     fused = {layer: (name, olds) for name, olds in original.items() for layer in olds}
-    found = {key: tensor for key, tensor in tensors.items() if key.partition(".")[0] != component}
+    found: dict[str, Tensor] = {}
 
     def put(name: str, down: Tensor, up: Tensor) -> None:
         flat = name.replace(".", "_")
         found[f"{flat}.lora_down.weight"], found[f"{flat}.lora_up.weight"] = down, up
         found[f"{flat}.alpha"] = torch.tensor(float(len(down)))
 
+    for key, tensor in tensors.items():
+        if key.partition(".")[0] != component:
+            flat, other = _of_encoder(key, denoiser)
+            if not flat:
+                found[key] = tensor
+            elif other in tensors:
+                put(flat, tensor, tensors[other])
     done = set()
     for key in tensors:
         path, _, side = key.rpartition(".lora_A")
@@ -241,3 +250,24 @@ def kohya(
             up = torch.cat(up.chunk(2)[::-1])
         put(f"lora_unet_{name}", torch.cat(downs), up)
     return found
+
+
+_PAIR = re.compile(
+    r"text_encoder(_2)?\.(?:text_model\.)?(encoder\.layers\..+?)\.(?:(?:lora|lora_linear_layer)\.)?"
+    r"(lora_A|lora_B|down|up)\.weight"
+)
+
+
+def _of_encoder(key: str, denoiser: nn.Module) -> tuple[str, str]:
+    """kohya's name of a CLIP text encoder's layer, and the key of its up, if `key` is that of its down; of
+    the up only the name; ("", "") of anything else."""
+    match = _PAIR.fullmatch(key)
+    if match is None:
+        return "", ""
+    second, layer, side = match.groups()
+    config: Any = getattr(denoiser, "config", None)
+    alone = hasattr(denoiser, "down_blocks") and not getattr(config, "addition_embed_type", None)
+    prefix = "lora_te" if alone else "lora_te2" if second else "lora_te1"
+    ups = {"lora_A": "lora_B", "down": "up"}
+    up = key.removesuffix(f"{side}.weight") + f"{ups[side]}.weight" if side in ups else ""
+    return f"{prefix}_text_model_{layer}", up

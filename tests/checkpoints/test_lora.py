@@ -189,6 +189,13 @@ def test_alpha_counts_on_text_encoders_too(tiny_sdxl, tmp_path):
     small.load_lora_weights(str(save_lora(tensors, tmp_path / "small.safetensors", plan)))
     assert (wanted - plain).abs().max() > 1e-3
     torch.testing.assert_close(embedding(small), wanted, rtol=1e-4, atol=1e-4)
+    encoders = {key: tensor for key, tensor in tensors.items() if key.startswith("text_encoder")}
+    file = save_lora(encoders, tmp_path / "kohya.safetensors", plan, "kohya", tiny_sdxl.unet)
+    assert all(
+        key.startswith(("lora_te1_text_model_enc", "lora_te2_text_model_enc")) for key in load_file(file)
+    )
+    tiny_sdxl.load_lora_weights(str(file))
+    torch.testing.assert_close(embedding(tiny_sdxl), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_float8_bfloat16_and_pefts_own_names(tiny_sdxl, tmp_path):
@@ -384,11 +391,11 @@ def test_written_in_kohyas_naming_it_is_the_same(kind, tmp_path):
     plan = ecodiff.PrunePlan({name: keep for name, keep in plan.items() if not name.endswith(".values")})
     small = ecodiff.variant(pipe, plan)
     tensors, _ = translate_lora(peft_file(pipe, tmp_path / "lora.safetensors"), small, plan, dense=dense)
-    encoder = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
+    encoder = "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
     tensors[encoder] = torch.ones(2, 4)
     file = save_lora(tensors, tmp_path / "kohya.safetensors", plan, "kohya", dense)
     stored = {key: value.float() for key, value in load_file(file).items()}
-    assert torch.equal(stored.pop(encoder), tensors.pop(encoder)), "text encoders' layers are kept"
+    assert torch.equal(stored.pop(encoder), tensors.pop(encoder)), "what kohya has no name for is kept"
     assert all(key.startswith("lora_unet_") for key in stored)
     pairs, rest = lora_names.translated(stored, lora_names.Names(denoiser_name(pipe), denoiser_of(small)))
     assert not rest
