@@ -11,10 +11,10 @@ import os
 
 import pytest
 import torch
-import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     CLIPTextConfig,
     CLIPTokenizer,
@@ -50,8 +50,10 @@ def made_here(cls, name: str):
         return letters() if "t5" in name else tokenizer()
     torch.manual_seed(0)
     words = len(tokenizer())
+    config = T5Config(vocab_size=200, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    if cls is AutoConfig:
+        return config
     if "T5" in cls.__name__:
-        config = T5Config(vocab_size=200, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
         return cls(config).eval()
     layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37, "vocab_size": words}
     ends = {"bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": 1}
@@ -106,7 +108,7 @@ def with_pruned(method):
 
 
 def pytest_configure(config):
-    for cls in (PreTrainedTokenizerBase, PreTrainedModel, transformers.AutoTokenizer):
+    for cls in (PreTrainedTokenizerBase, PreTrainedModel, AutoTokenizer, AutoConfig):
         cls.from_pretrained = from_here(cls.__dict__["from_pretrained"])
     for cls in (DiffusionPipeline, ModelMixin):
         cls.from_pretrained = trusting(cls.__dict__["from_pretrained"])

@@ -5,8 +5,8 @@
     python -m tests.diffusers_suite.run diffusers            the pipelines of PIPELINES, about half an hour
 
 A wheel of diffusers has no tests, so they come from its repository. Prints a table (file, passed dense, of
-those passed pruned, failed pruned), and exits with 1 if one fails that is not in KNOWN. Tests that compare with
-pixels of the dense model are skipped.
+those passed pruned, failed pruned), and exits with 1 if one fails that is not in KNOWN. Tests that compare
+with pixels of the dense model are skipped.
 """
 
 import argparse
