@@ -95,6 +95,11 @@ def free_bytes(device: torch.device) -> int:
     return int(USABLE_CPU * _main_memory()[1])
 
 
+def room(device: torch.device, wanted: int) -> int:
+    """As many bytes of a device as are wanted, or half of those that are free where that is less."""
+    return min(wanted, free_bytes(device) // 2)
+
+
 def release() -> None:
     """Give memory that torch keeps for itself back to the device."""
     from accelerate.utils.memory import clear_device_cache

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, tr
 from ..architectures import find_groups
 from ..config import CompensateConfig
 from ..errors import BudgetError, CheckpointError
+from ..machine import room
 from ..pipelines import EnoughError, call_options, denoiser_calls, denoiser_of, moved, prompt_rows
 from ..pruning.heads import turned
 from ..storage import write_tensors
@@ -188,8 +189,8 @@ class Calibration:
     """Denoiser calls of dense trajectories, and the statistics of the dense model's consumers.
 
     Statistics are of all features: those of any plan are rows and columns of them. So what was
-    gathered once serves every size, and is kept as long as it fits in `config.memory`. Calls are kept
-    in `folder`, if there is one.
+    gathered once serves every size, and is kept as long as it fits in `config.memory`, or in half of what is
+    free on the device. Calls are kept in `folder`, if there is one.
     """
 
     def __init__(
@@ -202,6 +203,7 @@ class Calibration:
         if not prompts or not 0 < config.heldout < config.trajectories:
             raise BudgetError("Compensation needs prompts, and more trajectories than it holds out.")
         self.config, self.dense, self.prompts = config, denoiser_of(pipe), list(prompts)
+        self.memory = room(self.dense.device, config.memory)
         self.calls = [call for batch in record(pipe, prompts, config, folder) for call in batch]
         self._kept: dict[str, tuple[Statistics, Statistics]] = {}
 
@@ -210,7 +212,7 @@ class Calibration:
         modules = dict(self.dense.named_modules())
         slots = [slot for group in find_groups(self.dense, PRESET_KINDS) for slot in group.consumers]
         names = [slot.module for slot in slots if isinstance(modules[slot.module], (nn.Linear, nn.Conv2d))]
-        if self._bytes(names := list(dict.fromkeys(names))) <= self.config.memory:
+        if self._bytes(names := list(dict.fromkeys(names))) <= self.memory:
             for _ in self.statistics(names):
                 pass
 
@@ -218,7 +220,7 @@ class Calibration:
         """(name, to learn from, to check by) of consumers of the dense model."""
         for turn in self._turns([name for name in names if name not in self._kept]):
             gathered = self.gather(turn)
-            if self._bytes([*self._kept, *turn]) <= self.config.memory:
+            if self._bytes([*self._kept, *turn]) <= self.memory:
                 self._kept |= gathered
             else:
                 yield from ((name, *gathered.pop(name)) for name in turn)
@@ -237,7 +239,7 @@ class Calibration:
         """Consumers in network order, cut into turns whose statistics fit in memory."""
         turns: list[list[str]] = []
         for name in names:
-            if not turns or self._bytes([*turns[-1], name]) > self.config.memory:
+            if not turns or self._bytes([*turns[-1], name]) > self.memory:
                 turns.append([])
             turns[-1].append(name)
         return turns

@@ -32,6 +32,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..architectures import find_groups, unit_parameters
+from ..machine import room
 from ..pipelines import denoiser_calls, denoiser_of, stream
 from ..units import ALL_KINDS, PRESET_KINDS, PruneGroup
 from .calibration import Call, Statistics, seen
@@ -87,7 +88,7 @@ def surgeon(
     plain, bases = sampled(pipe, groups, calls, prompts, seed, sample)
     trajectories = sum(len(call["prompt"]) for call in calls)
     orders = []
-    for turn in _turns(every, layers):
+    for turn in _turns(every, layers, room(denoiser.device, TURN)):
         names = [name for cluster in turn for name in _read_by(cluster, layers)]
         inputs = _gathered(denoiser, recorded, names, on_step)
         for cluster in turn:
@@ -148,13 +149,15 @@ def clusters(groups: Sequence[PruneGroup], layers: Mapping[str, Any]) -> list[li
     return [members for _, members in found]
 
 
-def _turns(groups: Sequence[PruneGroup], layers: Mapping[str, Any]) -> Iterator[list[list[PruneGroup]]]:
-    """Clusters, as many at a time as their inputs' covariances fit in memory."""
+def _turns(
+    groups: Sequence[PruneGroup], layers: Mapping[str, Any], most: int
+) -> Iterator[list[list[PruneGroup]]]:
+    """Clusters, as many at a time as their inputs' covariances fit into so many bytes; one at least."""
     turn: list[list[PruneGroup]] = []
     taken = 0
     for cluster in clusters(groups, layers):
         need = sum(4 * layers[name].weight[0].numel() ** 2 for name in _read_by(cluster, layers))
-        if turn and taken + need > TURN:
+        if turn and taken + need > most:
             yield turn
             turn, taken = [], 0
         turn.append(cluster)

@@ -33,6 +33,7 @@ PIPELINES = (
 # What a pruned model does otherwise on purpose: {a part of a test's name: why}.
 KNOWN = {
     "ip_adapter": "refused in words: an IP-Adapter has keys and values for heads that are gone",
+    "parameter_expanded_shapes": "makes a dense model of the pruned one's config, and loads its weights into it",
 }
 
 
@@ -55,6 +56,8 @@ def outcomes(folder: Path, file: str, dense: bool, workers: str) -> dict[str, st
             found[f"{case.get('classname', '').rpartition('.')[2]}.{case.get('name')}"] = (
                 words if bad is None else (bad.get("message") or "failed").splitlines()[0][:160]
             )
+        if not found:
+            raise SystemExit(f"{file}: {ran.stdout[-2000:]}")
         return found
 
 
