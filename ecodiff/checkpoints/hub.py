@@ -42,6 +42,8 @@ def offers_sign_in() -> bool:
 def require_access(repo_id: str, token: str = "") -> None:
     """Raise CheckpointError if a person may not read a repository, gated or private, though it may be here.
 
+    Also where the Hub does not answer: whether somebody has a right is not guessed.
+
     Args:
         token: of the person; empty: what this machine may read, everybody may who uses it.
     """
@@ -56,8 +58,8 @@ def require_access(repo_id: str, token: str = "") -> None:
         else:
             why = f"There is no {repo_id} that you may read. Is it private? Then {how}, and try again."
         raise CheckpointError(why) from None
-    except (HfHubHTTPError, HFValidationError, *NETWORK_ERRORS, OSError):
-        return  # whoever opens it will say what is wrong
+    except (HfHubHTTPError, HFValidationError, *NETWORK_ERRORS, OSError) as error:
+        raise CheckpointError(_words(error, repo_id, "read")) from None
 
 
 FOUND = 20  # models of one search

@@ -124,7 +124,8 @@ def _ready(pipe: DiffusionPipeline, device: str, offload: bool):
     weights = [sum(p.numel() * p.element_size() for p in part.parameters()) for part in parts]
     words = f"The weights alone take {megabytes(sum(weights))}. Take a smaller model, or a larger device."
     with memory_advice(words):
-        free = inf if device in ("cpu", "mps") else free_bytes(torch.device(device))
+        there = torch.device(device)
+        free = inf if there.type in ("cpu", "mps") else free_bytes(there)
         if sum(weights) <= free:
             return pipe.to(device)
         if offload and max(weights) <= free:

@@ -55,7 +55,12 @@ def test_on_a_space_everybody_needs_rights_of_his_own(stand_in, tmp_path):
         assert found["stage"] == "finished", found["error"]
         with pytest.raises(AppError, match="is gated"):  # its weights are here now
             begin("hf_bob")
-        stand_in.private[GATED] = True
+        with pytest.raises(AppError, match="is gated"):  # and its shapes
+            client.predict(GATED, 0.2, token="hf_bob", api_name="/predict")
+        stand_in.gone = True
+        with pytest.raises(AppError, match="The connection to the Hub failed"):
+            begin("hf_bob")
+        stand_in.gone, stand_in.private[GATED] = False, True
         with pytest.raises(AppError, match=f"There is no {GATED} that you may read"):
             begin("hf_bob")
     with serve(tmp_path, **settings) as url:  # another process, which nobody has given a token

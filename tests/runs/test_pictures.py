@@ -72,6 +72,11 @@ def test_an_example_is_a_finished_run(tmp_path, model):
     assert run.finished and run.model == model and run.id in EXAMPLES
     assert json.loads((run.folder / FILE).read_text())["prompts"] == run.judged_on[:COUNT]
     assert {row["repaired"] for row in load(run.folder)["sizes"]} == {True}
+    points = [f'data-percent="{percent}"' for percent in (10, 20, 30, 40, 50, 60)]
+    curve = strip.curve(load(run.folder))
+    assert all(point in curve for point in points), (
+        "a point asks for the size that was drawn, not what came of it"
+    )
     for row in load(run.folder)["sizes"]:  # what was drawn is what the ranking cuts today
         facts = run.plan(row["asked"]).metadata
         assert row["ratio"] == 1 - facts["params_pruned"] / facts["params_dense"]

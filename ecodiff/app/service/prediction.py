@@ -46,13 +46,15 @@ def known_model(model: str) -> catalog.Model:
 
 
 def permitted_model(model: str, token: str) -> catalog.Model:
-    """The model of that name. On a Space its weights may be here already: who asks must have a right to them.
+    """The model of that name. On a Space its files may be here already: who asks must have a right to them.
 
     Raises:
         CheckpointError: it is gated or private, and who asks is not signed in or has no access.
     """
     known = known_model(model)
-    if os.environ.get("SPACE_ID") and not Path(known.source).exists():
+    public = known.embedded or Path(known.source).exists()
+    public = public or (known.name in catalog.MODELS and not known.gated)
+    if os.environ.get("SPACE_ID") and not public:
         hub.require_access(known.source, token)
     return known
 
@@ -100,7 +102,8 @@ def predict(
         `learning.footprint.fits` says, with "gpu", "left_alone": {class: parameters
         that no unit holds}}
     """
-    known = known_model(model)
+    shapes_are_known = catalog.find(model).name in catalog.MODELS  # to everybody, gated or not
+    known = known_model(model) if shapes_are_known else permitted_model(model, token)
     wanted = LearnConfig.preset(preset, **{"kinds": tuple(kinds)} if kinds else {}).kinds
     with signed_in(token):
         scores, itemsize, dense_bytes = unit_costs(known.name, wanted)

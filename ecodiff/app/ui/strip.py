@@ -106,7 +106,7 @@ def curve(found: dict, asked: float = -1.0) -> str:
     points = [at(row) for row in rows]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in [(MARGIN, CURVE_HEIGHT - MARGIN), *points])
     marks = "".join(
-        f'<g role="button" tabindex="0" data-percent="{100 * row["ratio"]:.0f}" '
+        f'<g role="button" tabindex="0" data-percent="{100 * row["asked"]:.0f}" '
         f'aria-label="Show −{row["ratio"]:.0%}: latent error {latent_error(fmean(row["latent_error"]))}">'
         f'<circle class="touch" cx="{x:.1f}" cy="{y:.1f}" r="16"/>'
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="{"here" if _is(row, [asked]) else ""}"/></g>'
