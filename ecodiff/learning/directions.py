@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..pipelines import denoiser_calls, denoiser_of, prompt_rows, stream
 from ..units import PruneGroup
 from .calibration import Call, seen
+from .sums import Sums
 
 DAMPING = 0.1  # of M, as a fraction of its mean diagonal
 PROMPTS = 1024  # that C is gathered over
@@ -93,29 +94,67 @@ def sampled(
     prompts: Sequence[str],
     seed: int,
     sample: Callable[[int, dict], Mapping[str, Tensor]],
+    kept: Sums | None = None,
+    more: Mapping[str, Tensor] | None = None,
+    again: Callable[[dict], None] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
     """Mean squared gradients of all gates, and of groups of directions (Z, Y) and costs in their place.
 
     Args:
         prompts: what directions are found from; none: they are the features themselves.
         sample: (number, call) to the squared gradients of one batch, by a backward pass under gates.
+        kept: where sums are kept between batches, and where they go on.
+        more: other sums that `sample` adds to.
+        again: called in place of `sample` with the call of a batch that was kept.
     """
     shared = {g.name: Gradients(denoiser_of(pipe), g) for g in groups if g.activations and prompts}
     costs = {group.name: torch.zeros(group.size) for group in groups}
+    kept = kept or Sums()
+    sums = partial(_sums, costs, shared, more or {})
+    done, found = kept.load()
+    _restore(found, sums(), shared)
     for index, call in enumerate(calls):
+        if index < done:
+            if again is not None:
+                again(call)
+            continue
         with ExitStack() as watching:
             for watch in shared.values():
                 watching.enter_context(watch.of(len(call["prompt"])))
             squares = sample(index, call)
         for name, square in squares.items():
             costs[name] += square / len(calls)
+        kept.note(index + 1, sums)
     trajectories, bases = sum(len(call["prompt"]) for call in calls), {}
     for group in groups:
-        if (found := shared.get(group.name)) is not None:
+        if (seen_of := shared.get(group.name)) is not None:
             moment = second_moment(pipe, group, prompts, calls[0], seed)
-            z, y, each = basis(moment, found.metric / trajectories)
-            bases[group.name], costs[group.name] = (z, y), each * found.coherence(z, y, each)
+            z, y, each = basis(moment, seen_of.metric / trajectories)
+            bases[group.name], costs[group.name] = (z, y), each * seen_of.coherence(z, y, each)
     return costs, bases
+
+
+def _sums(
+    costs: Mapping[str, Tensor], shared: Mapping[str, Gradients], more: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """All that is summed up, by name."""
+    found = {f"cost|{name}": cost for name, cost in costs.items()}
+    found |= {f"more|{name}": other for name, other in more.items()}
+    for name, watch in shared.items():
+        found[f"metric|{name}"] = watch.metric
+        found |= {f"product|{name}|{index}": product for index, product in enumerate(watch.products)}
+    return found
+
+
+def _restore(
+    found: Mapping[str, Tensor], sums: Mapping[str, Tensor], shared: Mapping[str, Gradients]
+) -> None:
+    """Let sums that begin now go on from those that were kept."""
+    for name, total in sums.items() if found else ():
+        total.copy_(found[name])
+    for name, watch in shared.items():
+        products = [key for key in found if key.startswith(f"product|{name}|")]
+        watch.products = [found[f"product|{name}|{index}"] for index in range(len(products))]
 
 
 @torch.no_grad()

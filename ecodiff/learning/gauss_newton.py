@@ -13,6 +13,7 @@ from ..units import PRESET_KINDS, PruneGroup
 from .checkpointing import Keep
 from .directions import sampled
 from .scoring import Values, method
+from .sums import Sums
 from .trajectory import trajectory
 
 
@@ -31,6 +32,7 @@ def gauss_newton(
     prompts: Sequence[str] = (),
     on_step: Callable[[], None] | None = None,
     kinds: Sequence[str] = (*PRESET_KINDS, "modulation_directions"),
+    kept: Sums | None = None,
 ) -> Values:
     """Diagonal of the Gauss-Newton matrix of the objective, per parameter that a unit holds.
 
@@ -44,13 +46,14 @@ def gauss_newton(
         prompts: what directions are found from; none: they are the features themselves.
         on_step: called before every denoiser call; raise in it to stop.
         kinds: of units that may go.
+        kept: where sums over batches are kept.
     """
     groups = [group for group in find_groups(denoiser_of(pipe), kinds) if not group.inside]
 
     def sample(index: int, call: dict) -> dict[str, Tensor]:
         return gauss_newton_sample(pipe, groups, call, stream("probe", seed, index), on_step=on_step)
 
-    costs, bases = sampled(pipe, groups, list(calls), prompts, seed, sample)
+    costs, bases = sampled(pipe, groups, list(calls), prompts, seed, sample, kept)
     found = Values({g.name: costs[g.name] / unit_parameters(denoiser_of(pipe), g) for g in groups})
     found.bases = bases
     return found

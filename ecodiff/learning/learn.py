@@ -35,6 +35,7 @@ from .methods import METHODS
 from .objective import Objective
 from .scoring import Values
 from .state import LearnState
+from .sums import Sums
 from .trajectory import trajectory
 
 ERROR_OF = "error of "  # in a row of the history, before the name of an order that was measured
@@ -53,6 +54,7 @@ def learn(
     on_step: Callable[[], None] | None = None,
     on_plan: Callable[[str], None] | None = None,
     device_lock: AbstractContextManager | None = None,
+    kept: Sums | None = None,
 ) -> Iterator[tuple[LearnState, Scores]]:
     """Learn masks, yielding the state after each step and the scores that it amounts to.
 
@@ -64,6 +66,7 @@ def learn(
             the run.
         on_plan: told what is kept in memory and what computed again, whenever that changes.
         device_lock: held during each step, so that others can use the pipeline between them.
+        kept: of this run; where a method that ranks in one step keeps its sums over batches.
 
     Raises:
         BudgetError: the ratio is out of the model's range, or there are no prompts.
@@ -80,7 +83,7 @@ def learn(
         raise CheckpointError("The saved state has another number of units than this model.")
     while state.step < config.total_steps:
         with device_lock or nullcontext():
-            state = retry(partial(_advance, state, budget, objective))
+            state = retry(partial(_advance, state, budget, objective, kept))
         yield state, scores(denoiser_of(pipe), budget, state)
 
 
@@ -107,14 +110,16 @@ def learn_masks(
     return found
 
 
-def _advance(state: LearnState, budget: Budget, objective: Objective, keep: Keep) -> LearnState:
+def _advance(
+    state: LearnState, budget: Budget, objective: Objective, kept: Sums | None, keep: Keep
+) -> LearnState:
     """The state one step on."""
     config = budget.config
     state = state.copy()
     if config.warm_steps == state.step == 0:
         state.vectors["log_alpha"].fill_(PUBLISHED_START)
     if config.method is not None:
-        row = _score(state, budget, objective)
+        row = _score(state, budget, objective, kept)
     elif state.step < config.warm_steps:
         row = _warm_up(state, budget, objective, keep)
     else:
@@ -139,14 +144,14 @@ def _advance(state: LearnState, budget: Budget, objective: Objective, keep: Keep
     return state
 
 
-def _score(state: LearnState, budget: Budget, objective: Objective) -> dict:
+def _score(state: LearnState, budget: Budget, objective: Objective, kept: Sums | None) -> dict:
     """All of another method's scores at once, as saliency."""
     config = budget.config
     if METHODS[str(config.method)].wide and distributed.count() > 1:
         raise BudgetError(f"{config.method} runs in one process: each would find directions of its own.")
     calls = [objective.call(batch) for batch in range(config.warm_steps)]
     found = METHODS[str(config.method)](
-        objective.pipe, calls, config.seed, objective.prompts, objective.count, config.kinds
+        objective.pipe, calls, config.seed, objective.prompts, objective.count, config.kinds, kept
     )
     if missing := [group for group in budget.groups if group.name not in found]:
         raise BudgetError(f"{config.method} does not rank {in_words([missing[0].kind])}. Choose other kinds.")

@@ -41,6 +41,7 @@ from .directions import sampled
 from .gauss_newton import gauss_newton_sample
 from .inside_heads import Directions
 from .scoring import Values, method
+from .sums import Sums
 
 SURGEON_KINDS = (*PRESET_KINDS, "modulation_directions", "value_directions")
 TURN = 4 << 30  # bytes of covariances that are gathered at a time
@@ -64,6 +65,7 @@ def surgeon(
     prompts: Sequence[str] = (),
     on_step: Callable[[], None] | None = None,
     kinds: Sequence[str] = SURGEON_KINDS,
+    kept: Sums | None = None,
 ) -> Values:
     """Units by what they cost per parameter when it is their turn to go, a number that rises in that order.
 
@@ -72,6 +74,7 @@ def surgeon(
         prompts: what directions are found from; some hundreds. None: they are the features themselves.
         on_step: called before every denoiser call; raise in it to stop.
         kinds: of units that may go.
+        kept: where sums over batches are kept; covariances of what layers read are gathered again.
     """
     denoiser = denoiser_of(pipe)
     every = find_groups(denoiser, kinds)
@@ -80,12 +83,15 @@ def surgeon(
     metric = {name: torch.zeros(len(layer.weight), len(layer.weight)) for name, layer in layers.items()}
     calls, recorded = list(calls), list[Call]()
 
-    def sample(index: int, call: dict) -> dict[str, Tensor]:
+    def record(call: dict) -> None:
         recorded.extend(_recorded(pipe, call, on_step))
+
+    def sample(index: int, call: dict) -> dict[str, Tensor]:
+        record(call)
         with _Watched(layers, metric):
             return gauss_newton_sample(pipe, groups, call, stream("probe", seed, index), on_step=on_step)
 
-    plain, bases = sampled(pipe, groups, calls, prompts, seed, sample)
+    plain, bases = sampled(pipe, groups, calls, prompts, seed, sample, kept, metric, record)
     trajectories = sum(len(call["prompt"]) for call in calls)
     orders = []
     for turn in _turns(every, layers, room(denoiser.device, TURN)):

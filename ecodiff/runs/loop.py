@@ -11,9 +11,11 @@ from ..errors import EcodiffError, RunError, memory_advice
 from ..learning import distributed
 from ..learning.learn import learn
 from ..learning.state import LearnState
+from ..learning.sums import Sums
 from ..pruning.scores import Scores
 from .folder import Run
 
+SUMS = "sums.safetensors"  # of a ranking that is not finished
 SAVE_SECONDS = 2.0  # a state is saved after the first step that ends this long after the last save
 
 ADVICE = "The run is kept: free memory, or start a new one with a smaller batch or image size, and resume."
@@ -97,6 +99,7 @@ def _steps(run: Run, pipe: DiffusionPipeline, device_lock, budget) -> Iterator[t
             on_step=count if alone else None,
             on_plan=run.note_memory if first else None,
             device_lock=device_lock,
+            kept=Sums(run.folder / SUMS if first else None),
         )
         for state, scores in steps:
             now = time.monotonic()
@@ -119,3 +122,4 @@ def _steps(run: Run, pipe: DiffusionPipeline, device_lock, budget) -> Iterator[t
 def _save(run: Run, state: LearnState, scores: Scores) -> None:
     scores.save(run.folder / "scores.safetensors")
     state.save(run.folder / "state.safetensors")
+    Sums(run.folder / SUMS).forget()
