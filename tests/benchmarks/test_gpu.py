@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def test_all_that_a_gpu_is_to_measure_runs_dry_and_goes_on_where_it_was(tmp_path):
