@@ -285,7 +285,7 @@ def test_a_model_is_found_by_words(page):
     page.get_by_label("To fit").click()
     page.get_by_role("option", name="A GPU of 8 GB").click()
     page.get_by_text("8 GB (estimate): at −").wait_for(timeout=60_000)
-    page.get_by_text("too much to learn it there").wait_for()
+    page.get_by_text("with its weights in main memory").wait_for()
     shot(page, "9-found")
     page.get_by_role("textbox", name="Words").fill("no such thing")
     button(page, "Search").click()
