@@ -21,12 +21,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..config import HealConfig
-from ..errors import BudgetError, CheckpointError, LearningError, PlanError
+from ..errors import BudgetError, CheckpointError, LearningError, OutOfMemoryError, PlanError
 from ..pipelines import call_options, denoiser_name, denoiser_of, prompt_rows
 from ..pruning.plan import PrunePlan
 from ..pruning.slicing import check, kept_features, plan_of
 from ..storage import write_tensors
 from .checkpointing import gradients
+from .streaming import streamed
 from .trajectory import trajectory
 
 STATE_FORMAT = "ecodiff.heal.1"
@@ -57,6 +58,7 @@ def heal(
         CheckpointError: the state in `folder` is of another cut or of settings that differ in more than
             steps.
         LearningError: the loss is not a number.
+        OutOfMemoryError: weights of `small` come from main memory layer by layer (`streaming`).
 
     Example:
         >>> for step, loss in heal(small, pipe, prompts, HealConfig(steps=200)):
@@ -65,6 +67,11 @@ def heal(
     """
     config = config or HealConfig()
     teacher = denoiser_of(pipe)
+    if streamed(denoiser_of(small)):
+        raise OutOfMemoryError(
+            "Healing needs all weights of the pruned model on the device, and they do not fit. Heal it on a "
+            "larger device, or on a CPU."
+        )
     plan = _checked(prompts, plan_of(denoiser_of(small)), teacher)
     student = copy.deepcopy(denoiser_of(small)).requires_grad_(False).eval()
     small.register_modules(**{denoiser_name(small): student})

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 import ecodiff
+from ecodiff.errors import OutOfMemoryError
 from ecodiff.learning import streaming
+from ecodiff.learning.heal import heal
 from ecodiff.learning.learn import learn
 from ecodiff.pipelines import denoiser_of
+from tests.checkpoints.test_folders import some_plan
 from tests.conftest import PIPELINES
 
 
@@ -72,3 +75,11 @@ def test_one_block_at_a_time_and_the_same_scores(monkeypatch, method):
     outside = whole - sum(p.nbytes for block in blocks for p in block.parameters())
     largest = max(sum(p.nbytes for p in block.parameters()) for block in blocks)
     assert alive.most <= max(largest, outside) * 1.1 < 0.4 * whole
+
+
+def test_healing_is_refused_in_words():
+    pipe = PIPELINES["sdxl"]()
+    small = ecodiff.variant(pipe, some_plan(pipe))
+    streaming.stream_(small, "cpu", large=64)
+    with pytest.raises(OutOfMemoryError, match="Heal it on a larger device"):
+        next(heal(small, pipe, ["red apple"]))
