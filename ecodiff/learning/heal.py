@@ -67,12 +67,7 @@ def heal(
     """
     config = config or HealConfig()
     teacher = denoiser_of(pipe)
-    if streamed(denoiser_of(small)):
-        raise OutOfMemoryError(
-            "Healing needs all weights of the pruned model on the device, and they do not fit. Heal it on a "
-            "larger device, or on a CPU."
-        )
-    plan = _checked(prompts, plan_of(denoiser_of(small)), teacher)
+    plan = _checked(prompts, denoiser_of(small), teacher)
     student = copy.deepcopy(denoiser_of(small)).requires_grad_(False).eval()
     small.register_modules(**{denoiser_name(small): student})
     lora, parameters = _add_lora(student, teacher, plan, config)
@@ -108,11 +103,17 @@ def _target(pipe: DiffusionPipeline, call: dict, on_step) -> Tensor:
         return run(**call).float()
 
 
-def _checked(prompts: Sequence[str], plan: PrunePlan | None, teacher: nn.Module) -> PrunePlan:
+def _checked(prompts: Sequence[str], pruned: nn.Module, teacher: nn.Module) -> PrunePlan:
+    plan = plan_of(pruned)
     if not prompts:
         raise BudgetError("Healing needs at least one prompt.")
     if plan is None:
         raise PlanError("This model is not pruned, so there is nothing to heal.")
+    if streamed(pruned):
+        raise OutOfMemoryError(
+            "Healing needs all weights of the pruned model on the device, and they do not fit. Heal it on a "
+            "larger device, or on a CPU."
+        )
     check(plan, teacher)
     return plan
 
