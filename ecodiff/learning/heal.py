@@ -57,8 +57,7 @@ def heal(
         PlanError: `small` is not pruned, or is of another model.
         CheckpointError: the state in `folder` is of another cut or of settings that differ in more than
             steps.
-        LearningError: the loss is not a number.
-        OutOfMemoryError: weights of `small` come from main memory layer by layer (`streaming`).
+        LearningError, OutOfMemoryError: the loss is not a number; weights of `small` are streamed.
 
     Example:
         >>> for step, loss in heal(small, pipe, prompts, HealConfig(steps=200)):
