@@ -111,8 +111,7 @@ def sampled(
     costs = {group.name: torch.zeros(group.size) for group in groups}
     kept = kept or Sums()
     sums = partial(_sums, costs, shared, more or {})
-    done, found = kept.load()
-    _restore(found, sums(), shared)
+    done = _restored(kept, sums(), shared)
     for index, call in enumerate(calls):
         if index < done:
             if again is not None:
@@ -146,15 +145,20 @@ def _sums(
     return found
 
 
-def _restore(
-    found: Mapping[str, Tensor], sums: Mapping[str, Tensor], shared: Mapping[str, Gradients]
-) -> None:
-    """Let sums that begin now go on from those that were kept."""
-    for name, total in sums.items() if found else ():
+def _restored(kept: Sums, sums: Mapping[str, Tensor], shared: Mapping[str, Gradients]) -> int:
+    """Let sums that begin now go on from those that were kept; of how many batches those are.
+
+    Sums of another version of ecodiff, with other names or shapes, are left alone.
+    """
+    done, found = kept.load()
+    if any(name not in found or found[name].shape != total.shape for name, total in sums.items()):
+        return 0
+    for name, total in sums.items():
         total.copy_(found[name])
     for name, watch in shared.items():
         products = [key for key in found if key.startswith(f"product|{name}|")]
         watch.products = [found[f"product|{name}|{index}"] for index in range(len(products))]
+    return done
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from ecodiff.learning.learn import learn
 from ecodiff.learning.state import LearnState
 from ecodiff.runs.folder import Run
 from ecodiff.runs.loop import SUMS, Stopped, advance
+from ecodiff.storage import write_tensors
 from tests.conftest import PIPELINES
 
 PROMPTS = ["red apple", "blue whale", "green tree"]
@@ -50,6 +51,9 @@ def test_killed_and_gone_on_is_the_same(tmp_path, monkeypatch, name, method):
     assert found.values.keys() == expected.values.keys()
     for group, values in expected.values.items():
         assert torch.equal(found.values[group], values), group
+    write_tensors(file, {"cost|other": torch.ones(2)}, {"format": sums.FORMAT, "batches": "2"})
+    again, calls = counted(pipe, config, sums.Sums(file))
+    assert calls == whole and all(torch.equal(again.values[n], v) for n, v in expected.values.items())
     file.write_bytes(b"not a file of sums")
     assert sums.Sums(file).load() == (0, {})
 
