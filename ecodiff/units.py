@@ -109,6 +109,7 @@ class PruneGroup:
     attributes: tuple[Attribute, ...] = ()
     norms: tuple[Slot, ...] = ()  # norms across units: their means run over what the mask keeps
     rope_by_head: bool = False  # each head has rotary positions of its own
+    bias_by_head: bool = False  # the heads of all layers share one table of position biases
     least: int = 0  # diffusers' code cannot do with fewer
     # Activations whose output all consumers read, and which is projected onto the directions that stay.
     activations: tuple[str, ...] = ()

@@ -42,6 +42,9 @@ FEED_FORWARDS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("linear_in",), "linear_out"),  # FLUX.2
     (("in_layer",), "out_layer"),  # Kandinsky 5
     (("gate_layer", "proj"), "out"),  # Qwen-Image 2.1
+    (("fc1",), "fc2"),  # CLIP
+    (("wi_0", "wi_1"), "wo"),  # T5, version 1.1
+    (("wi",), "wo"),  # T5
 )
 
 

@@ -202,10 +202,19 @@ class Calibration:
     ):
         if not prompts or not 0 < config.heldout < config.trajectories:
             raise BudgetError("Compensation needs prompts, and more trajectories than it holds out.")
-        self.config, self.dense, self.prompts = config, denoiser_of(pipe), list(prompts)
-        self.memory = room(self.dense.device, config.memory)
+        self.dense: nn.Module = denoiser_of(pipe)
+        self.config, self.prompts = config, list(prompts)
+        self.memory = room(denoiser_of(pipe).device, config.memory)
         self.calls = [call for batch in record(pipe, prompts, config, folder) for call in batch]
         self._kept: dict[str, tuple[Statistics, Statistics]] = {}
+
+    @classmethod
+    def of_calls(cls, dense: nn.Module, calls: Sequence[Call], config: CompensateConfig) -> "Calibration":
+        """That of any model whose calls were recorded."""
+        made = cls.__new__(cls)
+        made.config, made.dense, made.prompts, made.calls, made._kept = config, dense, [], list(calls), {}
+        made.memory = room(next(dense.parameters()).device, config.memory)
+        return made
 
     def prepare(self) -> None:
         """Gather those of all layers that a preset can cut, if they can all be kept: then no size waits."""
@@ -247,7 +256,8 @@ class Calibration:
     def _bytes(self, names: list[str]) -> int:
         total = 0
         for name in names:
-            weight = self.dense.get_submodule(name).weight
+            layer: Any = self.dense.get_submodule(name)
+            weight = layer.weight
             features = weight[0].numel()
             total += 2 * 4 * features * (features + len(weight))
         return total

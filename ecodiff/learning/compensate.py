@@ -30,6 +30,8 @@ from ..pruning.plan import PrunePlan
 from ..pruning.slicing import kept_features, plan_of
 from ..units import ALL_KINDS
 from .calibration import Calibration, Statistics
+from .conditioning import encoder_calls
+from .encodings import text_encoders
 
 
 def solve(statistics: Statistics, weight: Tensor, bias: Tensor | None, damping: float):
@@ -61,8 +63,8 @@ def compensate_(
         calibration: what was gathered before, instead of prompts and config.
 
     Returns:
-        {consumer: updated}. A layer that would be worse on the held-out trajectories keeps its
-        weights.
+        {consumer: updated}, of text encoders by "text_encoder.layer". A layer that would be worse on the
+        held-out trajectories keeps its weights.
 
     Raises:
         BudgetError: no trajectories are left to learn from, or there are no prompts.
@@ -72,8 +74,20 @@ def compensate_(
         >>> ecodiff.compensate_(small, pipe, prompts)
     """
     calibration = calibration or Calibration(pipe, prompts, config or CompensateConfig())
-    dense, pruned = denoiser_of(pipe), denoiser_of(small)
-    plan = plan_of(pruned) or PrunePlan({})
+    updated = _repaired(denoiser_of(small), calibration)
+    cut = [name for name in text_encoders(pipe) if plan_of(getattr(small, name))]
+    if cut:
+        calls = encoder_calls(pipe, calibration.prompts, calibration.config)
+        for name in cut:
+            of_encoder = Calibration.of_calls(getattr(pipe, name), calls[name], calibration.config)
+            found = _repaired(getattr(small, name), of_encoder)
+            updated |= {f"{name}.{layer}": better for layer, better in found.items()}
+    return updated
+
+
+def _repaired(pruned: nn.Module, calibration: Calibration) -> dict[str, bool]:
+    """Update the layers of one component, of which the calibration has the dense one."""
+    dense, plan = calibration.dense, plan_of(pruned) or PrunePlan({})
     kept, turns = _kept_features(dense, plan), _turns(dense, plan)
     updated = {}
     for name, learned, check in calibration.statistics(list(kept)):

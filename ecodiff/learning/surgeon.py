@@ -79,7 +79,7 @@ def surgeon(
     denoiser = denoiser_of(pipe)
     every = find_groups(denoiser, kinds)
     groups = [group for group in every if not group.inside]
-    layers = _readers(denoiser, groups)
+    layers = readers(denoiser, groups)
     metric = {name: torch.zeros(len(layer.weight), len(layer.weight)) for name, layer in layers.items()}
     calls, recorded = list(calls), list[Call]()
 
@@ -88,22 +88,50 @@ def surgeon(
 
     def sample(index: int, call: dict) -> dict[str, Tensor]:
         record(call)
-        with _Watched(layers, metric):
+        with Watched(layers, metric):
             return gauss_newton_sample(pipe, groups, call, stream("probe", seed, index), on_step=on_step)
 
     plain, bases = sampled(pipe, groups, calls, prompts, seed, sample, kept, metric, record)
     trajectories = sum(len(call["prompt"]) for call in calls)
+    metric = {name: total / trajectories for name, total in metric.items()}
+    gather = partial(_gathered, denoiser, recorded, on_step=on_step)
     orders = []
-    for turn in _turns(every, layers, room(denoiser.device, TURN)):
+    for order, found_inside in ordered(denoiser, every, layers, metric, plain, gather):
+        orders.append(order)
+        bases |= found_inside
+    found = Values(merged(orders, {g.name: g.size for g in every}))
+    found.bases = bases
+    found.others = {"gauss-newton": _diagonal(denoiser, every, plain, bases)}
+    return found
+
+
+@torch.no_grad()
+def ordered(
+    model: nn.Module,
+    every: Sequence[PruneGroup],
+    layers: Mapping[str, Any],
+    metric: Mapping[str, Tensor],
+    plain: Mapping[str, Tensor],
+    gather: Callable[[Sequence[str]], dict[str, Statistics]],
+) -> Iterator[tuple[list["Removal"], dict[str, tuple[Tensor, Tensor]]]]:
+    """The order of each cluster of a model's groups, and the bases of directions inside its heads.
+
+    Args:
+        layers: consumers, by path (`readers`).
+        metric: G of each.
+        plain: what units cost unrepaired, by the exact gradients of their gates.
+        gather: what some of the layers read.
+    """
+    for turn in _turns(every, layers, room(next(model.parameters()).device, TURN)):
         names = [name for cluster in turn for name in _read_by(cluster, layers)]
-        inputs = _gathered(denoiser, recorded, names, on_step)
+        inputs = gather(names)
         for cluster in turn:
             consumers = {
-                name: Consumer.of(layers[name], inputs.pop(name), metric[name] / trajectories)
+                name: Consumer.of(layers[name], inputs.pop(name), metric[name])
                 for name in _read_by(cluster, layers)
                 if inputs[name].rows
             }
-            prices = {g.name: float(max(1, unit_parameters(denoiser, g))) for g in cluster}
+            prices = {g.name: float(max(1, unit_parameters(model, g))) for g in cluster}
             heads = [g for g in cluster if not g.inside]
             candidates = {g.name: Candidate.of(g, consumers, plain[g.name], prices[g.name]) for g in heads}
             inside = {
@@ -111,12 +139,8 @@ def surgeon(
                 for g in cluster
                 if g.inside in candidates and candidates[g.inside].read
             }
-            orders.append(list(removals([*candidates.values(), *inside.values()])))
-            bases |= {name: (each.z, each.y.T) for name, each in inside.items()}
-    found = Values(merged(orders, {g.name: g.size for g in every}))
-    found.bases = bases
-    found.others = {"gauss-newton": _diagonal(denoiser, every, plain, bases)}
-    return found
+            order = list(removals([*candidates.values(), *inside.values()]))
+            yield order, {name: (each.z, each.y.T) for name, each in inside.items()}
 
 
 def _diagonal(
@@ -130,7 +154,7 @@ def _diagonal(
     return found
 
 
-def _readers(denoiser: nn.Module, groups: Sequence[PruneGroup]) -> dict[str, Any]:
+def readers(denoiser: nn.Module, groups: Sequence[PruneGroup]) -> dict[str, Any]:
     """The consumers whose repair can be counted in, by path, in network order."""
     slots = [slot for group in groups for slot in group.consumers if solved(slot) and not group.activations]
     layers = {slot.module: denoiser.get_submodule(slot.module) for slot in slots}
@@ -193,7 +217,7 @@ def _gathered(
     return inputs
 
 
-class _Watched:
+class Watched:
     """While it is open, gradients of layers' outputs are summed up as g g^T."""
 
     def __init__(self, layers: dict[str, nn.Module], metric: dict[str, Tensor]):
@@ -271,7 +295,7 @@ def statistics_bytes(denoiser: nn.Module) -> int:
     """What all of it takes in memory, about: the metric of all consumers, the covariances of a turn, and of
     the largest cluster all that it works on: covariance, its inverse, moment and a copy."""
     groups = [group for group in find_groups(denoiser, ALL_KINDS) if not group.inside]
-    layers = _readers(denoiser, groups)
+    layers = readers(denoiser, groups)
     squares = {name: 4 * layer.weight[0].numel() ** 2 for name, layer in layers.items()}
     metric = sum(4 * len(layer.weight) ** 2 for layer in layers.values())
     largest = max(sum(squares[n] for n in _read_by(c, layers)) for c in clusters(groups, layers))

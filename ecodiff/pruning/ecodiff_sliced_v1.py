@@ -16,10 +16,12 @@ from functools import cache
 
 import diffusers
 import torch
+import transformers
 from diffusers import ModelMixin
 from diffusers.loaders import peft
 from diffusers.models.attention_processor import AttnAddedKVProcessor
 from torch import nn
+from transformers import PreTrainedModel
 
 NAME = "ecodiff_sliced_v1"
 FORMAT = 3  # of models cut inside their heads; 2 of those with a shared projection; 1 of all others
@@ -134,6 +136,35 @@ def _own_rope(attention, args, kwargs):
         if kwargs.get(name) is not None:
             kwargs = kwargs | {name: tuple(own(table) for table in kwargs[name])}
     return args, kwargs
+
+
+def share_bias(attention: nn.Module, heads: list, count: int) -> None:
+    """Let a T5 attention that kept `heads` of `count` read its own part of the biases that layers share."""
+    attention.bias_heads, attention.bias_count = heads, count
+    if not isinstance(type(attention), _SharedBias):
+        attention.__class__ = shared_bias_class(type(attention))
+
+
+class _SharedBias(type):
+    """Of attentions that read a part of their position biases. Pickled by what it was made of."""
+
+
+@cache
+def shared_bias_class(base: type) -> type:
+    """A T5 attention of fewer heads than there are position biases; it hands on all of them."""
+
+    def forward(self, hidden_states, *args, position_bias=None, **kwargs):
+        if position_bias is None:
+            tokens = hidden_states.shape[1]
+            if self.has_relative_attention_bias:
+                position_bias = self.compute_bias(tokens, tokens, device=hidden_states.device)
+            else:
+                position_bias = hidden_states.new_zeros(1, self.bias_count, tokens, tokens)
+        own = position_bias[:, self.bias_heads]
+        output = base.forward(self, hidden_states, *args, position_bias=own, **kwargs)
+        return (output[0], position_bias, *output[2:])
+
+    return _SharedBias(f"SharedBias{base.__name__}", (base,), {"forward": forward, "__module__": NAME})
 
 
 class ScatteredLinear(nn.Linear):
@@ -269,13 +300,18 @@ def features_of(module: nn.Module, child: str) -> tuple:
     return getattr(module, _index_of(child)).cpu(), module.partly[child][1]
 
 
-def unpacked(bits: list) -> torch.Tensor:
+def places(bits: list) -> list:
     """Indices from [size, base64 of the bits], most significant bit first."""
     size, text = bits
     data = base64.b64decode(text)
     if type(size) is not int or len(data) != -(-size // 8):
         raise ValueError(f"{len(data)} bytes are not {size!r} bits.")
-    return torch.tensor([i for i in range(size) if data[i // 8] >> (7 - i % 8) & 1], dtype=torch.long)
+    return [i for i in range(size) if data[i // 8] >> (7 - i % 8) & 1]
+
+
+def unpacked(bits: list) -> torch.Tensor:
+    """The same as a tensor."""
+    return torch.tensor(places(bits), dtype=torch.long)
 
 
 def apply(model: nn.Module, description: dict) -> None:
@@ -321,6 +357,11 @@ def apply(model: nn.Module, description: dict) -> None:
         if len(heads) != modules[path].heads:
             raise ValueError(f"{path} does not have {len(heads)} of {bits[0]} heads.")
         gather_rope(modules[path], heads, bits[0])
+    for path, bits in description.get("biases", {}).items():
+        heads = places(bits)
+        if len(heads) != modules[path].n_heads:
+            raise ValueError(f"{path} does not have {len(heads)} of {bits[0]} heads.")
+        share_bias(modules[path], heads, bits[0])
     _apply_partly(modules, description)
 
 
@@ -375,10 +416,19 @@ class _Sliced(type(ModelMixin)):
         return hash(cls.__mro__[1])
 
 
+class _SlicedEncoder(_Sliced):
+    """Of pruned text encoders. transformers looks up what a class can record under its repr."""
+
+    def __repr__(cls):
+        return repr(cls.__mro__[1])
+
+
 # A process that is spawned finds this file by the name it was opened under, but no class made on demand.
 copyreg.pickle(_Sliced, lambda cls: (sliced_class, cls.__bases__))
+copyreg.pickle(_SlicedEncoder, lambda cls: (sliced_encoder_class, cls.__bases__))
 copyreg.pickle(_Partly, lambda cls: (partly_class, cls.__bases__))
 copyreg.pickle(_Emptied, lambda cls: (emptied_class, cls.__bases__))
+copyreg.pickle(_SharedBias, lambda cls: (shared_bias_class, cls.__bases__))
 
 
 @cache
@@ -393,9 +443,7 @@ def sliced_class(base: type[ModelMixin]) -> type[ModelMixin]:
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         base.save_pretrained(self, save_directory, *args, **kwargs)
-        target = os.path.join(save_directory, f"{NAME}.py")
-        if not os.path.exists(target) or not os.path.samefile(__file__, target):
-            shutil.copyfile(__file__, target)
+        _add_this_file(save_directory)
 
     save_pretrained.__signature__ = inspect.signature(base.save_pretrained)  # diffusers asks what it takes
 
@@ -419,8 +467,36 @@ def sliced_class(base: type[ModelMixin]) -> type[ModelMixin]:
     return _Sliced(f"Sliced{base.__name__}", (base,), members)
 
 
+@cache
+def sliced_encoder_class(base: type) -> type:
+    """The class of a pruned text encoder: the same model of transformers, whose config has "ecodiff" too."""
+
+    def __init__(self, config, *args, **kwargs):
+        base.__init__(self, config, *args, **kwargs)
+        if getattr(config, "ecodiff", None):
+            apply(self, config.ecodiff)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        base.save_pretrained(self, save_directory, *args, **kwargs)
+        _add_this_file(save_directory)
+
+    save_pretrained.__signature__ = inspect.signature(base.save_pretrained)  # diffusers asks what it takes
+    members = {"__init__": __init__, "save_pretrained": save_pretrained, "__module__": NAME}
+    return _SlicedEncoder(f"Sliced{base.__name__}", (base,), members)
+
+
+def _add_this_file(folder) -> None:
+    target = os.path.join(folder, f"{NAME}.py")
+    if not os.path.exists(target) or not os.path.samefile(__file__, target):
+        shutil.copyfile(__file__, target)
+
+
 def __getattr__(name: str):
-    base = getattr(diffusers, name.removeprefix("Sliced"), None)
-    if name.startswith("Sliced") and isinstance(base, type) and issubclass(base, ModelMixin):
-        return sliced_class(base)
+    if name.startswith("Sliced"):
+        base = getattr(diffusers, name.removeprefix("Sliced"), None)
+        if isinstance(base, type) and issubclass(base, ModelMixin):
+            return sliced_class(base)
+        base = getattr(transformers, name.removeprefix("Sliced"), None)
+        if isinstance(base, type) and issubclass(base, PreTrainedModel):
+            return sliced_encoder_class(base)
     raise AttributeError(f"module {NAME!r} has no attribute {name!r}")

@@ -22,6 +22,7 @@ MAX_UNITS = 1 << 20  # in one group
 PARTS = ("project", "lift")  # of a basis: Z and Y
 
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_OF_ENCODER = re.compile(r"(text_encoder(?:_\d+)?)\.(.+)")
 
 
 class PrunePlan(Mapping[str, Tensor]):
@@ -33,6 +34,8 @@ class PrunePlan(Mapping[str, Tensor]):
         bases: of groups of directions, what is kept of them: {group: (Z, Y)}, float32 (kept, features) and
             (features, kept), features those of a head for directions inside heads; a group that has none is
             cut along the features themselves.
+
+    Groups of a text encoder are named after it: "text_encoder_2.encoder.block.0.layer.0.SelfAttention".
 
     Example:
         >>> plan = PrunePlan({group.name: torch.rand(group.size) > 0.2 for group in groups})
@@ -57,6 +60,23 @@ class PrunePlan(Mapping[str, Tensor]):
         self.metadata = dict(metadata or {})
         given = getattr(keep, "bases", {}) if bases is None else bases
         self.bases = {name: parts for name, parts in given.items() if name in keep and self._keep[name].any()}
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Components that it cuts besides the denoiser: groups of theirs are named after them."""
+        found = [match.group(1) for name in self if (match := _OF_ENCODER.fullmatch(name))]
+        return tuple(dict.fromkeys(found))
+
+    def part(self, text_encoder: str = "") -> "PrunePlan":
+        """What of it is the denoiser's, or a text encoder's, by that component's own names of groups."""
+        if not text_encoder and not self.text_encoders:
+            return self
+        if text_encoder:
+            start = f"{text_encoder}."
+            own = {name.removeprefix(start): keep for name, keep in self.items() if name.startswith(start)}
+            return PrunePlan(own, self.metadata)
+        own = {name: keep for name, keep in self.items() if not _OF_ENCODER.fullmatch(name)}
+        return PrunePlan(own, self.metadata, self.bases)
 
     def basis(self, name: str) -> tuple[Tensor, Tensor]:
         """(Z, Y) of what is kept of a group of directions."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .. import catalog
 from ..architectures import find_groups
@@ -20,7 +21,9 @@ from .ecodiff_sliced_v1 import (
     gather_rope,
     scatter,
     set_features,
+    share_bias,
     sliced_class,
+    sliced_encoder_class,
 )
 from .heads import bases_of, described, narrow_, turn_
 from .modulation import project_directions_
@@ -62,7 +65,7 @@ def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Mo
     for group in groups:
         _set_attributes(denoiser, group, plan[group.name])
     narrow_(denoiser, every, plan, kept, outer)
-    if isinstance(denoiser, ModelMixin):
+    if isinstance(denoiser, (ModelMixin, PreTrainedModel)):
         cut = {module for (module, _), rows in kept.items() if not rows.all()}
         _describe(denoiser, plan, groups, cut | projected)
     return denoiser
@@ -131,11 +134,15 @@ def _set_attributes(denoiser: nn.Module, group: PruneGroup, keep: Tensor) -> Non
         before = getattr(attention, "rope_heads", torch.arange(len(keep)))
         heads = before.cpu()[keep].to(attention.to_q.weight.device)
         gather_rope(attention, heads, getattr(attention, "rope_count", len(keep)))
+    if group.bias_by_head:
+        all_of_them = getattr(attention, "bias_heads", range(len(keep)))
+        heads = [head for head, stays in zip(all_of_them, keep.tolist(), strict=True) if stays]
+        share_bias(attention, heads, getattr(attention, "bias_count", len(keep)))
 
 
-def _describe(denoiser: ModelMixin, plan: PrunePlan, groups: list[PruneGroup], cut: set[str]) -> None:
+def _describe(denoiser: Any, plan: PrunePlan, groups: list[PruneGroup], cut: set[str]) -> None:
     """Register in the config how this model now differs from a fresh one of its class."""
-    before = denoiser.config.get("ecodiff")
+    before = _description(denoiser)
     description: dict[str, Any] = copy.deepcopy(before) if before else {"format": 1, "plan": {"units": {}}}
     shapes = description.setdefault("shapes", {})
     for path in sorted(cut):
@@ -156,14 +163,28 @@ def _describe(denoiser: ModelMixin, plan: PrunePlan, groups: list[PruneGroup], c
     modules = dict(denoiser.named_modules())
     scattered = {n: (m.rows, m.width) for n, m in modules.items() if isinstance(m, ScatteredLinear)}
     ropes = {n: (m.rope_heads, m.rope_count) for n, m in modules.items() if hasattr(m, "rope_heads")}
-    for name, found in (("scattered", scattered), ("ropes", ropes)):
+    biases = {
+        n: (torch.tensor(m.bias_heads), m.bias_count) for n, m in modules.items() if hasattr(m, "bias_heads")
+    }
+    for name, found in (("scattered", scattered), ("ropes", ropes), ("biases", biases)):
         description[name] = {path: packed_rows(*kept) for path, kept in found.items()}
     whole = _composed(PrunePlan.unpacked(description["plan"]["units"]), plan, groups)
     metadata = _in_units_of_the_dense(plan.metadata, before["plan"].get("metadata", {}) if before else {})
     description["plan"] = {"units": whole.packed(), "metadata": metadata}
+    if isinstance(denoiser, PreTrainedModel):
+        denoiser.config.ecodiff = description
+        if before is None:
+            denoiser.__class__ = sliced_encoder_class(type(denoiser))  # type: ignore[arg-type]
+        return
     if before is None:
         denoiser.__class__ = sliced_class(type(denoiser))  # type: ignore[arg-type]
     denoiser.register_to_config(ecodiff=description)
+
+
+def _description(model: nn.Module) -> dict[str, Any] | None:
+    """What the config of a pruned denoiser or text encoder says of the cut."""
+    config: Any = getattr(model, "config", None)
+    return config.get("ecodiff") if isinstance(config, Mapping) else getattr(config, "ecodiff", None)
 
 
 def slice_like_(model: nn.Module, pruned: nn.Module) -> nn.Module:
@@ -227,7 +248,7 @@ def _composed(first: PrunePlan, second: PrunePlan, groups: list[PruneGroup]) -> 
 
 def plan_of(denoiser: nn.Module) -> PrunePlan | None:
     """The plan that a sliced denoiser was cut by, in units of the dense model; None if dense."""
-    description = getattr(denoiser, "config", {}).get("ecodiff")
+    description = _description(denoiser)
     if not description:
         return None
     plan = PrunePlan.unpacked(description["plan"]["units"], description["plan"]["metadata"])
@@ -236,6 +257,16 @@ def plan_of(denoiser: nn.Module) -> PrunePlan | None:
         plan.bases[BASIS] = (basis.weight.detach().float().cpu(), basis.lift.float().cpu())
     plan.bases |= bases_of(denoiser, plan)
     return plan
+
+
+def plan_of_pipeline(pipe: DiffusionPipeline) -> PrunePlan | None:
+    """The plan that a pipeline's denoiser and text encoders were cut by; None if the denoiser is dense."""
+    plan = plan_of(denoiser_of(pipe))
+    if plan is None:
+        return None
+    cut = {n: plan_of(part) for n, part in pipe.components.items() if n.startswith("text_encoder") and part}
+    keep = {f"{n}.{group}": units for n, part in cut.items() if part for group, units in part.items()}
+    return PrunePlan({**plan, **keep}, plan.metadata, plan.bases) if keep else plan
 
 
 def shared_copy(module: nn.Module) -> Any:
@@ -262,7 +293,13 @@ def variant(pipe: DiffusionPipeline, plan: PrunePlan | Mapping[str, Tensor]):
     if "model" not in plan.metadata and (source := pipe.config.get("_name_or_path")):
         known = catalog.find(source)
         plan = PrunePlan(plan, plan.metadata | {"model": known.base or known.name})
-    pruned = slice_(shared_copy(dense), plan)
+    pruned = {name: slice_(shared_copy(dense), plan.part())}
+    for encoder in plan.text_encoders:
+        part = getattr(pipe, encoder, None)
+        if not isinstance(part, PreTrainedModel):
+            raise PlanError(f"This plan cuts a {encoder}, which this {type(pipe).__name__} does not have.")
+        check_layers(part)
+        pruned[encoder] = slice_(shared_copy(part), plan.part(encoder))
     # Not from_config: a pipeline may have mended its scheduler.
     parts = pipe.components.items()
     own = {
@@ -271,5 +308,5 @@ def variant(pipe: DiffusionPipeline, plan: PrunePlan | Mapping[str, Tensor]):
         if hasattr(part, "save_pretrained") and not isinstance(part, nn.Module)
     }
     small = copy.copy(pipe)
-    small.register_modules(**{name: pruned}, **own)
+    small.register_modules(**pruned, **own)
     return small
