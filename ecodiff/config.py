@@ -89,6 +89,8 @@ class LearnConfig(Sampling):
             False: none; None: as many as memory asks for. Scores do not depend on it.
         method: None: what the steps above say. Else a name of `learning.scoring.METHODS`, whose scores
             are computed in one step on `warm_steps` batches.
+        text_encoders: fraction of the parameters of all text encoders to remove besides, 0 to 1. They are
+            ranked by the embeddings that they give (`learning.text_encoders`), before learning starts.
     """
 
     ratio: float = 0.2
@@ -101,6 +103,7 @@ class LearnConfig(Sampling):
     penalty: float | None = None
     checkpoint: bool | None = None
     method: str | None = None
+    text_encoders: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -109,6 +112,10 @@ class LearnConfig(Sampling):
             raise BudgetError("batch and trajectories must be at least 1, steps at least 0.")
         if self.warm_steps < 1 and (self.penalty is None or self.steps < 1):
             raise BudgetError("Give at least one warm step (or a penalty, and steps to learn with it).")
+        if not 0 <= self.text_encoders < 1:
+            raise BudgetError(
+                f"text_encoders is the fraction of their parameters to remove, not {self.text_encoders}."
+            )
         if self.cost not in ("params", "macs", "ms"):
             raise BudgetError(f"cost is 'params', 'macs' or 'ms', not {self.cost!r}.")
         unknown = set(self.kinds) - set(ALL_KINDS)

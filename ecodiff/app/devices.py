@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
@@ -20,7 +21,8 @@ from ..learning import calibration
 from ..learning.calibration import Calibration
 from ..learning.compensate import compensate_
 from ..pipelines import denoiser_of
-from ..pruning.plan import PrunePlan
+from ..pruning.components import weights_of
+from ..pruning.plan import PrunePlan, named_in
 from ..pruning.slicing import variant
 from ..storage import write_tensors
 
@@ -134,15 +136,14 @@ class Device:
         file: Path | None,
         prompts: Sequence[str],
     ) -> None:
-        denoiser = denoiser_of(small)
         if file is not None and file.is_file():
             with suppress(OSError, SafetensorError):  # a damaged file is written again
-                _replace(denoiser, load_file(file))
+                _replace(small, load_file(file))
                 return
         updated = compensate_(small, dense, calibration=self.calibration(model, prompts))
         if file is not None:
             layers = tuple(f"{name}." for name, better in updated.items() if better)
-            weights = denoiser.state_dict().items()
+            weights = weights_of(small).items()
             write_tensors(file, {n: w for n, w in weights if n.startswith(layers)}, {})
 
 
@@ -153,13 +154,15 @@ def _stamp(file: Path | None) -> int:
     return 0
 
 
-def _replace(denoiser: nn.Module, weights: dict[str, Tensor]) -> None:
-    like = next(denoiser.parameters())
+def _replace(small: DiffusionPipeline, weights: dict[str, Tensor]) -> None:
     for name, weight in weights.items():
-        path, _, leaf = name.rpartition(".")
+        component, path = named_in(name)
+        module: Any = getattr(small, component) if component else denoiser_of(small)
+        like = next(module.parameters())
+        path, _, leaf = path.rpartition(".")
         # A new parameter: a bias may be the dense model's own.
         parameter = nn.Parameter(weight.to(like.device, like.dtype), requires_grad=False)
-        setattr(denoiser.get_submodule(path), leaf, parameter)
+        setattr(module.get_submodule(path), leaf, parameter)
 
 
 class Devices:

@@ -9,8 +9,8 @@ from diffusers import DiffusionPipeline
 from .. import catalog
 from ..pipelines import denoiser_name
 from ..pruning import ecodiff_sliced_v1
+from ..pruning.components import plan_of_pipeline
 from ..pruning.plan import PrunePlan
-from ..pruning.slicing import plan_of
 
 
 def snippet(known: catalog.Model, folder: str, dtype: str = "") -> str:
@@ -83,12 +83,15 @@ def front_matter(known: catalog.Model, library: str, tags: list[str]) -> str:
 def model_card(pipe: DiffusionPipeline, facts: dict | None = None, dtype: str = "") -> str:
     """README.md of a pruned folder: what was removed, how to load it, the base model's licence."""
     name = denoiser_name(pipe)
-    plan = plan_of(getattr(pipe, name)) or PrunePlan({})
+    plan = plan_of_pipeline(pipe) or PrunePlan({})
     about = plan.metadata | (facts or {})
     base = about.get("model", "unknown")
     known = catalog.find(base)
     front = front_matter(known, "diffusers", ["ecodiff", "pruned"])
     dense, pruned = about.get("params_dense"), about.get("params_pruned")
+    encoders = about.get("text_encoders", {}) if plan.text_encoders else {}
+    also = "\n| parameters of the text encoders | {params_dense:,} → {params_pruned:,} |"
+    files = ", ".join(f"`{part}/{ecodiff_sliced_v1.NAME}.py`" for part in (name, *plan.text_encoders))
     size = f"{dense:,} → {pruned:,} ({1 - pruned / dense:.1%} removed)" if dense else "see config"
     measured = "".join(f"| {key} | {value} |\n" for key, value in (facts or {}).items())
     tried = compared(about.get("orders", {}))
@@ -100,7 +103,7 @@ def model_card(pipe: DiffusionPipeline, facts: dict | None = None, dtype: str = 
 
 | | |
 |---|---|
-| parameters of the {name} | {size} |
+| parameters of the {name} | {size} |{also.format(**encoders) if encoders else ""}
 | method | {about.get("method", "unknown")} |{orders}
 | prompts | {about.get("prompts", "ecodiff's")} |
 | plan | `{plan.digest}` |
@@ -109,7 +112,7 @@ def model_card(pipe: DiffusionPipeline, facts: dict | None = None, dtype: str = 
 {snippet(known, "THIS FOLDER", dtype)}
 ```
 
-`trust_remote_code` runs `{name}/{ecodiff_sliced_v1.NAME}.py`, which only gives the layers their
+`trust_remote_code` runs {files}, which only gives the layers their
 smaller shapes. With ecodiff {version("ecodiff") if _installed() else ""} installed,
 `ecodiff.load("THIS FOLDER")` needs no remote code. The licence is the base model's.
 """

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
+from transformers import PreTrainedModel
 
 from ..architectures import find_groups
 from ..errors import CheckpointError, PlanError
 from ..pipelines import denoiser_name, denoiser_of
+from ..pruning.components import plan_of_pipeline
 from ..pruning.slicing import kept_features, plan_of
 from ..storage import write_tensors
 from ..units import ALL_KINDS, BASIS
@@ -18,8 +20,8 @@ from .export import format
 from .saving import open_in_one_dtype, whole_folder
 
 
-def filled(denoiser: ModelMixin) -> ModelMixin:
-    """A dense-shaped model that gives what a pruned one gives. It is no smaller and no faster.
+def filled(denoiser: Any) -> Any:
+    """A dense-shaped denoiser or text encoder that gives what a pruned one gives. No smaller, no faster.
 
     Raises:
         PlanError: the model is not pruned, or heads were removed under a norm that runs across them:
@@ -28,15 +30,12 @@ def filled(denoiser: ModelMixin) -> ModelMixin:
     plan = plan_of(denoiser)
     if plan is None:
         raise PlanError(f"This {type(denoiser).__name__} is not pruned; it has its dense shapes.")
-    config = {name: value for name, value in denoiser.config.items() if name != "ecodiff"}
-    base: Any = type(denoiser).__mro__[1]
-    with init_empty_weights():
-        dense = base.from_config(config)
+    dense = _empty(denoiser)
     for group in find_groups(dense, ALL_KINDS):
         if group.norms and group.name in plan and not plan[group.name].all():
             raise PlanError(f"{group.name} has a norm across its heads: it cannot be filled with zeros.")
     kept, shapes = kept_features(dense, plan), {n: p.shape for n, p in dense.named_parameters()}
-    tensors = denoiser.state_dict()
+    tensors, tied = denoiser.state_dict(), isinstance(denoiser, PreTrainedModel)
     basis: Any = getattr(denoiser, BASIS, None)
     directed = {s.module for g in find_groups(dense, ALL_KINDS) if g.activations for s in g.consumers}
     for name, shape in shapes.items():
@@ -54,8 +53,23 @@ def filled(denoiser: ModelMixin) -> ModelMixin:
             raise PlanError(f"{name} is {tuple(tensor.shape)}, and {tuple(shape)} in the dense model.")
         tensors[name] = tensor
     buffers = {name: buffer for name, buffer in dense.named_buffers() if name in tensors}
-    dense.load_state_dict({n: tensors[n].contiguous() for n in (*shapes, *buffers)}, assign=True)
+    dense.load_state_dict(
+        {n: tensors[n].contiguous() for n in (*shapes, *buffers)}, assign=True, strict=not tied
+    )
+    if tied:
+        dense.tie_weights()
     return dense.requires_grad_(False).eval()
+
+
+def _empty(pruned: Any) -> Any:
+    """The dense model that a pruned one was cut from, without its weights."""
+    base: Any = type(pruned).__mro__[1]
+    with init_empty_weights():
+        if isinstance(pruned, PreTrainedModel):
+            config = copy.deepcopy(pruned.config)
+            del config.ecodiff
+            return base(config)
+        return base.from_config({n: value for n, value in pruned.config.items() if n != "ecodiff"})
 
 
 @format("dense", "as large and as slow as the dense model: zeros are computed too")
@@ -82,7 +96,9 @@ def save_filled(
         weights = {name: weight.to(dtype or weight.dtype) for name, weight in dense.state_dict().items()}
         return write_tensors(out, weights, {"format": "pt"})
     whole = copy.copy(pipe)
-    whole.register_modules(**{name: dense})
+    plan = plan_of_pipeline(pipe)
+    encoders = {n: filled(getattr(pipe, n)) for n in (plan.text_encoders if plan else ())}
+    whole.register_modules(**{name: dense}, **encoders)
     parts = {
         n: copy.deepcopy(p) if dtype else p for n, p in whole.components.items() if hasattr(p, "parameters")
     }

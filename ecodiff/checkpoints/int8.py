@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..pipelines import denoiser_name, denoiser_of
-from ..pruning.slicing import plan_of
+from ..pruning.components import plan_of_pipeline
 from .card import model_card
 from .export import format
 from .saving import cast, write
@@ -47,7 +47,7 @@ def save_int8(
     from diffusers import TorchAoConfig
     from torchao.quantization import Int8WeightOnlyConfig
 
-    name, plan = denoiser_name(pipe), plan_of(denoiser_of(pipe))
+    name, plan = denoiser_name(pipe), plan_of_pipeline(pipe)
     if plan is None:
         raise UnsupportedModelError(f"This {type(pipe).__name__} has not been pruned: prune it first.")
     small: Any = cast(pipe, torch.bfloat16)  # a copy

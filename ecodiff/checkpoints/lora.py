@@ -19,7 +19,7 @@ from ..architectures import find_groups
 from ..errors import CheckpointError, PlanError
 from ..pipelines import denoiser_name, denoiser_of
 from ..pruning.heads import parts, turned
-from ..pruning.plan import PrunePlan
+from ..pruning.plan import PrunePlan, named_in
 from ..pruning.slicing import kept_features, plan_of
 from ..storage import check_header, reading, write_tensors
 from ..units import ALL_KINDS, PruneGroup
@@ -176,7 +176,17 @@ def _read(
             for key in found:
                 if key.endswith((".lora_B.weight", ".up.weight")):
                     found[key] = found[key] * _scale(_layer(key), found[key].shape[1], alphas, settings)
-        return own | others, lost
+        gone = {key for key in others if _in_cut_encoder(key, plan)}
+        lost |= dict.fromkeys(map(_layer, gone), "this layer of the text encoder is pruned")
+        return own | {key: v for key, v in others.items() if key not in gone}, lost
+
+
+def _in_cut_encoder(key: str, plan: PrunePlan) -> bool:
+    """True for a tensor of a text encoder's layer that lost units."""
+    # CLIP is wrapped in a `text_model`, or not, as versions of transformers have it.
+    cut = [name.replace(".text_model.", ".") for name, keep in plan.items() if not keep.all()]
+    plain = key.replace(".text_model.", ".")
+    return any(plain.startswith(f"{name}.") for name in cut if named_in(name)[0])
 
 
 def _stored(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -16,8 +16,8 @@ from torch import nn
 from ..checks import check_layers
 from ..errors import CheckpointError, UnsupportedModelError
 from ..pipelines import denoiser_name, denoiser_of
+from ..pruning.components import plan_of_pipeline
 from ..pruning.plan import PLAN_FILE, PrunePlan
-from ..pruning.slicing import plan_of
 from .card import model_card
 
 
@@ -47,14 +47,15 @@ def save(
         CheckpointError: the folder holds something else, or could not be written.
     """
     check_layers(denoiser_of(pipe))
-    plan = plan_of(denoiser_of(pipe))
+    plan = plan_of_pipeline(pipe)
     if plan is None:
         raise UnsupportedModelError(
             f"This {type(pipe).__name__} has not been pruned; save it with its own "
             "save_pretrained, or prune it first (ecodiff.variant)."
         )
     # A denoiser that was sliced in place changed its class after the pipeline had noted it down.
-    pipe.register_modules(**{denoiser_name(pipe): denoiser_of(pipe)})
+    cut = {name: getattr(pipe, name) for name in plan.text_encoders}
+    pipe.register_modules(**{denoiser_name(pipe): denoiser_of(pipe)}, **cut)
     if dtype is not None and dtype != denoiser_of(pipe).dtype:
         pipe = cast(pipe, dtype)
     return write(pipe, folder, plan, card or model_card(pipe))

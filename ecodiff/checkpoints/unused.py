@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import catalog
 from ..pipelines import call_options, denoiser_calls
+from ..pruning.components import forget_layers_
 from ..pruning.slicing import shared_copy
 
 _COUNTS = ("num_hidden_layers", "num_layers", "depth")  # as configs of transformers call them
@@ -54,6 +55,7 @@ def without_unused(
         _tie_head(part, unread)
         for path, layers in _stacks(part):
             _shorten(part, path, layers, unread)
+        forget_layers_(part)
         if (less := before - _parameters(part)) > 0:
             saved[name], pipe = less, changed
     return pipe, saved

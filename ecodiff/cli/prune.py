@@ -51,6 +51,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KIND=SHARE",
         help="instead of a ratio, the share of units of each kind to remove: heads=0.32 ffn=0.12",
     )
+    parser.add_argument(
+        "--text-encoders",
+        type=float,
+        metavar="SHARE",
+        help="fraction of the parameters of the text encoders to remove as well (default: none)",
+    )
     parser.add_argument("--seed", type=int, help="of prompts, noise and gates")
     sampling_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -123,6 +129,7 @@ def run(options: argparse.Namespace) -> int:
         "compensated": sum(updated.values()),
         "params_dense": dense,
         "params_pruned": pruned,
+        "text_encoders": made.metadata.get("text_encoders", {}),
         "bytes": folder_bytes(out),
         "seconds": round(time.monotonic() - started, 2),
     }
@@ -140,9 +147,11 @@ def _rows(result: dict, made: "PrunePlan", updated: dict[str, bool]) -> list[tup
 
     tried = compared(made.metadata.get("orders", {}))
     units = sum(int((~keep).sum()) for keep in made.values()), sum(len(k) for k in made.values())
-    dense, pruned = result["params_dense"], result["params_pruned"]
+    encoders = result["text_encoders"]
+    encoders = result["text_encoders"]
     return [
-        ("parameters", f"{dense:,} -> {pruned:,} ({1 - pruned / dense:.1%} of the denoiser removed)"),
+        ("parameters", f"{_fewer(result)} of the denoiser removed)"),
+        *([("text encoders", f"{_fewer(encoders)} removed)")] if encoders else []),
         ("units", f"{units[0]:,} of {units[1]:,} removed ({units[0] / units[1]:.1%})"),
         ("compensated", f"{sum(updated.values())} of {len(updated)} layers that lost units"),
         *([("orders", f"{tried}: latent error, held out, repaired; the first was taken")] if tried else []),
@@ -153,12 +162,19 @@ def _rows(result: dict, made: "PrunePlan", updated: dict[str, bool]) -> list[tup
     ]
 
 
+def _fewer(facts: dict) -> str:
+    """What a part had and has, open at its end for "of" what."""
+    dense, pruned = facts["params_dense"], facts["params_pruned"]
+    return f"{dense:,} -> {pruned:,} ({1 - pruned / dense:.1%}"
+
+
 def _opened(folder: Path, options: argparse.Namespace) -> "Run":
     """A run that is given by its folder: what it was learned with cannot be asked for again."""
     from ..runs import Run
 
     asked = ("cost", "preset", "kinds", "seed", "steps", "guidance", "size", "prompts", "run")
-    given = [f"--{name}" for name in asked if getattr(options, name) is not None]
+    names = [name for name in (*asked, "text_encoders") if getattr(options, name) is not None]
+    given = [f"--{name.replace('_', '-')}" for name in names]
     if given:
         raise EcodiffError(
             f"{folder} is a run, which has its settings already; {', '.join(given)} cannot be changed. Leave "
@@ -182,6 +198,7 @@ def _open_or_create(options: argparse.Namespace, pipe) -> "Run":
     asked = {"seed": options.seed, "kinds": tuple(options.kinds) if options.kinds else None}
     asked |= {
         "cost": options.cost,
+        "text_encoders": options.text_encoders,
         "inference_steps": options.steps,
         "guidance_scale": options.guidance,
         "size": options.size,

@@ -207,13 +207,14 @@ class Calibration:
         self.memory = room(denoiser_of(pipe).device, config.memory)
         self.calls = [call for batch in record(pipe, prompts, config, folder) for call in batch]
         self._kept: dict[str, tuple[Statistics, Statistics]] = {}
+        self.text_encoders: dict[str, Calibration] = {}  # once one of them is repaired
 
     @classmethod
     def of_calls(cls, dense: nn.Module, calls: Sequence[Call], config: CompensateConfig) -> "Calibration":
         """That of any model whose calls were recorded."""
         made = cls.__new__(cls)
         made.config, made.dense, made.prompts, made.calls, made._kept = config, dense, [], list(calls), {}
-        made.memory = room(next(dense.parameters()).device, config.memory)
+        made.memory, made.text_encoders = room(next(dense.parameters()).device, config.memory), {}
         return made
 
     def prepare(self) -> None:

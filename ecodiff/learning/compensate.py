@@ -76,12 +76,15 @@ def compensate_(
     calibration = calibration or Calibration(pipe, prompts, config or CompensateConfig())
     updated = _repaired(denoiser_of(small), calibration)
     cut = [name for name in text_encoders(pipe) if plan_of(getattr(small, name))]
-    if cut:
+    if cut and not calibration.text_encoders:
         calls = encoder_calls(pipe, calibration.prompts, calibration.config)
-        for name in cut:
-            of_encoder = Calibration.of_calls(getattr(pipe, name), calls[name], calibration.config)
-            found = _repaired(getattr(small, name), of_encoder)
-            updated |= {f"{name}.{layer}": better for layer, better in found.items()}
+        calibration.text_encoders = {
+            name: Calibration.of_calls(getattr(pipe, name), made, calibration.config)
+            for name, made in calls.items()
+        }
+    for name in cut:
+        found = _repaired(getattr(small, name), calibration.text_encoders[name])
+        updated |= {f"{name}.{layer}": better for layer, better in found.items()}
     return updated
 
 

@@ -155,6 +155,12 @@ class PrunePlan(Mapping[str, Tensor]):
         return cls(keep, metadata, bases)
 
 
+def named_in(name: str) -> tuple[str, str]:
+    """The text encoder that a group or a weight is named after, "" for the denoiser; and its name there."""
+    match = _OF_ENCODER.fullmatch(name)
+    return (match.group(1), match.group(2)) if match else ("", name)
+
+
 def packed_rows(rows: Tensor, width: int) -> list:
     """Which of `width` rows there are, packed as a plan's units are: [width, base64 of the bits]."""
     bits = torch.zeros(width, dtype=torch.bool)

@@ -142,7 +142,7 @@ def _set_attributes(denoiser: nn.Module, group: PruneGroup, keep: Tensor) -> Non
 
 def _describe(denoiser: Any, plan: PrunePlan, groups: list[PruneGroup], cut: set[str]) -> None:
     """Register in the config how this model now differs from a fresh one of its class."""
-    before = _description(denoiser)
+    before = description_of(denoiser)
     description: dict[str, Any] = copy.deepcopy(before) if before else {"format": 1, "plan": {"units": {}}}
     shapes = description.setdefault("shapes", {})
     for path in sorted(cut):
@@ -181,7 +181,7 @@ def _describe(denoiser: Any, plan: PrunePlan, groups: list[PruneGroup], cut: set
     denoiser.register_to_config(ecodiff=description)
 
 
-def _description(model: nn.Module) -> dict[str, Any] | None:
+def description_of(model: nn.Module) -> dict[str, Any] | None:
     """What the config of a pruned denoiser or text encoder says of the cut."""
     config: Any = getattr(model, "config", None)
     return config.get("ecodiff") if isinstance(config, Mapping) else getattr(config, "ecodiff", None)
@@ -248,7 +248,7 @@ def _composed(first: PrunePlan, second: PrunePlan, groups: list[PruneGroup]) -> 
 
 def plan_of(denoiser: nn.Module) -> PrunePlan | None:
     """The plan that a sliced denoiser was cut by, in units of the dense model; None if dense."""
-    description = _description(denoiser)
+    description = description_of(denoiser)
     if not description:
         return None
     plan = PrunePlan.unpacked(description["plan"]["units"], description["plan"]["metadata"])
@@ -257,16 +257,6 @@ def plan_of(denoiser: nn.Module) -> PrunePlan | None:
         plan.bases[BASIS] = (basis.weight.detach().float().cpu(), basis.lift.float().cpu())
     plan.bases |= bases_of(denoiser, plan)
     return plan
-
-
-def plan_of_pipeline(pipe: DiffusionPipeline) -> PrunePlan | None:
-    """The plan that a pipeline's denoiser and text encoders were cut by; None if the denoiser is dense."""
-    plan = plan_of(denoiser_of(pipe))
-    if plan is None:
-        return None
-    cut = {n: plan_of(part) for n, part in pipe.components.items() if n.startswith("text_encoder") and part}
-    keep = {f"{n}.{group}": units for n, part in cut.items() if part for group, units in part.items()}
-    return PrunePlan({**plan, **keep}, plan.metadata, plan.bases) if keep else plan
 
 
 def shared_copy(module: nn.Module) -> Any:

@@ -3,6 +3,7 @@
 run.json              model, configuration, prompts; written once
 state.safetensors     where learning is, replaced atomically
 scores.safetensors    the ranking so far; final once all steps are done
+text_encoders.safetensors  the ranking of text encoders, if some of them is to go
 plan.safetensors      a plan that was brought, instead of a ranking
 plans/, models/       what was cut from it
 variants/             weights that compensation gave, by plan
@@ -29,6 +30,7 @@ from ..pruning.scores import Scores
 from ..storage import write_json
 
 RUN_FORMAT = "ecodiff.run.1"
+TEXT_ENCODERS = "text_encoders.safetensors"
 
 
 @dataclass
@@ -164,6 +166,10 @@ class Run:
         else:
             plan = scores.plan(units=units) if units else scores.plan(ratio=size)
         plan.metadata |= {"model": self.model}
+        if self.config.text_encoders and (self.folder / TEXT_ENCODERS).exists():
+            encoders = cut_text_encoders(Scores.load(self.folder / TEXT_ENCODERS), self.config.text_encoders)
+            facts = {name: encoders.metadata[name] for name in ("params_dense", "params_pruned")}
+            plan = PrunePlan({**plan, **encoders}, plan.metadata | {"text_encoders": facts}, plan.bases)
         if self.prompts and self.prompts != self.known.prompts("calibration"):
             plan.metadata |= {"prompts": f"{len(self.prompts)} of the person who pruned it"}
         return plan
@@ -217,6 +223,18 @@ class Run:
         """Keep why the run failed, to be shown with it."""
         with contextlib.suppress(OSError):  # the disk may be what failed; the error is raised too
             (self.folder / "ERROR").write_text(message, encoding="utf-8")
+
+
+def cut_text_encoders(scores: Scores, ratio: float) -> PrunePlan:
+    """What of text encoders stays if `ratio` of their parameters goes.
+
+    Raises:
+        BudgetError: that much is not in their heads and FFN neurons.
+    """
+    try:
+        return scores.plan(ratio=ratio)
+    except BudgetError as error:
+        raise BudgetError(f"Text encoders: {error}") from None
 
 
 def _check(run: Run) -> None:

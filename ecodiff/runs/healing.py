@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from ..errors import RunError
 from ..learning.heal import facts, heal
 from ..metrics.fidelity import compare
-from ..pipelines import denoiser_of
+from ..pruning.components import weights_of
 from ..pruning.plan import PrunePlan
 from ..pruning.slicing import variant
 from ..storage import write_json, write_tensors
@@ -83,8 +83,8 @@ def _judged(
     was, now = (compare(dense, pipe, prompts, **known.drawing())["mean"] for pipe in (before, small))
     result = {"before": was["latent_error"], "after": now["latent_error"], "steps": config.steps}
     if result["after"] < result["before"]:
-        plain = denoiser_of(variant(dense, plan)).state_dict()
-        weights = {n: w for n, w in denoiser_of(small).state_dict().items() if not w.equal(plain[n])}
+        plain = weights_of(variant(dense, plan))
+        weights = {n: w for n, w in weights_of(small).items() if not w.equal(plain[n])}
         file = kept / f"{plan.digest}.healed.safetensors"
         write_tensors(file, weights, {})
         about = result | {"facts": facts(config, was, now, len(prompts))}

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 from diffusers import DiffusionPipeline
 from filelock import FileLock, Timeout
@@ -12,8 +12,9 @@ from ..learning import distributed
 from ..learning.learn import learn
 from ..learning.state import LearnState
 from ..learning.sums import Sums
+from ..learning.text_encoders import rank_text_encoders
 from ..pruning.scores import Scores
-from .folder import Run
+from .folder import TEXT_ENCODERS, Run, cut_text_encoders
 
 SUMS = "sums.safetensors"  # of a ranking that is not finished
 SAVE_SECONDS = 2.0  # a state is saved after the first step that ends this long after the last save
@@ -91,6 +92,9 @@ def _steps(run: Run, pipe: DiffusionPipeline, device_lock, budget) -> Iterator[t
 
     try:
         raise_if_stopped()  # while it was loaded, or its first pictures were drawn
+        if first:
+            with device_lock or nullcontext():
+                _rank_text_encoders(run, pipe, raise_if_stopped if alone else None)
         steps = learn(
             pipe,
             run.prompts,
@@ -117,6 +121,16 @@ def _steps(run: Run, pipe: DiffusionPipeline, device_lock, budget) -> Iterator[t
     finally:
         if scores is not None and state is not None and first:
             _save(run, state, scores)
+
+
+def _rank_text_encoders(run: Run, pipe: DiffusionPipeline, on_prompt: Callable[[], None] | None) -> None:
+    """Rank what of the text encoders is to go too, unless that is done or nothing is to."""
+    file, ratio = run.folder / TEXT_ENCODERS, run.config.text_encoders
+    if not ratio or file.exists():
+        return
+    scores = rank_text_encoders(pipe, run.learned_on, run.config, on_prompt)
+    cut_text_encoders(scores, ratio)  # an impossible size is told now, and not after learning
+    scores.save(file)
 
 
 def _save(run: Run, state: LearnState, scores: Scores) -> None:

@@ -33,20 +33,24 @@ def cut(run: str, ratio: float) -> dict:
 
     Returns:
         {"digest", "ratio", "params_dense", "params_pruned", "bytes_dense", "bytes_pruned",
+        "text_encoders": {"params_dense", "params_pruned"}, zeros where they are left as they are,
         "units_removed", "units", "kept": {group: fraction kept}, "kinds": {group: kind of its units}}
     """
-    made = plan(run, ratio)
-    model = made.metadata["model"]
+    whole = plan(run, ratio)
+    made, model = whole.part(), whole.metadata["model"]
     _, itemsize, dense_bytes = unit_costs(model)
+    encoders = whole.metadata.get("text_encoders", {"params_dense": 0, "params_pruned": 0})
+    also = encoders["params_dense"] - encoders["params_pruned"]
     kinds = {group.name: group.kind for group in find_groups(empty_denoiser(model), ALL_KINDS)}
     dense, pruned = made.metadata["params_dense"], made.metadata["params_pruned"]
     return {
-        "digest": made.digest,
+        "digest": whole.digest,
         "ratio": 1 - pruned / dense,
         "params_dense": dense,
         "params_pruned": pruned,
         "bytes_dense": dense_bytes,
-        "bytes_pruned": dense_bytes - (dense - pruned) * itemsize,
+        "bytes_pruned": dense_bytes - (dense - pruned + also) * itemsize,
+        "text_encoders": encoders,
         "units_removed": sum(int((~keep).sum()) for keep in made.values()),
         "units": sum(len(keep) for keep in made.values()),
         "kept": {name: float(keep.float().mean()) for name, keep in made.items()},

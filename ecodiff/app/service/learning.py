@@ -40,6 +40,7 @@ def start(
     kinds: list[str] | None = None,
     prompts: list[str] | None = None,
     token: str = "",
+    text_encoders: float = 0.0,
 ) -> dict:
     """Start learning which units of a model matter. Returns the status of the new run.
 
@@ -53,10 +54,12 @@ def start(
             judge by.
         token: of the Hugging Face Hub, to fetch a gated or private model with; kept in memory for as long as
             the run is at work. Empty: this machine's own.
+        text_encoders: fraction of the parameters of its text encoders to remove as well, ranked by the
+            embeddings that they give.
     """
     known = permitted_model(model, token)
     own, heldout = set_aside(parse("\n".join(prompts))) if prompts else (None, ())
-    changes = {"kinds": tuple(kinds)} if kinds else {}
+    changes: dict = {"text_encoders": text_encoders} | ({"kinds": tuple(kinds)} if kinds else {})
     with signed_in(token):
         check_class(loading.classes(known.name)[0])
         config = known.learn_config(preset, ratio, seed=int(seed), **changes)

@@ -23,7 +23,7 @@ them, the weights that stay can take over from those that went: a closed-form up
 ## What it does not do
 - The ratio is of the denoiser's parameters. Time saved is less than that: not
   all layers are cut, and small widths do not use a GPU better.
-- Text encoders and the autoencoder are left as they are.
+- The autoencoder is left as it is, and text encoders too unless you ask for less of them.
 - Pruned models keep the base model's licence and its flaws.
 
 ## What ships with it

@@ -50,7 +50,8 @@ def build(browser: Browser) -> Tab:
     cut_out = [results[name] for name in run_panel.CUT]
     drawn = [results[name] for name in run_panel.DRAWN]
     size, compensate = results["size"], results["compensate"]
-    asked = [form[name] for name in ("model", "ratio", "preset", "seed", "kinds", "method", "prompts")]
+    boxes = ("model", "ratio", "preset", "seed", "kinds", "method", "prompts", "encoders")
+    asked = [form[name] for name in boxes]
 
     private = {"api_visibility": "private"}
     hidden = private | {"show_progress": "hidden"}
@@ -131,6 +132,14 @@ def _form() -> dict[str, gr.components.Component]:
             label="Ranking",
             info="Another published way to rank units, in one step",
         )
+        encoders = gr.Slider(
+            0,
+            60,
+            value=0,
+            step=5,
+            label="Text encoders: remove (%)",
+            info="Of their parameters, besides those of the denoiser",
+        )
         seed = seed_box()
         prompts = gr.Textbox(
             label="Your prompts",
@@ -145,7 +154,7 @@ def _form() -> dict[str, gr.components.Component]:
         gr.Markdown("A large model? On a GPU of your own it learns without a quota:")
         gr.DuplicateButton("Duplicate this Space", size="sm")
     form = {"model": model, "ratio": ratio, "gpu": gpu, "preset": preset, "kinds": kinds, "method": method}
-    return form | {"seed": seed, "prompts": prompts, "start": start}
+    return form | {"seed": seed, "prompts": prompts, "encoders": encoders, "start": start}
 
 
 def _search(model: gr.Dropdown) -> None:
@@ -237,7 +246,9 @@ def own_prompts(file):
 
 
 @told
-def begin(model, percent, preset, seed, kinds, method, prompts, runs, token: gr.OAuthToken | None = None):
+def begin(
+    model, percent, preset, seed, kinds, method, prompts, encoders, runs, token: gr.OAuthToken | None = None
+):
     """Start a run and remember its id in the browser."""
     if not kinds:
         raise gr.Error("Choose units to prune, under Advanced.", duration=8)
@@ -246,5 +257,5 @@ def begin(model, percent, preset, seed, kinds, method, prompts, runs, token: gr.
     if newest and newest["stage"] in service.ACTIVE and time.time() - newest["created"] < TWICE_SECONDS:
         return runs, newest["run"], percent
     asked = (model, percent / 100, method or preset, seed, kinds, own, secret(token))
-    made = service.start(*asked)["run"]
+    made = service.start(*asked, encoders / 100)["run"]
     return [*(runs or []), made], made, percent

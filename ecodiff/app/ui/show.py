@@ -107,6 +107,7 @@ def size(facts: dict) -> str:
                 millions(facts["params_pruned"]),
                 f"of {millions(facts['params_dense'])}, −{facts['ratio']:.1%}",
             ),
+            *_encoders(facts["text_encoders"]),
             (
                 "Weights on disk",
                 megabytes(facts["bytes_pruned"]),
@@ -119,6 +120,14 @@ def size(facts: dict) -> str:
             ),
         ]
     )
+
+
+def _encoders(facts: dict) -> list[tuple[str, str, str]]:
+    """A card for text encoders that are smaller, if they are."""
+    dense, pruned = facts["params_dense"], facts["params_pruned"]
+    if dense == pruned:
+        return []
+    return [("Text encoders", millions(pruned), f"of {millions(dense)}, −{1 - pruned / dense:.1%}")]
 
 
 def drawing(what: str) -> str:
