@@ -52,6 +52,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="instead of a ratio, the share of units of each kind to remove: heads=0.32 ffn=0.12",
     )
     parser.add_argument(
+        "--align",
+        type=int,
+        metavar="N",
+        help="widths that remain in wide layers are multiples of N (default: 64; 128 for 4-bit kernels)",
+    )
+    parser.add_argument(
         "--text-encoders",
         type=float,
         metavar="SHARE",
@@ -104,7 +110,8 @@ def run(options: argparse.Namespace) -> int:
         return 130
     if distributed.rank():
         return 0  # the first process cuts and saves
-    made = run.plan(options.ratio, dict(options.units) if options.units else None, run.config.cost)
+    shares, align = dict(options.units) if options.units else None, options.align or True
+    made = run.plan(options.ratio, shares, run.config.cost, align)
     small = variant(pipe, made)
     updated = {}
     if options.compensate:

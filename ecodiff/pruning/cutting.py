@@ -12,8 +12,10 @@ from ..errors import BudgetError
 from ..units import KINDS
 from .plan import PrunePlan
 
+WIDE = 64  # what wide layers' remaining widths are multiples of
 
-def kept(scores: Any, costs: Mapping[str, float], target: float, align: bool) -> dict[str, Tensor]:
+
+def kept(scores: Any, costs: Mapping[str, float], target: float, align: bool | int) -> dict[str, Tensor]:
     """Which units stay, bool (units,) a group, once `target` of `costs` is gone, the cheapest worth first."""
     order = [move for name in scores.values for move in moves(scores, name, costs, align)]
     order.sort(key=lambda move: move[0])
@@ -108,7 +110,7 @@ def bases(scores: Any, keep: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Te
 
 
 def moves(
-    scores: Any, name: str, costs: Mapping[str, float], align: bool
+    scores: Any, name: str, costs: Mapping[str, float], align: bool | int
 ) -> Iterator[tuple[float, str, Tensor]]:
     """Units of a group in the order in which they go: (worth per cost, name, their numbers).
 
@@ -119,7 +121,7 @@ def moves(
     setup = scores.setup(name, costs)
     ranked, order = free(scores, name, values)
     kind = KINDS[scores.kinds[name]]
-    width = (64 if len(values) >= 1024 else min(8, len(values))) if align and kind.aligned else 1
+    width = _block(len(values), align) if align and kind.aligned else 1
     left = len(order)
     first = len(values) % width
     if setup and costs[name]:  # the first block has to pay for what it makes necessary
@@ -137,7 +139,13 @@ def moves(
         yield before, name, members
 
 
-def fastest(scores: Any, latency_ms: float, measured, align: bool) -> PrunePlan:
+def _block(units: int, align: bool | int) -> int:
+    """Units that go at a time from a group of so many."""
+    wide = WIDE if align is True else align
+    return wide if units >= max(1024, wide) else min(8, units)
+
+
+def fastest(scores: Any, latency_ms: float, measured, align: bool | int) -> PrunePlan:
     """The largest plan that `measured` says takes no longer, by bisection over the ratio."""
     if measured is None:
         raise BudgetError("A budget in milliseconds needs measured=, a function that times a plan.")

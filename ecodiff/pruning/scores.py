@@ -128,7 +128,7 @@ class Scores:
         latency_ms: float | None = None,
         units: Mapping[str, float] | None = None,
         measured: Callable[[PrunePlan], float] | None = None,
-        align: bool = True,
+        align: bool | int = True,
         costs: tuple[Mapping[str, float], float] | None = None,
     ) -> PrunePlan:
         """Cut the ranking at a size, given in one of these ways.
@@ -143,7 +143,8 @@ class Scores:
             units: of each kind, the fraction of its units to remove, as EcoDiff's authors give sizes:
                 {"heads": 0.32, "ffn": 0.12}. Other kinds stay whole, and widths are not aligned.
             align: remove FFN neurons in blocks, so that the widths that remain are multiples of 64
-                where a layer has at least 1024 neurons, else of 8: what matrix units like.
+                where a layer has at least 1024 neurons, else of 8: what matrix units like. A number is
+                taken in place of 64: 128 for kernels of 4-bit weights, 256 for GGUF's K-quants.
             costs: what `ratio` counts, of one unit by group and in all; None: parameters.
 
         Raises:
@@ -151,6 +152,8 @@ class Scores:
         """
         given: dict[str, Any] = {"ratio": ratio, "params": params, "macs": macs, "bytes": bytes}
         given |= {"latency_ms": latency_ms, "units": units}
+        if not 0 <= align <= 1024:
+            raise BudgetError(f"Widths are multiples of 1 to 1024, not of {align}.")
         if sum(size is not None for size in given.values()) != 1:
             raise BudgetError(f"Give one size, one of: {', '.join(given)}.")
         if latency_ms is not None:
@@ -169,7 +172,7 @@ class Scores:
         return self._cut(ratio, self.costs, self.total, "parameters", align)
 
     def _cut(
-        self, ratio: float, costs: Mapping[str, float], total: float, unit: str, align: bool
+        self, ratio: float, costs: Mapping[str, float], total: float, unit: str, align: bool | int | int
     ) -> PrunePlan:
         """Remove units, cheapest worth per `costs` first, until `ratio` of `total` is gone."""
         if not total or set(costs) != set(self.values):

@@ -133,7 +133,11 @@ class Run:
         return PrunePlan.load(file).metadata["ratio"] if file.exists() else None
 
     def plan(
-        self, ratio: float | None = None, units: Mapping[str, float] | None = None, cost: str = "params"
+        self,
+        ratio: float | None = None,
+        units: Mapping[str, float] | None = None,
+        cost: str = "params",
+        align: bool | int = True,
     ) -> PrunePlan:
         """What stays at a size. Milliseconds: nothing is learned again.
 
@@ -142,6 +146,7 @@ class Run:
                 or the size of its plan.
             units: in place of it, of each kind the fraction of its units to remove.
             cost: what the ratio is of: "params", or of a run that counted them "macs".
+            align: as `Scores.plan` takes it.
 
         Raises:
             RunError: nothing is learned yet.
@@ -162,9 +167,9 @@ class Run:
             raise RunError("This run has no scores yet. Let it learn for a few steps first.")
         scores, size = self.scores(), self.config.ratio if ratio is None else ratio
         if cost == "macs" and not units:
-            plan = scores.plan(macs=round((1 - size) * scores.total_macs))
+            plan = scores.plan(macs=round((1 - size) * scores.total_macs), align=align)
         else:
-            plan = scores.plan(units=units) if units else scores.plan(ratio=size)
+            plan = scores.plan(units=units) if units else scores.plan(ratio=size, align=align)
         plan.metadata |= {"model": self.model}
         if self.config.text_encoders and (self.folder / TEXT_ENCODERS).exists():
             encoders = cut_text_encoders(Scores.load(self.folder / TEXT_ENCODERS), self.config.text_encoders)

@@ -119,3 +119,17 @@ def test_a_ratio_can_be_of_any_cost(scores):
     plan = scores.plan(ratio=0.25, costs=(costs, total), align=False)
     gone = sum(costs[name] * int((~keep).sum()) for name, keep in plan.items())
     assert gone / total == pytest.approx(0.25, abs=0.02)
+
+
+@pytest.mark.parametrize("align", [True, 128, 256])
+def test_wide_layers_keep_multiples_of_what_is_asked(align):
+    values = {
+        name: torch.rand(4096, generator=torch.Generator().manual_seed(n)) for n, name in enumerate("ab")
+    }
+    scores = Scores(values, dict.fromkeys("ab", "ffn"), dict.fromkeys("ab", 10), total=100_000)
+    plan = scores.plan(ratio=0.2, align=align)
+    for keep in plan.values():
+        assert int(keep.sum()) % (64 if align is True else align) == 0
+    assert abs(plan.metadata["ratio"] - 0.2) < 0.02
+    with pytest.raises(BudgetError, match="multiples"):
+        scores.plan(ratio=0.2, align=-8)
