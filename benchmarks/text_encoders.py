@@ -2,9 +2,9 @@
 
     python benchmarks/text_encoders.py
 
-Both embedded models, the denoiser dense, held-out prompts. Ranked at random, by the norm of the weights, and by
-ecodiff (the embeddings' Gauss-Newton metric, in an order that counts the repair); + is repaired, the same for
-all. Errors are those of fidelity.py. Last, 20 % of the denoiser with dense and with pruned text encoders.
+Both embedded models, the denoiser dense, held-out prompts. Ranked at random, by the norm of the weights, and
+by ecodiff (the embeddings' Gauss-Newton metric, in an order that counts the repair); + is repaired, the same
+for all. Errors are those of fidelity.py. Last, 20 % of the denoiser with dense and with pruned text encoders.
 """
 
 import argparse

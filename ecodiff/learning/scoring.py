@@ -4,7 +4,7 @@ Every method gives {group name: float32 (group.size,)}, higher is more important
 groups; `Scores.of(denoiser, values)` makes a ranking of it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -208,28 +208,45 @@ def taylor(
     gates = {g.name: torch.ones(g.size, device=denoiser.device, requires_grad=True) for g in groups}
     totals = {g.name: torch.zeros(g.size) for g in groups}
     for index, call in enumerate(calls):
-        with trajectory(pipe, checkpoint=False) as run, torch.no_grad():
-            z0 = run(**call)
-        noise = torch.randn(z0.shape, generator=stream("noise", seed, index)).to(z0)
-        steps = denoiser_calls(pipe, call)
-        times, largest = pipe.scheduler.timesteps, 0.0
-        for (args, kwargs), time in reversed(list(zip(steps, times, strict=True))):
-            noisy, target = _noised(pipe.scheduler, z0, noise, time)
-            args, kwargs = moved((args, kwargs), denoiser.device)
-            args, kwargs = _with_sample(args, kwargs, noisy)
-            with masked(denoiser, gates), trajectory(pipe, checkpoint=False):
-                output = denoiser(*args, **kwargs)
-                output = output[0] if isinstance(output, tuple) else output.sample
-                loss = (output.float() - _repeated(target, len(output))).square().mean()
-                size = float(loss.detach())
-                largest = max(largest, size)
-                if size < threshold * largest:
-                    break
-                found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
+        largest = 0.0
+        for loss in denoising_losses(pipe, call, stream("noise", seed, index), gates):
+            size = float(loss.detach())
+            largest = max(largest, size)
+            if size < threshold * largest:
+                break
+            found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
             for name, gradient in zip(gates, found, strict=True):
                 if gradient is not None:
                     totals[name] += gradient.float().cpu()
     return {name: _relative(total.abs()) for name, total in totals.items()}
+
+
+def denoising_losses(
+    pipe: DiffusionPipeline,
+    call: dict,
+    generator: torch.Generator,
+    masks: Mapping[str, Tensor] | None = None,
+    trained: Sequence[nn.Parameter] = (),
+) -> Iterator[Tensor]:
+    """The training loss at each time step of a call, the least noise first, on the dense model's own images.
+
+    Args:
+        generator: of the noise.
+        masks, trained: gates and weights that gradients flow to.
+    """
+    denoiser = denoiser_of(pipe)
+    with trajectory(pipe, checkpoint=False) as run, torch.no_grad():
+        z0 = run(**call)
+    noise = torch.randn(z0.shape, generator=generator).to(z0)
+    steps = denoiser_calls(pipe, call)
+    for (args, kwargs), time in reversed(list(zip(steps, pipe.scheduler.timesteps, strict=True))):
+        noisy, target = _noised(pipe.scheduler, z0, noise, time)
+        args, kwargs = moved((args, kwargs), denoiser.device)
+        args, kwargs = _with_sample(args, kwargs, noisy)
+        with masked(denoiser, masks or {}), trajectory(pipe, checkpoint=False, trained=trained):
+            output = denoiser(*args, **kwargs)
+            output = output[0] if isinstance(output, tuple) else output.sample
+            yield (output.float() - _repeated(target, len(output))).square().mean()
 
 
 def _noised(scheduler, z0: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,186 @@
+"""ecodiff beside other tools that remove structures: the same model, prompts, noise and parameters.
+
+    pip install torch-pruning
+    python benchmarks/peers.py [--model emoji-flux]
+
+Torch-Pruning (Fang et al. 2023, arXiv 2301.12900; its own code and defaults) scores channels by its
+GroupMagnitudeImportance and GroupTaylorImportance over the groups that ecodiff finds: its tracer does not
+follow these denoisers' heads, of which each is worth the mean of its channels. Gradients are those of the
+training loss at all time steps of dense trajectories. OBS-Diff and EcoDiff are the ports in obs_diff.py and
+`ecodiff.learning`. Twice: heads and FFN neurons only, and with every kind of unit that a tool can rank. + is
+repaired by ecodiff's compensation, the same for all (OBS-Diff brings its own).
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import obs_diff
+import torch
+from fidelity import BATCH, CALIBRATION, Recognition, draw, measure
+from torch import Tensor, nn
+
+import ecodiff
+from ecodiff import catalog
+from ecodiff.architectures import find_groups
+from ecodiff.learning.calibration import Calibration
+from ecodiff.learning.methods import METHODS
+from ecodiff.learning.scoring import denoising_losses
+from ecodiff.metrics.cost import parameters
+from ecodiff.pipelines import call_options, denoiser_of, prompt_rows, stream
+from ecodiff.pruning.scores import Scores
+from ecodiff.units import PRESET_KINDS, PUBLISHED_KINDS, PruneGroup
+
+RATIOS = (0.1, 0.2, 0.3, 0.4)
+KINDS = {"heads and FFN": PUBLISHED_KINDS, "all kinds": PRESET_KINDS}
+
+
+class Item:
+    """An entry of a group as Torch-Pruning's importances read it."""
+
+    def __init__(self, dependency, indices: list[int], roots: list[int]):
+        self.dependency, self.indices, self.root_idxs = dependency, indices, roots
+
+    def __iter__(self):
+        return iter((self.dependency, self.indices))
+
+
+def items(denoiser: nn.Module, group: PruneGroup) -> tuple[list[Item], int]:
+    """A group's layers for Torch-Pruning, and how many channels a unit has."""
+    from types import SimpleNamespace
+
+    from torch_pruning import function
+
+    width = min(slot.index.shape[1] for slot in group.slots)
+    found, roots = [], list(range(group.size * width))
+    for slot in group.slots:
+        module = denoiser.get_submodule(slot.module)
+        kind = "conv" if isinstance(module, nn.Conv2d) else "linear"
+        name = f"prune_{kind}_{'in' if slot.axis == 'in' else 'out'}_channels"
+        if isinstance(module, nn.GroupNorm):
+            name = "prune_groupnorm_out_channels"
+        if slot.bare or not isinstance(module, (nn.Linear, nn.Conv2d, nn.GroupNorm)):
+            continue
+        dependency = SimpleNamespace(target=SimpleNamespace(module=module), handler=getattr(function, name))
+        for part in slot.index.split(width, dim=1):  # values and gates, stacked
+            found.append(Item(dependency, part.flatten().tolist(), roots))
+    return found, width
+
+
+def torch_pruning(importance, pipe, groups: list[PruneGroup]) -> dict[str, Tensor]:
+    """Units by one of Torch-Pruning's importances."""
+    values = {}
+    for group in groups:
+        layers, width = items(denoiser_of(pipe), group)
+        if layers and (found := importance(layers)) is not None:
+            values[group.name] = found.detach().float().view(group.size, width).mean(1)
+    return values
+
+
+def with_gradients(pipe, calls: list[dict]) -> None:
+    """Leave the training loss's gradients on the denoiser's weights."""
+    for parameter in denoiser_of(pipe).parameters():
+        parameter.requires_grad_(True)
+    for call in calls:
+        for loss in denoising_losses(
+            pipe, call, stream("noise", 0), trained=list(denoiser_of(pipe).parameters())
+        ):
+            loss.backward()
+
+
+def plans(pipe, model: catalog.Model, kinds: tuple[str, ...], calls: list[dict]):
+    """(tool, function from a ratio to a plan) of each tool."""
+    import torch_pruning as tp
+
+    denoiser, prompts = denoiser_of(pipe), model.prompts("calibration")
+    groups = find_groups(denoiser, kinds)
+    importances = {"magnitude": tp.importance.GroupMagnitudeImportance(p=2)}
+    importances["taylor"] = tp.importance.GroupTaylorImportance()
+    for name, importance in importances.items():
+        values = torch_pruning(importance, pipe, groups)
+        yield f"Torch-Pruning, {name}", Scores.of(denoiser, values, method=name).plan
+    for parameter in denoiser.parameters():
+        parameter.grad = None
+        parameter.requires_grad_(False)
+    for name, label in (("taylor", "Diff-Pruning"), ("wanda", "Wanda")):
+        found = METHODS[name](pipe, calls, 0, prompts)
+        values = {group.name: found[group.name] for group in groups}
+        yield label, Scores.of(denoiser, values, method=name).plan
+    if kinds == PUBLISHED_KINDS:
+        scores = ecodiff.learn_masks(pipe, prompts, model.learn_config("ecodiff", 0.3))
+        yield "EcoDiff, as published", scores.plan
+    config = model.learn_config("surgeon", 0.3, **({"kinds": kinds} if kinds == PUBLISHED_KINDS else {}))
+    yield "ecodiff", ecodiff.learn_masks(pipe, prompts, config).plan
+
+
+def run(name: str, pairs: int) -> dict:
+    """{"model", "pairs", "rows": [{"kinds", "tool", "removed", "seconds", and measures}]}."""
+    model, pipe = catalog.find(name), ecodiff.load(name)
+    pipe.set_progress_bar_config(disable=True)
+    prompts, learned_on = model.prompts("heldout")[:pairs], model.prompts("calibration")
+    recognised, dense = Recognition(prompts), draw(pipe, model, prompts)
+    calibration = Calibration(pipe, learned_on, model.compensation())
+    options = call_options(pipe, model.learn_steps, model.guidance_scale, model.size, model.extra)
+    calls = [prompt_rows(learned_on, range(n, n + BATCH), 0, options) for n in range(0, CALIBRATION, BATCH)]
+    total, rows = parameters(denoiser_of(pipe)), []
+
+    def note(tool: str, words: str, small, spent: float) -> None:
+        found = measure(dense, draw(small, model, prompts), recognised)
+        removed = 1 - parameters(denoiser_of(small)) / total
+        rows.append({"kinds": words, "tool": tool, "removed": removed, "seconds": round(spent, 1), **found})
+        print(words, tool, f"{removed:.1%}", {k: round(v[0], 5) for k, v in found.items()}, flush=True)
+
+    for words, kinds in KINDS.items():
+        with_gradients(pipe, calls)
+        begun = time.perf_counter()
+        for tool, plan in plans(pipe, model, kinds, calls):
+            spent = time.perf_counter() - begun
+            for ratio in RATIOS:
+                small = ecodiff.variant(pipe, plan(ratio=ratio))
+                note(tool, words, small, spent)
+                ecodiff.compensate_(small, pipe, calibration=calibration)
+                note(f"{tool} +", words, small, spent)
+            begun = time.perf_counter()
+        if kinds == PUBLISHED_KINDS:
+            for ratio in RATIOS:
+                begun = time.perf_counter()
+                small = obs_diff.prune(pipe, calibration, ratio)
+                note("OBS-Diff +", words, small, time.perf_counter() - begun)
+    return {"model": name, "pairs": pairs, "rows": rows}
+
+
+def figure(found: dict, path: Path) -> None:
+    """Latent error against the share of parameters removed, repaired, for each choice of kinds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawing, panels = pyplot.subplots(1, len(KINDS), figsize=(11, 4.5), dpi=150, sharey=True)
+    for axes, words in zip(panels, KINDS, strict=True):
+        mine = [row for row in found["rows"] if row["kinds"] == words and row["tool"].endswith("+")]
+        for tool in dict.fromkeys(row["tool"] for row in mine):
+            rows = [row for row in mine if row["tool"] == tool]
+            x, y = [100 * row["removed"] for row in rows], [row["latent_error"][0] for row in rows]
+            axes.plot(x, y, "o-", label=tool, lw=2.5 if tool.startswith("ecodiff") else 1.2, ms=4)
+        axes.set(yscale="log", xlabel="parameters of the denoiser removed, %", title=words)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    panels[0].set_ylabel("latent error, repaired")
+    drawing.suptitle(f"{found['model']}, {found['pairs']} held-out prompts")
+    drawing.tight_layout()
+    drawing.savefig(path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="emoji-sdxl")
+    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    out = Path(__file__).with_name(f"peers-{asked.model}.json")
+    results = run(asked.model, asked.pairs)
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    figure(results, out.with_suffix(".png"))
