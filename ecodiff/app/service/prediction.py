@@ -28,13 +28,19 @@ def empty_denoiser(model: str) -> nn.Module:
 
 @cache
 def unit_costs(model: str, kinds: tuple[str, ...] = PRESET_KINDS) -> tuple[Scores, int, int]:
-    """Unit costs of a model, bytes of a weight in its files, bytes of all its weights."""
+    """Unit costs of a model, bytes of a weight in its files, bytes of all its weights (`counted`)."""
     scores = Scores.unranked(empty_denoiser(model), kinds)
     itemsize = loading.disk_dtype(model).itemsize
-    source = Path(catalog.find(model).source)
-    files = (file for file in source.rglob("*.safetensors") if file.parent.name != "example")  # no weights
-    weights = sum(file.stat().st_size for file in files)
-    return scores, itemsize, weights or scores.total * itemsize
+    known = catalog.find(model)
+    files = Path(known.source).rglob("*.safetensors")
+    weights = sum(file.stat().st_size for file in files if file.parent.name != "example")  # no weights
+    return scores, itemsize, weights or scores.total * itemsize + round(known.others_gb * 1e9)
+
+
+def counted(model: str) -> str:
+    """What a model's bytes are of: "pipeline", or where nothing is known of the rest "denoiser"."""
+    known = catalog.find(model)
+    return "pipeline" if known.others_gb or Path(known.source).exists() else "denoiser"
 
 
 def known_model(model: str) -> catalog.Model:
@@ -94,8 +100,9 @@ def predict(
         token: as `start` takes it.
 
     Returns:
-        {"params_dense", "params_pruned", "bytes_dense", "bytes_pruned", "ceiling": share of the parameters
-        that can go at most, "units": what holds those, in words, "licence", "gated",
+        {"params_dense", "params_pruned", "bytes_dense", "bytes_pruned", "bytes_of": "pipeline", or "denoiser"
+        where nothing is known of the rest, "ceiling": share of the parameters that can go at most,
+        "units": what holds those, in words, "licence", "gated",
         "supported": what the conformance suite passes of this architecture, "memory": {"draw": pruned,
         everything on the device, "learn", "streamed": with weights in main memory, "here"}, bytes: estimates,
         and what the device has, "fits": as
@@ -118,6 +125,7 @@ def predict(
         "params_pruned": scores.total - removed,
         "bytes_dense": dense_bytes,
         "bytes_pruned": dense_bytes - removed * itemsize,
+        "bytes_of": counted(known.name),
         "ceiling": scores.ceiling,
         "units": scores.kinds_in_words.replace(" or ", ", "),
         "licence": known.licence,

@@ -70,7 +70,7 @@ def _figures_of(facts: dict, removed: float) -> str:
                 f"of {millions(facts['params_dense'])}, −{removed:.0%}",
             ),
             (
-                "Download",
+                "Download" if facts["bytes_of"] == "pipeline" else "Download of the denoiser",
                 megabytes(facts["bytes_pruned"]),
                 f"predicted; dense {megabytes(facts['bytes_dense'])}",
             ),
