@@ -20,10 +20,11 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 import ecodiff
 from ecodiff.checkpoints import loading
-from ecodiff.config import CompensateConfig, HealConfig
+from ecodiff.config import CompensateConfig, HealConfig, Sampling
 from ecodiff.learning import streaming
 from ecodiff.learning.heal import heal
 from ecodiff.learning.learn import learn
+from ecodiff.learning.text_encoders import rank_text_encoders
 from ecodiff.metrics import cost
 from ecodiff.metrics.fidelity import Sample, compare, generate
 from ecodiff.pipelines import call_options, denoiser_of, prompt_rows
@@ -166,7 +167,7 @@ def elsewhere():
 
 
 def whole_job(pipe, size, extra: dict) -> None:
-    """Learn, cut, compensate, heal, draw, measure: each step on the device, in bfloat16."""
+    """Learn, cut, compensate, heal, draw, measure, text encoders too: all on the device, in bfloat16."""
     pipe = pipe.to(torch.bfloat16).to(f"{NAME}:0")
     pipe.set_progress_bar_config(disable=True)
     assert denoiser_of(pipe).device.type == NAME
@@ -175,9 +176,12 @@ def whole_job(pipe, size, extra: dict) -> None:
     ratio = Scores.unranked(denoiser_of(pipe)).ceiling / 2
     config = ecodiff.LearnConfig(ratio=ratio, warm_steps=1, steps=1, batch=2, trajectories=4, **short)
     scores = [scores for _, scores in learn(pipe, prompts, config)][-1]
-    small = ecodiff.variant(pipe, scores.plan(ratio=ratio))
+    encoders = rank_text_encoders(pipe, prompts, Sampling(**short))
+    assert all(value.isfinite().all() for value in encoders.values.values())
+    parts = {**scores.plan(ratio=ratio), **encoders.plan(ratio=encoders.ceiling / 2)}
+    small = ecodiff.variant(pipe, ecodiff.PrunePlan(parts))
     few = CompensateConfig(trajectories=4, heldout=2, batch=2, **short)
-    ecodiff.compensate_(small, pipe, prompts, few)
+    assert any("text_encoder" in layer for layer in ecodiff.compensate_(small, pipe, prompts, few))
     list(heal(small, pipe, prompts, HealConfig(steps=1, batch=2, trajectories=2, rank=2, **short)))
     found = compare(pipe, small, prompts[:1], steps=2, size=size, extra=extra)
     assert found["mean"]["latent_error"] < 10

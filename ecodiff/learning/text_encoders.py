@@ -139,6 +139,8 @@ def _sample(
             masks.enter_context(masked(encoder, gates[name]))
         total: Any = 0.0
         for e in conditioning(pipe, call):
+            if e.numel() < 2:  # of an empty prompt there may be no token
+                continue
             e = e.float()
             r = torch.randn(e.shape, generator=generator).to(e.device)
             total = total + (r * e).sum() / (e.detach().var() * e.numel()).sqrt().clamp_min(1e-12)
