@@ -24,7 +24,7 @@ from ecodiff.learning.encodings import text_encoders
 from ecodiff.learning.methods import measured_best
 from ecodiff.learning.text_encoders import rank_text_encoders
 from ecodiff.pipelines import denoiser_of, stream
-from ecodiff.pruning.plan import PrunePlan, named_in
+from ecodiff.pruning.plan import PrunePlan
 from ecodiff.pruning.scores import Scores
 
 RATIOS = (0.1, 0.2, 0.3, 0.4)
@@ -87,9 +87,8 @@ def run(name: str, pairs: int) -> dict:
     preset = measured_best(denoiser_of(pipe), "balanced")
     denoiser = ecodiff.learn_masks(pipe, learned_on, model.learn_config(preset, 0.2)).plan(ratio=0.2)
     note("denoiser 20%", denoiser)
-    both = {**denoiser, **scores.plan(ratio=0.3)}
-    assert any(named_in(group)[0] for group in both)
-    note("denoiser 20%, encoders 30%", PrunePlan(both, denoiser.metadata, denoiser.bases))
+    both = denoiser.joined(scores.plan(ratio=0.3))
+    note("denoiser 20%, encoders 30%", both)
     return found
 
 

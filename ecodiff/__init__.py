@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .learning.heal import heal
     from .learning.learn import learn_masks
     from .learning.state import LearnState
+    from .learning.text_encoders import rank_text_encoders
     from .learning.trajectory import trajectory
     from .metrics.fidelity import compare
     from .pruning.masking import masked
@@ -50,6 +51,7 @@ _HOMES = {
     "learn_masks": "learning.learn",
     "load": "checkpoints.loading",
     "masked": "pruning.masking",
+    "rank_text_encoders": "learning.text_encoders",
     "save": "checkpoints.saving",
     "save_lora": "checkpoints.lora",
     "slice_": "pruning.slicing",
@@ -75,6 +77,7 @@ __all__ = [
     "learn_masks",
     "load",
     "masked",
+    "rank_text_encoders",
     "save",
     "save_lora",
     "slice_",

@@ -6,7 +6,7 @@ backward pass through the text encoders for each prompt, and no denoiser call; o
 `surgeon` and `compensate`. Layers that nothing is read of (`checkpoints.unused`) get no gradient and stay.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -48,56 +48,65 @@ def rank_text_encoders(
         Scores over groups named "text_encoder.<group>", for `Scores.plan`; `total` counts the parameters of
         all text encoders.
 
+    Example:
+        >>> encoders = ecodiff.rank_text_encoders(pipe, prompts)
+        >>> small = ecodiff.variant(pipe, scores.plan(ratio=0.2).joined(encoders.plan(ratio=0.3)))
+
     Raises:
         UnsupportedModelError: the pipeline has no text encoders with heads or FFN neurons that are read.
     """
-    config, encoders = config or Sampling(), text_encoders(pipe)
-    groups = _groups(encoders)
-    plain, metric, layers = {}, {}, {}
-    calls: dict[str, list[Call]] = {}
-    for name, encoder in encoders.items():
-        layers[name] = readers(encoder, groups[name])
-        metric[name] = {path: torch.zeros(2 * (len(m.weight),)) for path, m in layers[name].items()}
-        plain[name] = {group.name: torch.zeros(group.size) for group in groups[name]}
-        calls[name] = []
+    config = config or Sampling()
+    encoders = {name: _Encoder(model) for name, model in text_encoders(pipe).items()}
     asked = ["", *prompts][:PROMPTS]
     for number, prompt in enumerate(asked):
         if on_prompt is not None:
             on_prompt()
         call = prompt_call(pipe, prompt, config)
         with ExitStack() as watching:
-            for name, encoder in encoders.items():
-                watching.enter_context(Recording(encoder, calls[name]))
-                watching.enter_context(Watched(layers[name], metric[name]))
-            found = _sample(pipe, encoders, groups, call, stream("probe", config.seed, number))
-        for name, squares in found.items():
-            for group, square in squares.items():
-                plain[name][group] += square / len(asked)
-    values: dict[str, Tensor] = {}
+            for encoder in encoders.values():
+                watching.enter_context(Recording(encoder.model, encoder.calls))
+                watching.enter_context(Watched(encoder.layers, encoder.metric))
+            _add_sample(pipe, list(encoders.values()), call, stream("probe", config.seed, number))
     orders: list[list[Removal]] = []
+    sizes: dict[str, int] = {}
     for name, encoder in encoders.items():
-        read = [group for group in groups[name] if plain[name][group.name].any()]
-        scaled = {path: total / len(asked) for path, total in metric[name].items()}
-        gather = partial(_gathered, encoder, calls[name])
-        for order, _ in ordered(encoder, read, readers(encoder, read), scaled, plain[name], gather):
+        for order in encoder.orders(len(asked)):
             orders.append([replace(removal, group=f"{name}.{removal.group}") for removal in order])
-        values |= {f"{name}.{group.name}": torch.empty(group.size) for group in read}
-    if not values:
+        sizes |= {f"{name}.{group.name}": group.size for group in encoder.read}
+    if not sizes:
         raise UnsupportedModelError(
             f"The text encoders of this {type(pipe).__name__} have no heads or FFN neurons that are known."
         )
-    ranked = merged(orders, {name: len(value) for name, value in values.items()})
-    return _scores(encoders, ranked)
+    return _scores({name: encoder.model for name, encoder in encoders.items()}, merged(orders, sizes))
 
 
-def _groups(encoders: Mapping[str, nn.Module]) -> dict[str, list[PruneGroup]]:
-    found = {}
-    for name, encoder in encoders.items():
+class _Encoder:
+    """A text encoder, its units, and what is summed up over prompts: squared gradients, G, calls."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
         try:
-            found[name] = find_groups(encoder, KINDS)
+            self.groups = find_groups(model, KINDS)
         except UnsupportedModelError:
-            found[name] = []
-    return found
+            self.groups = []
+        self.layers = readers(model, self.groups)
+        self.metric = {n: torch.zeros(len(m.weight), len(m.weight)) for n, m in self.layers.items()}
+        self.plain = {group.name: torch.zeros(group.size) for group in self.groups}
+        self.calls: list[Call] = []
+
+    @property
+    def read(self) -> list[PruneGroup]:
+        """Groups that the embeddings depend on."""
+        return [group for group in self.groups if self.plain[group.name].any()]
+
+    def orders(self, prompts: int) -> Iterator[list[Removal]]:
+        """In which order units go, cluster by cluster, after so many prompts."""
+        layers = readers(self.model, self.read)
+        metric = {name: self.metric[name] / prompts for name in layers}
+        plain = {group.name: self.plain[group.name] / prompts for group in self.read}
+        gather = partial(_gathered, self.model, self.calls)
+        for order, _ in ordered(self.model, self.read, layers, metric, plain, gather):
+            yield order
 
 
 def _scores(encoders: Mapping[str, nn.Module], ranked: Mapping[str, Tensor]) -> Scores:
@@ -122,21 +131,17 @@ def _scores(encoders: Mapping[str, nn.Module], ranked: Mapping[str, Tensor]) -> 
     )
 
 
-def _sample(
-    pipe: DiffusionPipeline,
-    encoders: Mapping[str, nn.Module],
-    groups: Mapping[str, list[PruneGroup]],
-    call: dict,
-    generator: torch.Generator,
-) -> dict[str, dict[str, Tensor]]:
-    """One random projection: squared gradients of r . e with respect to every gate, by encoder and group."""
-    gates = {
-        name: {g.name: torch.ones(g.size, device=_device(encoders[name]), requires_grad=True) for g in own}
-        for name, own in groups.items()
-    }
+def _add_sample(
+    pipe: DiffusionPipeline, encoders: Sequence[_Encoder], call: dict, generator: torch.Generator
+) -> None:
+    """Add one random projection: the squared gradient of r . e with respect to every gate."""
+    gates = [
+        {g.name: torch.ones(g.size, device=_device(each.model), requires_grad=True) for g in each.groups}
+        for each in encoders
+    ]
     with ExitStack() as masks:
-        for name, encoder in encoders.items():
-            masks.enter_context(masked(encoder, gates[name]))
+        for each, own in zip(encoders, gates, strict=True):
+            masks.enter_context(masked(each.model, own))
         total: Any = 0.0
         for e in conditioning(pipe, call):
             if e.numel() < 2:  # of an empty prompt there may be no token
@@ -144,16 +149,14 @@ def _sample(
             e = e.float()
             r = torch.randn(e.shape, generator=generator).to(e.device)
             total = total + (r * e).sum() / (e.detach().var() * e.numel()).sqrt().clamp_min(1e-12)
-        places = [(name, group) for name, own in gates.items() for group in own]
-        leaves = [gates[name][group] for name, group in places]
-        gradients: Iterable[Tensor | None] = [None] * len(leaves)
-        if isinstance(total, Tensor):
-            gradients = torch.autograd.grad(total, leaves, allow_unused=True)
-    found: dict[str, dict[str, Tensor]] = {name: {} for name in encoders}
-    for (name, group), leaf, gradient in zip(places, leaves, gradients, strict=True):
-        square = torch.zeros_like(leaf) if gradient is None else gradient.float().square()
-        found[name][group] = square.detach().cpu()
-    return found
+        if not isinstance(total, Tensor):
+            return
+        leaves = [gate for own in gates for gate in own.values()]
+        found = iter(torch.autograd.grad(total, leaves, allow_unused=True))
+    for each, own in zip(encoders, gates, strict=True):
+        for name in own:
+            if (gradient := next(found)) is not None:
+                each.plain[name] += gradient.float().square().cpu()
 
 
 @torch.no_grad()

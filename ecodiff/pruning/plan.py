@@ -78,6 +78,12 @@ class PrunePlan(Mapping[str, Tensor]):
         own = {name: keep for name, keep in self.items() if not _OF_ENCODER.fullmatch(name)}
         return PrunePlan(own, self.metadata, self.bases)
 
+    def joined(self, text_encoders: "PrunePlan") -> "PrunePlan":
+        """This one of a denoiser, and one of text encoders (`Scores.plan` of `rank_text_encoders`)."""
+        facts = {name: text_encoders.metadata.get(name) for name in ("params_dense", "params_pruned")}
+        about = self.metadata | {"text_encoders": facts}
+        return PrunePlan({**self, **text_encoders}, about, self.bases)
+
     def basis(self, name: str) -> tuple[Tensor, Tensor]:
         """(Z, Y) of what is kept of a group of directions."""
         if name in self.bases:

@@ -172,9 +172,8 @@ class Run:
             plan = scores.plan(units=units) if units else scores.plan(ratio=size, align=align)
         plan.metadata |= {"model": self.model}
         if self.config.text_encoders and (self.folder / TEXT_ENCODERS).exists():
-            encoders = cut_text_encoders(Scores.load(self.folder / TEXT_ENCODERS), self.config.text_encoders)
-            facts = {name: encoders.metadata[name] for name in ("params_dense", "params_pruned")}
-            plan = PrunePlan({**plan, **encoders}, plan.metadata | {"text_encoders": facts}, plan.bases)
+            encoders = Scores.load(self.folder / TEXT_ENCODERS)
+            plan = plan.joined(cut_text_encoders(encoders, self.config.text_encoders))
         if self.prompts and self.prompts != self.known.prompts("calibration"):
             plan.metadata |= {"prompts": f"{len(self.prompts)} of the person who pruned it"}
         return plan
