@@ -32,7 +32,7 @@ from ecodiff.pipelines import call_options, denoiser_of, prompt_rows, stream
 from ecodiff.pruning.scores import Scores
 from ecodiff.units import PRESET_KINDS, PUBLISHED_KINDS, PruneGroup
 
-RATIOS = (0.1, 0.2, 0.3, 0.4)
+RATIOS = (0.2, 0.4)
 KINDS = {"heads and FFN": PUBLISHED_KINDS, "all kinds": PRESET_KINDS}
 
 
