@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from ..architectures import find_groups
 from ..errors import CheckpointError, PlanError
 from ..pipelines import denoiser_name, denoiser_of
+from ..pruning.components import plan_of_pipeline
 from ..pruning.heads import parts, turned
-from ..pruning.plan import PrunePlan, named_in
-from ..pruning.slicing import kept_features, plan_of
+from ..pruning.plan import PrunePlan
+from ..pruning.slicing import kept_features
 from ..storage import check_header, reading, write_tensors
 from ..units import ALL_KINDS, PruneGroup
 from .loading import empty_denoiser
+from .lora_encoders import cut_encoders
 from .lora_names import Names, in_whole_heads, kohya, translated
 
 MAX_FILE_BYTES = 4 << 30
@@ -38,7 +40,7 @@ class LoraReport:
     cut: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)  # name: why
-    others: int = 0  # tensors of text encoders, taken over as they are
+    others: int = 0  # tensors of text encoders, cut where those are pruned
 
     def words(self) -> str:
         """One line for people."""
@@ -74,7 +76,7 @@ def translate_lora(
         >>> tensors, report = ecodiff.translate_lora("pixel-art.safetensors", small)
         >>> small.load_lora_weights(tensors)
     """
-    cut_by = plan_of(denoiser_of(pipe))
+    cut_by = plan_of_pipeline(pipe)
     plan = plan or cut_by
     if plan is None:
         raise PlanError("This pipeline is not pruned: it takes the LoRA as it is.")
@@ -134,6 +136,8 @@ def translate(
             up = up * outputs.to(up)[:, None] if layer in scattered else up[outputs]
         found[f"{path}.lora_A.weight"], found[f"{path}.lora_B.weight"] = down.contiguous(), up.contiguous()
     others = {key: value for key, value in tensors.items() if not key.startswith(name + ".")}
+    others, also = cut_encoders(others, plan)
+    report.cut += also
     report.others = len(others)
     if not found:
         raise CheckpointError("There is nothing in this LoRA for the part of the model that was pruned.")
@@ -176,17 +180,7 @@ def _read(
             for key in found:
                 if key.endswith((".lora_B.weight", ".up.weight")):
                     found[key] = found[key] * _scale(_layer(key), found[key].shape[1], alphas, settings)
-        gone = {key for key in others if _in_cut_encoder(key, plan)}
-        lost |= dict.fromkeys(map(_layer, gone), "this layer of the text encoder is pruned")
-        return own | {key: v for key, v in others.items() if key not in gone}, lost
-
-
-def _in_cut_encoder(key: str, plan: PrunePlan) -> bool:
-    """True for a tensor of a text encoder's layer that lost units."""
-    # CLIP is wrapped in a `text_model`, or not, as versions of transformers have it.
-    cut = [name.replace(".text_model.", ".") for name, keep in plan.items() if not keep.all()]
-    plain = key.replace(".text_model.", ".")
-    return any(plain.startswith(f"{name}.") for name in cut if named_in(name)[0])
+        return own | others, lost
 
 
 def _stored(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:

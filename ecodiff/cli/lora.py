@@ -29,11 +29,10 @@ def run(options: argparse.Namespace) -> int:
     """LoRAs of the dense model, cut to fit a pruned folder; one that fails does not keep the others."""
     from ..checkpoints.loading import empty_denoiser, load
     from ..checkpoints.lora import save_lora, translate_lora
-    from ..pipelines import denoiser_of
-    from ..pruning.slicing import plan_of
+    from ..pruning.components import plan_of_pipeline
 
     small = load(options.model)
-    cut_by = plan_of(denoiser_of(small))
+    cut_by = plan_of_pipeline(small)
     named = options.dense or (cut_by.metadata.get("model", "") if cut_by else "")
     dense = empty_denoiser(named) if cut_by else None
     files, results, failed = found(options.lora), [], 0

@@ -164,6 +164,42 @@ def text_encoder_layers(pipe):
                 yield f"{prefix}_text_model_{name.removeprefix('text_model.').replace('.', '_')}", module
 
 
+def test_layers_of_pruned_text_encoders_are_cut_like_them(tiny_sdxl, tmp_path):
+    """The LoRA fused into the dense text encoders, which are then cut, gives the same embeddings."""
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for prefix in ("text_encoder", "text_encoder_2"):
+        for name, module in getattr(tiny_sdxl, prefix).named_modules():
+            if name.endswith(("q_proj", "v_proj", "out_proj", "fc1", "fc2")):
+                outs, ins = module.weight.shape
+                path = f"{prefix}.text_model.{name.removeprefix('text_model.')}"
+                tensors[f"{path}.lora_A.weight"] = torch.randn(3, ins, generator=generator) / ins**0.5
+                tensors[f"{path}.lora_B.weight"] = torch.randn(outs, 3, generator=generator)
+    unet = load_file(peft_file(tiny_sdxl, tmp_path / "unet.safetensors"))
+    save_file(unet | tensors, tmp_path / "both.safetensors")
+    keep = dict(some_plan(tiny_sdxl))
+    for prefix in ("text_encoder", "text_encoder_2"):
+        for group in ecodiff.find_groups(getattr(tiny_sdxl, prefix)):
+            keep[f"{prefix}.{group.name}"] = torch.arange(group.size) >= group.size // 2
+    plan = ecodiff.PrunePlan(keep, bases=some_plan(tiny_sdxl).bases)
+
+    def embedding(pipe):
+        with torch.no_grad():
+            return pipe.encode_prompt("red apple", device="cpu", do_classifier_free_guidance=False)[0]
+
+    small = ecodiff.variant(tiny_sdxl, plan)
+    before = embedding(small)
+    translated, report = translate_lora(tmp_path / "both.safetensors", small, dense=tiny_sdxl.unet)
+    assert sum(layer.startswith("text_encoder") for layer in report.cut) == len(tensors) // 2
+    small.load_lora_weights(str(save_lora(translated, tmp_path / "small.safetensors", plan)))
+    found = embedding(small)
+    tiny_sdxl.load_lora_weights(str(tmp_path / "both.safetensors"))
+    tiny_sdxl.fuse_lora(components=["text_encoder", "text_encoder_2"])
+    tiny_sdxl.unload_lora_weights()
+    wanted = embedding(ecodiff.variant(tiny_sdxl, plan))
+    assert (wanted - before).abs().max() > 1e-2
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_alpha_counts_on_text_encoders_too(tiny_sdxl, tmp_path):
     generator, tensors = torch.Generator().manual_seed(0), {}
     for name, module in text_encoder_layers(tiny_sdxl):
