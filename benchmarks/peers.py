@@ -62,7 +62,9 @@ def items(denoiser: nn.Module, group: PruneGroup) -> tuple[list[Item], int]:
             name = "prune_groupnorm_out_channels"
         if slot.bare or not isinstance(module, (nn.Linear, nn.Conv2d, nn.GroupNorm)):
             continue
-        dependency = SimpleNamespace(target=SimpleNamespace(module=module), handler=getattr(function, name))
+        prune = getattr(function, name)
+        named = {"layer": module, "pruning_fn": prune, "handler": prune}
+        dependency = SimpleNamespace(target=SimpleNamespace(module=module), **named)
         for part in slot.index.split(width, dim=1):  # values and gates, stacked
             found.append(Item(dependency, part.flatten().tolist(), roots))
     return found, width

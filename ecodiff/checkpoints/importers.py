@@ -44,7 +44,7 @@ def import_files(files: Sequence[str | Path], denoiser: nn.Module) -> PrunePlan 
     if len(files) > 1:
         raise CheckpointError("Give one plan file (or zip), or mask files only.")
     plan = read_plan(files[0])
-    check(plan.part(), denoiser)  # text encoders are not here: what is theirs is checked when it is cut
+    check(plan.part(), denoiser)  # what is text encoders': `text_encoders.counted`
     costs = Scores.unranked(denoiser, ALL_KINDS)
     pruned = costs.total - costs.removed(plan.part())
     facts = {"ratio": round(1 - pruned / costs.total, 6), "params_dense": costs.total}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..checkpoints.importers import import_files
 from ..checkpoints.loading import empty_denoiser
+from ..checkpoints.text_encoders import counted
 from ..config import LearnConfig
 from ..pruning.plan import PrunePlan
 from .folder import Run
@@ -19,6 +20,8 @@ def import_run(folder: Path, model: str, config: LearnConfig, files: Sequence[st
     """
     found = import_files(files, empty_denoiser(model))
     facts = found.metadata | {"model": model}
+    if isinstance(found, PrunePlan) and found.text_encoders:
+        facts["text_encoders"] = counted(found, model)
     run = Run.create(folder, model, config, [], "imported")
     run.imported = True
     if isinstance(found, PrunePlan):

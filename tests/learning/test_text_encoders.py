@@ -20,7 +20,9 @@ from ecodiff.learning.text_encoders import rank_text_encoders
 from ecodiff.metrics.cost import parameters
 from ecodiff.pipelines import denoiser_calls
 from ecodiff.pruning.plan import PrunePlan
+from ecodiff.pruning.scores import Scores
 from ecodiff.runs import Run
+from ecodiff.runs.importing import import_run
 from ecodiff.runs.loop import advance
 from tests.checkpoints.test_folders import some_plan
 from tests.conftest import PIPELINES, PROMPT, latents, randomise, short
@@ -161,3 +163,21 @@ def test_a_plan_for_other_text_encoders_is_refused(tiny_sdxl):
     plan = PrunePlan({"text_encoder_3.encoder.block.0": torch.tensor([True, False])})
     with pytest.raises(PlanError, match="text_encoder_3"):
         ecodiff.variant(tiny_sdxl, plan)
+
+
+def test_a_plan_that_is_brought_is_checked_and_counted(emoji_flux, tmp_path):
+    pipe, scores = emoji_flux[:2]
+    plan = Scores.unranked(pipe.transformer).plan(ratio=0.1).joined(scores.plan(ratio=0.2))
+    wanted = plan.metadata["text_encoders"]
+    lying = PrunePlan(plan, {"text_encoders": {"params_dense": 7, "params_pruned": 1}})
+    run = import_run(
+        tmp_path / "run", "emoji-flux", LearnConfig(), [lying.save(tmp_path / "plan.safetensors")]
+    )
+    assert run.plan().metadata["text_encoders"] == wanted
+    assert run.plan().digest == plan.digest
+    other = dict(plan)
+    other["text_encoder.encoder.layers.9.mlp"] = torch.tensor([True, False])
+    file = PrunePlan(other).save(tmp_path / "other.safetensors")
+    with pytest.raises(PlanError, match="no such group"):
+        import_run(tmp_path / "other", "emoji-flux", LearnConfig(), [file])
+    assert not (tmp_path / "other").exists()
