@@ -42,7 +42,8 @@ PARTS: dict[str, list[str]] = {
     "streaming-sdxl": ["benchmarks/streaming.py", "--model", "sdxl", *RANDOM],
     "streaming-flux": ["benchmarks/streaming.py", "--model", "flux-dev", *RANDOM, "--repeats", "1"],
     "inside-heads": ["benchmarks/inside_heads.py"],
-    "ordering": ["benchmarks/ordering.py"],  # on the CPU, there too
+    "ordering": ["benchmarks/ordering.py"],
+    "ordering-cpu": ["benchmarks/ordering.py", "--device", "cpu", "--layers", "12288x3072"],
     "memory-sdxl": ["benchmarks/gpu.py", "--memory", "sdxl"],
     "memory-flux": ["benchmarks/gpu.py", "--memory", "flux-dev"],
     "quality-emoji-flux": ["benchmarks/fidelity.py", "--model", "emoji-flux", "--methods", "surgeon", "fast"],

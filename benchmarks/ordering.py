@@ -20,13 +20,13 @@ from ecodiff.units import PruneGroup, Slot, units
 BLOCKS = 5  # that are timed
 
 
-def layer(features: int, out: int) -> Consumer:
+def layer(features: int, out: int, device: str) -> Consumer:
     """A consumer of random statistics, prepared as the surgeon does."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(features + 64, features, generator=generator)
+    x = torch.randn(features + 64, features, generator=generator).to(device)
     moment = x.T @ x / len(x)
-    weight = torch.randn(out, features, generator=generator) / features**0.5
-    inverse = torch.linalg.inv(moment + 0.05 * torch.eye(features))
+    weight = torch.randn(out, features, generator=generator).to(device) / features**0.5
+    inverse = torch.linalg.inv(moment + 0.05 * torch.eye(features, device=device))
     return Consumer(weight, inverse, weight.clone(), moment, 1)  # of an identity as metric
 
 
@@ -35,10 +35,12 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--layers", nargs="+", default=["5120x1280", "12288x3072", "15360x3072"])
-    for text in parser.parse_args().layers:
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    for text in options.layers:
         features, out = map(int, text.split("x"))
         start = time.perf_counter()
-        consumer = layer(features, out)
+        consumer = layer(features, out, options.device)
         prepared = time.perf_counter() - start
         group = PruneGroup("ff", "ffn", features, (Slot("out", "in", units(features)),), ())
         candidate = Candidate(group, [(consumer, group.consumers[0].index)], 1.0, 1.0)
@@ -52,7 +54,7 @@ def main() -> None:
         found = {
             "features": features,
             "outputs": out,
-            "device": device_name(),
+            "device": device_name() if options.device == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
         }
         found |= {"prepared": round(prepared, 1), "block": round(each, 3), "all": round(each * features / 64)}

@@ -37,6 +37,7 @@ from tests.pipelines import BUILDERS
 
 NAME = "elsewhere"
 STREAMED = ("sdxl", "sd3.5", "Sana")  # pipelines that are tried larger than the device
+SURGEON = ("sdxl", "flux-dev")  # that are ranked by what the default ranks by
 MOVES = {"aten::_to_copy", "aten::copy_"}  # from one device to another
 CPU_INDEX = {"aten::index", "aten::index_put_", "aten::index_put"}  # CUDA takes indices from the CPU too
 
@@ -228,6 +229,22 @@ def offloaded(pipe, expected: Sample) -> None:
     torch.testing.assert_close(found.latents, expected.latents, rtol=1e-4, atol=1e-4)
 
 
+def surgeon_job(build, size, extra: dict) -> None:
+    """The order that counts the repair, made on the device, is that of the CPU but for rounding."""
+    pipe, found = _quiet(build()), []
+    few = {"inference_steps": 2, "size": size, "extra": extra | SHORT.get(type(pipe), {}), "batch": 2}
+    ratio = Scores.unranked(denoiser_of(pipe)).ceiling / 2
+    config = ecodiff.LearnConfig.preset("surgeon", ratio=ratio, warm_steps=1, trajectories=4, **few)
+    for where in ("cpu", f"{NAME}:0"):
+        scores = [s for _, s in learn(pipe.to(where), ["red apple", "blue whale"], config)][-1]
+        found.append(scores)
+    for name, values in found[0].values.items():
+        same = torch.stack(
+            [values.argsort().argsort().float(), found[1].values[name].argsort().argsort().float()]
+        )
+        assert len(values) < 4 or float(torch.corrcoef(same)[0, 1]) > 0.9, name
+
+
 def streamed_job(build, size, extra: dict) -> None:
     """A model that does not fit at all: the same scores, weights and images, bit for bit; little is there."""
     small = {"inference_steps": 2, "size": size, "extra": extra | SHORT.get(type(build()), {})}
@@ -275,6 +292,7 @@ def main() -> None:
     pipe = ecodiff.load("emoji-turbo", device="cpu")
     jobs["offloaded"] = partial(offloaded, pipe, generate(pipe, "red apple", 0, steps=2, size=64))
     jobs |= {f"{name} streamed": partial(streamed_job, *builders[name]) for name in STREAMED}
+    jobs |= {f"{name} surgeon": partial(surgeon_job, *builders[name]) for name in SURGEON}
     jobs |= {name: partial(row_job, row) for name, row in ROWS.items()}
     wanted, results = sys.argv[1:] or list(jobs), {}
     with elsewhere():

@@ -1,11 +1,13 @@
 """What an order of removal that counts the repair chooses from: groups of units, and what reads them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..machine import room
 from ..pruning.heads import turned
 from ..units import KINDS, PruneGroup, Slot
 from .calibration import Statistics
@@ -21,9 +23,22 @@ def solved(slot: Slot) -> bool:
     return slot.axis == "in" and slot.bare is None
 
 
+def place(model: nn.Module, layers: Sequence[Any]) -> torch.device:
+    """Where layers are ordered: on the model's device if their matrices take at most half of what is free."""
+    device = next(model.parameters()).device
+    sizes = [(layer.weight[0].numel(), len(layer.weight)) for layer in layers]
+    need = sum(4 * 4 * features * (features + out) for features, out in sizes)
+    # MPS has no float64, in which eigenvalues are found.
+    there = device.type not in ("mps", "meta") and room(device, need) == need
+    return device if there else torch.device("cpu")
+
+
 @dataclass
 class Consumer:
-    """A layer that reads units' features, as far as they are removed: weights, inverse covariance, metric."""
+    """A layer that reads units' features, as far as they are removed: weights, inverse covariance, metric.
+
+    All on one device. Indices are on the CPU, and so is what `costs` gives.
+    """
 
     weight: Tensor  # W, (out, features)
     inverse: Tensor  # P, (features, features)
@@ -32,28 +47,30 @@ class Consumer:
     each: int  # features of an input channel: the places of a convolution's kernel
 
     @classmethod
-    def of(cls, layer: Any, inputs: Statistics, metric: Tensor) -> "Consumer":
-        weight = layer.weight.detach().float().flatten(1).cpu().clone()  # it is changed here
+    def of(cls, layer: Any, inputs: Statistics, metric: Tensor, device: torch.device | str) -> "Consumer":
+        weight = layer.weight.detach().float().flatten(1).to(device).clone()  # it is changed here
         covariance, _ = inputs.covariances(centred=layer.bias is not None)
         damping = DAMPING * covariance.diagonal().mean().clamp_min(1e-12)
-        damped = covariance.cpu() + float(damping) * torch.eye(len(covariance))
+        damped = covariance.to(device) + float(damping) * torch.eye(len(covariance), device=device)
         inverse = torch.linalg.inv(damped)
-        moment = (inputs.xx / inputs.rows).cpu()
-        return cls(weight, inverse, metric @ weight, moment, layer.weight[0, 0].numel())
+        moment = (inputs.xx / inputs.rows).to(device)
+        return cls(weight, inverse, metric.to(device) @ weight, moment, layer.weight[0, 0].numel())
 
     def features(self, index: Tensor) -> Tensor:
-        """Features of input channels, (..., channels) to (..., channels * each)."""
-        return (index[..., None] * self.each + torch.arange(self.each)).flatten(-2)
+        """Features of input channels, (..., channels) to (..., channels * each), on the matrices' device."""
+        places = (index[..., None] * self.each + torch.arange(self.each)).flatten(-2)
+        return places.to(self.weight.device)
 
     def costs(self, index: Tensor) -> Tensor:
         """What removing each unit costs, (units,), of `index` (units, channels)."""
         places = self.features(index)
         if places.shape[1] == 1:
             at = places[:, 0]
-            return (self.weight[:, at] * self.metric_weight[:, at]).sum(0) / self.inverse.diagonal()[at]
+            costs = (self.weight[:, at] * self.metric_weight[:, at]).sum(0)
+            return (costs / self.inverse.diagonal()[at]).cpu()
         own = self.inverse[places[:, :, None], places[:, None, :]]
         w, gw = (m[:, places].movedim(0, 1) for m in (self.weight, self.metric_weight))
-        return (torch.linalg.inv(own) * (w.transpose(1, 2) @ gw)).sum((1, 2))
+        return (torch.linalg.inv(own) * (w.transpose(1, 2) @ gw)).sum((1, 2)).cpu()
 
     def unrepaired(self, index: Tensor) -> float:
         """What removing all units one at a time costs in sum if nothing takes over, of `index` as above."""
@@ -77,7 +94,7 @@ class Consumer:
         """Take the features of units (units, channels) away; what is left takes over."""
         at = self.features(index).flatten()
         solved = torch.linalg.solve(self.inverse[at][:, at], self.inverse[at])  # (P_SS)^-1 P_S:
-        solved[:, at] = torch.eye(len(at))
+        solved[:, at] = torch.eye(len(at), device=solved.device)
         for matrix in (self.weight, self.metric_weight, self.inverse):  # large ones, so in place
             matrix.addmm_(matrix[:, at], solved, alpha=-1)
         # What is gone is zero but for its own variance, so that nothing divides by it.

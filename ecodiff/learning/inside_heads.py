@@ -23,10 +23,11 @@ DAMPING_OF_MOMENT, DAMPING_OF_METRIC = 1e-4, 1e-3  # as fractions of their mean 
 
 def basis(group: PruneGroup, read: list[tuple[Consumer, Tensor]]) -> tuple[Tensor, Tensor]:
     """Z, (units, width), and Y^T, (units, width), of all heads."""
-    moment, metric = (torch.zeros(group.size // group.width, group.width, group.width) for _ in range(2))
+    shape, where = (group.size // group.width, group.width, group.width), read[0][0].weight.device
+    moment, metric = (torch.zeros(shape, device=where) for _ in range(2))
     for consumer, index in read:
         for features in index.T:  # heads that share values are read at several places
-            at = features.view(-1, group.width)
+            at = features.view(-1, group.width).to(where)
             moment += consumer.moment[at[:, :, None], at[:, None, :]]
             w, gw = (m[:, at].movedim(0, 1) for m in (consumer.weight, consumer.metric_weight))
             metric += w.mT @ gw
@@ -35,13 +36,14 @@ def basis(group: PruneGroup, read: list[tuple[Consumer, Tensor]]) -> tuple[Tenso
     root = values.clamp_min(1e-12 * float(values.max())).sqrt()[:, None]
     half, inverse = vectors * root @ vectors.mT, vectors / root @ vectors.mT
     _, turns = torch.linalg.eigh(half @ metric @ half)
-    return (turns.mT @ inverse).flatten(0, 1).float(), (half @ turns).mT.flatten(0, 1).float()
+    z, y = (turns.mT @ inverse).flatten(0, 1).float(), (half @ turns).mT.flatten(0, 1).float()
+    return z.cpu(), y.cpu()
 
 
 def _damped(matrices: Tensor, damping: float) -> Tensor:
     matrices = matrices.double()
     each = damping * matrices.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-20)
-    return matrices + each[:, None, None] * torch.eye(matrices.shape[1])
+    return matrices + each[:, None, None] * torch.eye(matrices.shape[1], device=matrices.device)
 
 
 @dataclass

@@ -36,7 +36,7 @@ from ..machine import room
 from ..pipelines import denoiser_calls, denoiser_of, stream
 from ..units import ALL_KINDS, PRESET_KINDS, PruneGroup
 from .calibration import Call, Statistics, seen
-from .candidates import Candidate, Consumer, solved
+from .candidates import Candidate, Consumer, place, solved
 from .directions import sampled
 from .gauss_newton import gauss_newton_sample
 from .inside_heads import Directions
@@ -126,8 +126,9 @@ def ordered(
         names = [name for cluster in turn for name in _read_by(cluster, layers)]
         inputs = gather(names)
         for cluster in turn:
+            where = place(model, [layers[name] for name in _read_by(cluster, layers)])
             consumers = {
-                name: Consumer.of(layers[name], inputs.pop(name), metric[name])
+                name: Consumer.of(layers[name], inputs.pop(name), metric[name], where)
                 for name in _read_by(cluster, layers)
                 if inputs[name].rows
             }
