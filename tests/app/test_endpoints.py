@@ -206,6 +206,34 @@ def test_the_main_job(client, tmp_path):
     assert drawn() == before, "the LoRA stayed in the pipelines"
 
 
+def test_text_encoders_are_cut_too(client, tmp_path):
+    asked = {"model": "emoji-sdxl", "ratio": 0.2, "preset": "magnitude-l2", "text_encoders": 0.3}
+    run = client.predict(**asked, api_name="/prune_start")["run"]
+    wait(client, run, "finished")
+    cut = client.predict(run, 0.2, api_name="/cut")
+    dense, pruned = (cut["text_encoders"][f"params_{which}"] for which in ("dense", "pruned"))
+    assert abs(pruned / dense - 0.7) < 0.02
+    first, again = (client.predict(run, 0.2, "red apple", 7, 4, None, api_name="/compare") for _ in range(2))
+    assert first[2]["latent_error"] == again[2]["latent_error"] > 0
+    path, file = client.predict(run, 0.2, api_name="/download")
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path)
+    small = ecodiff.load(tmp_path / file["folder"])
+    assert pruned == sum(
+        p.numel() for e in (small.text_encoder, small.text_encoder_2) for p in e.parameters()
+    )
+    brought = client.predict("emoji-sdxl", [handle_file(path)], api_name="/bring")
+    found = client.predict(brought["run"], brought["size"], api_name="/cut")
+    assert (found["digest"], found["text_encoders"]) == (cut["digest"], cut["text_encoders"])
+    too_much = client.predict(**asked | {"text_encoders": 0.9}, api_name="/prune_start")["run"]
+    for _ in range(240):
+        status = client.predict(too_much, api_name="/prune_status")
+        if status["stage"] == "failed":
+            break
+        time.sleep(0.5)
+    assert status["error"].startswith("Text encoders: At most")
+
+
 @pytest.mark.parametrize(
     ("arguments", "endpoint", "message"),
     [
