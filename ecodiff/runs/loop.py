@@ -18,6 +18,7 @@ from .folder import TEXT_ENCODERS, Run, cut_text_encoders
 
 SUMS = "sums.safetensors"  # of a ranking that is not finished
 SAVE_SECONDS = 2.0  # a state is saved after the first step that ends this long after the last save
+LOCK_SECONDS = 5.0  # a call that follows another one may come before that one has saved its state
 
 ADVICE = "The run is kept: free memory, or start a new one with a smaller batch or image size, and resume."
 
@@ -68,7 +69,7 @@ def learn_run(
         return
     run.forget_error()
     try:
-        with FileLock(run.folder / ".lock", timeout=0), memory_advice(ADVICE):
+        with FileLock(run.folder / ".lock", timeout=LOCK_SECONDS), memory_advice(ADVICE):
             yield from _steps(run, pipe, device_lock, budget)
     except Timeout:
         raise RunError(f"Another process is working on the run in {run.folder}.") from None
