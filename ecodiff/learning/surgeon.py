@@ -94,7 +94,7 @@ def surgeon(
     plain, bases = sampled(pipe, groups, calls, prompts, seed, sample, kept, metric, record)
     trajectories = sum(len(call["prompt"]) for call in calls)
     metric = {name: total / trajectories for name, total in metric.items()}
-    gather = partial(_gathered, denoiser, recorded, on_step=on_step)
+    gather = partial(gathered, denoiser, recorded, on_step=on_step)
     orders = []
     for order, found_inside in ordered(denoiser, every, layers, metric, plain, gather):
         orders.append(order)
@@ -205,8 +205,11 @@ def _recorded(pipe: DiffusionPipeline, call: dict, on_step: Callable[[], None] |
 
 
 @torch.no_grad()
-def _gathered(
-    denoiser: nn.Module, recorded: Sequence[Call], names: Sequence[str], on_step: Callable[[], None] | None
+def gathered(
+    denoiser: nn.Module,
+    recorded: Sequence[Call],
+    names: Sequence[str],
+    on_step: Callable[[], None] | None = None,
 ) -> dict[str, Statistics]:
     """Covariances of what layers read in recorded calls."""
     inputs: dict[str, Statistics] = {name: Statistics() for name in names}

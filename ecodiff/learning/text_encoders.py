@@ -23,10 +23,10 @@ from ..pipelines import stream
 from ..pruning.masking import masked
 from ..pruning.scores import Scores
 from ..units import PruneGroup
-from .calibration import Call, Statistics, seen
+from .calibration import Call
 from .conditioning import PROMPTS, Recording, conditioning, prompt_call
 from .encodings import text_encoders
-from .surgeon import Removal, Watched, merged, ordered, readers
+from .surgeon import Removal, Watched, gathered, merged, ordered, readers
 
 KINDS = ("heads", "ffn")
 
@@ -104,7 +104,7 @@ class _Encoder:
         layers = readers(self.model, self.read)
         metric = {name: self.metric[name] / prompts for name in layers}
         plain = {group.name: self.plain[group.name] / prompts for group in self.read}
-        gather = partial(_gathered, self.model, self.calls)
+        gather = partial(gathered, self.model, self.calls)
         for order, _ in ordered(self.model, self.read, layers, metric, plain, gather):
             yield order
 
@@ -157,15 +157,6 @@ def _add_sample(
         for name in own:
             if (gradient := next(found)) is not None:
                 each.plain[name] += gradient.float().square().cpu()
-
-
-@torch.no_grad()
-def _gathered(encoder: nn.Module, calls: Sequence[Call], names: Sequence[str]) -> dict[str, Statistics]:
-    inputs = {name: Statistics() for name in names}
-    for call in calls if names else ():
-        for name, (x, y) in seen(encoder, call, list(names)).items():
-            inputs[name].add(y[:, :0], x)
-    return inputs
 
 
 def _device(encoder: nn.Module) -> torch.device:

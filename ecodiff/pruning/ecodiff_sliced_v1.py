@@ -1,9 +1,9 @@
 """Opens diffusion models that ecodiff pruned, where ecodiff itself is not installed.
 
 This file travels inside every pruned pipeline folder, next to the weights, so that plain
-`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` works. It needs torch and
-diffusers only. `Sliced<Any diffusers model>` is made on demand: an ordinary diffusers model whose
-config has one more entry, "ecodiff", which says by which shapes and attributes the pruned model
+`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` works. It needs torch,
+diffusers and transformers only. `Sliced<Any diffusers model>` (or text encoder of transformers) is
+made on demand: an ordinary model whose config has one more entry, "ecodiff", which says by which shapes and attributes the pruned model
 differs from a fresh one. Nothing else is done: no network, no files but this one.
 """
 
