@@ -3,8 +3,8 @@
 This file travels inside every pruned pipeline folder, next to the weights, so that plain
 `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` works. It needs torch,
 diffusers and transformers only. `Sliced<Any diffusers model>` (or text encoder of transformers) is
-made on demand: an ordinary model whose config has one more entry, "ecodiff", which says by which shapes and attributes the pruned model
-differs from a fresh one. Nothing else is done: no network, no files but this one.
+made on demand: an ordinary model whose config has one more entry, "ecodiff", which says by which
+shapes and attributes the pruned model differs from a fresh one. Nothing else is done: no network, no files but this one.
 """
 
 import base64
