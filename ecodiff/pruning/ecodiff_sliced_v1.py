@@ -4,7 +4,8 @@ This file travels inside every pruned pipeline folder, next to the weights, so t
 `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` works. It needs torch,
 diffusers and transformers only. `Sliced<Any diffusers model>` (or text encoder of transformers) is
 made on demand: an ordinary model whose config has one more entry, "ecodiff", which says by which
-shapes and attributes the pruned model differs from a fresh one. Nothing else is done: no network, no files but this one.
+shapes and attributes the pruned model differs from a fresh one. Nothing else is
+done: no network, no files but this one.
 """
 
 import base64
