@@ -1,6 +1,5 @@
 """Export with the denoiser's weights in 8-bit integers, by torchao: half of 16 bits, opened by diffusers."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..errors import CheckpointError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from ..pipelines import denoiser_name, denoiser_of
 from ..pruning.components import plan_of_pipeline
 from .card import model_card
@@ -28,7 +27,11 @@ def emptied(denoiser: nn.Module) -> list[str]:
     return [name for name, m in named if isinstance(m, nn.Linear) and not m.weight.numel()]
 
 
-@format("int8", "a diffusers folder with the denoiser in 8-bit integers (torchao): half the size of 16 bits")
+@format(
+    "int8",
+    "a diffusers folder with the denoiser in 8-bit integers (torchao): half the size of 16 bits",
+    "torchao",
+)
 def save_int8(
     pipe: DiffusionPipeline, out: str | Path, dtype: torch.dtype | None = None, card: str = ""
 ) -> Path:
@@ -38,12 +41,8 @@ def save_int8(
         dtype: not used: what is not quantised is bfloat16.
 
     Raises:
-        CheckpointError: torchao is not installed; and as `checkpoints.saving.save`.
+        CheckpointError: as `checkpoints.saving.save`.
     """
-    if not find_spec("torchao"):
-        raise CheckpointError(
-            "The int8 format is made by torchao, which is not installed: pip install torchao."
-        )
     from diffusers import TorchAoConfig
     from torchao.quantization import Int8WeightOnlyConfig
 

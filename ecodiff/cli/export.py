@@ -12,10 +12,12 @@ ALIASES = ("fill",)
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument("model", help="a pruned folder")
-    names = "comfyui, dense (default), diffusers, fp8 or int8"
+    names = "comfyui, dense (default), diffusers, fp8, gguf-q8_0, gguf-q5_0, gguf-q4_0 or int8"
     parser.add_argument("--format", default="dense", metavar="NAME", help=names)
     lean_argument(parser)
-    parser.add_argument("--out", required=True, metavar="PATH", help="a new folder, or a .safetensors file")
+    parser.add_argument(
+        "--out", required=True, metavar="PATH", help="a new folder, or a .safetensors or .gguf file"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

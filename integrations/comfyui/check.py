@@ -1,5 +1,8 @@
 """Pruned models in the real ComfyUI against diffusers: `python integrations/comfyui/check.py COMFYUI`.
 
+With `--gguf COMFYUI_GGUF`, the folder of ComfyUI-GGUF, quantised ones are loaded too, and compared with the
+same file's values in full precision.
+
 Needs what ComfyUI needs (torchvision, torchaudio, av, ... are replaced by nothing where they are missing: a
 denoiser does not use them). Prints, for every model and size, the largest difference of one denoiser call
 and of the latents that ComfyUI's sampler gives, relative to the largest value; and memory and time beside
@@ -18,10 +21,12 @@ import types
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import ecodiff
 from ecodiff.checkpoints.comfyui import save_comfyui
+from ecodiff.checkpoints.gguf import KINDS, save_gguf
 from ecodiff.checkpoints.lora import save_lora, translate_lora
 from ecodiff.pipelines import denoiser_calls, denoiser_name, denoiser_of, prompt_rows
 from ecodiff.pruning.scores import Scores
@@ -167,12 +172,22 @@ def _unpacked(small, output: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _call(small, model) -> float:
-    rows = prompt_rows(["red apple", "cat face"], range(2), 0, {"num_inference_steps": 2})
-    args, kwargs = denoiser_calls(small, rows, limit=1)[0]
+    args, kwargs = _recorded(small)
     theirs = _unpacked(small, denoiser_of(small)(*args, **kwargs | {"return_dict": False})[0])
+    return float((theirs - _output(small, model)).abs().max() / theirs.abs().max())
+
+
+def _recorded(small) -> tuple:
+    rows = prompt_rows(["red apple", "cat face"], range(2), 0, {"num_inference_steps": 2})
+    return denoiser_calls(small, rows, limit=1)[0]
+
+
+@torch.no_grad()
+def _output(small, model) -> torch.Tensor:
+    """What ComfyUI's model makes of a call of diffusers'."""
+    args, kwargs = _recorded(small)
     given, named = _arguments(small, kwargs, args)
-    ours = model(*given, **named)
-    return float((theirs - ours).abs().max() / theirs.abs().max())
+    return model(*given, **named)
 
 
 @torch.no_grad()
@@ -253,13 +268,52 @@ def _unet(denoiser, x, timestep, context, y):
         denoiser.add_time_proj = original
 
 
+def gguf_nodes(folder: Path) -> None:
+    """Load ComfyUI-GGUF as ComfyUI loads it."""
+    import nodes
+
+    spec = importlib.util.spec_from_file_location(
+        "comfyui_gguf", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    sys.modules["comfyui_gguf"] = module
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    nodes.NODE_CLASS_MAPPINGS.update(module.NODE_CLASS_MAPPINGS)
+
+
+def compare_quantised(nodes, name: str, ratio: float, kind: str, folder: Path) -> dict:
+    """Largest relative difference of one call to the same values in full precision; the file's size."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    small = pruned(ecodiff.load(name), ratio)
+    plain = save_comfyui(small, folder / f"{name}-{ratio}-{kind}.safetensors")
+    file = save_gguf(small, folder / f"{name}-{ratio}-{kind}.gguf", kind=kind)
+    with safe_open(plain, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(plain)
+    for entry in GGUFReader(file).tensors:
+        values = torch.from_numpy(dequantize(entry.data, entry.tensor_type).copy())
+        tensors[entry.name] = values.reshape(tensors[entry.name].shape)
+    save_file(tensors, folder / "values.safetensors", metadata)
+    outputs = []
+    for path in (file, folder / "values.safetensors"):
+        model = nodes.load(str(path)).model.diffusion_model
+        outputs.append(_output(small, model))
+    difference = float((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max())
+    return {"call": difference, "bytes": file.stat().st_size / plain.stat().st_size}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("comfyui", type=Path)
     parser.add_argument("--models", nargs="+", default=["emoji-sdxl", "emoji-flux"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.4, 0.8])
+    parser.add_argument("--gguf", type=Path, help="the folder of ComfyUI-GGUF")
     options = parser.parse_args()
     nodes = start(options.comfyui)
+    if options.gguf:
+        gguf_nodes(options.gguf)
     with tempfile.TemporaryDirectory() as folder:
         for name in options.models:
             for ratio in options.ratios:
@@ -271,6 +325,10 @@ def main() -> None:
                     f"{time.monotonic() - begun:.0f} s",
                     flush=True,
                 )
+                for kind in KINDS if options.gguf else ():
+                    found = compare_quantised(nodes, name, ratio, kind, Path(folder))
+                    words = {what: f"{value:.1e}" for what, value in found.items()}
+                    print(json.dumps({"model": name, "ratio": ratio, "kind": kind} | words), flush=True)
 
 
 if __name__ == "__main__":

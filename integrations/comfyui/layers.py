@@ -23,14 +23,14 @@ def shaped(operations: type, norm_groups: int = 32) -> type:
     class Linear(operations.Linear):
         def _load_from_state_dict(self, state_dict, prefix, *args):
             _take_shapes(self, state_dict, prefix)
-            self.out_features, self.in_features = self.weight.shape
             super()._load_from_state_dict(state_dict, prefix, *args)
+            self.out_features, self.in_features = self.weight.shape  # quantised ones come into being here
 
     class Conv2d(operations.Conv2d):
         def _load_from_state_dict(self, state_dict, prefix, *args):
             _take_shapes(self, state_dict, prefix)
-            self.out_channels, self.in_channels = self.weight.shape[:2]
             super()._load_from_state_dict(state_dict, prefix, *args)
+            self.out_channels, self.in_channels = self.weight.shape[:2]
 
     class GroupNorm(operations.GroupNorm):
         def __init__(self, num_groups, num_channels, *args, **kwargs):
@@ -51,7 +51,7 @@ def _take_shapes(module: nn.Module, state_dict: dict, prefix: str) -> None:
         new = state_dict.get(prefix + name)
         if old is None or new is None or new.shape == old.shape:
             continue
-        if new.ndim != old.ndim or any(n > o for n, o in zip(new.shape, old.shape, strict=True)):
+        if len(new.shape) != old.ndim or any(n > o for n, o in zip(new.shape, old.shape, strict=True)):
             raise ValueError(f"{prefix}{name} is {tuple(new.shape)}, and {tuple(old.shape)} when dense.")
         setattr(module, name, nn.Parameter(old.new_empty(new.shape), requires_grad=old.requires_grad))
 
@@ -128,6 +128,7 @@ def project(model: nn.Module, operations: type, features: int, rank: int, dtype,
         if path.endswith((".lin", "adaLN_modulation.1")):
             module.basis = (basis,)  # not a child of each: it is loaded once
             module.__class__ = _projected(type(module))
-            shape = (module.weight.shape[0], rank)
-            module.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
             module.in_features = rank
+            if module.weight is not None:  # of quantised layers it comes with its file
+                empty = torch.empty(module.out_features, rank, dtype=dtype, device=device)
+                module.weight = nn.Parameter(empty, requires_grad=False)

@@ -1,7 +1,11 @@
-"""The node: loads a model that ecodiff exported (`python -m ecodiff export SMALL --format comfyui`)."""
+"""The node: loads a model that ecodiff exported (`python -m ecodiff export SMALL --format comfyui`, or
+`gguf-q8_0`, `gguf-q5_0`, `gguf-q4_0`: those are read by ComfyUI-GGUF, which must be installed beside it).
+"""
 
 import json
 import logging
+import sys
+from functools import partial
 
 import comfy.model_management
 import comfy.model_patcher
@@ -9,10 +13,12 @@ import comfy.ops
 import comfy.supported_models
 import comfy.utils
 import folder_paths
+import torch
 
 from .layers import BASIS, fit, project, shaped
 
 HEADER = "ecodiff_comfyui"
+FOLDERS = ("diffusion_models", "unet_gguf")  # of folder_paths
 KNOWN = ("SD15", "SDXL", "Flux", "FluxSchnell")  # of comfy.supported_models
 
 
@@ -28,9 +34,32 @@ def described(metadata: dict | None, file: str) -> dict:
     return about
 
 
+def gguf_nodes():
+    """ComfyUI-GGUF's module of nodes. Raises ValueError if it is not installed."""
+    import nodes
+
+    loader = nodes.NODE_CLASS_MAPPINGS.get("UnetLoaderGGUF")
+    if loader is None:
+        raise ValueError("GGUF is read by ComfyUI-GGUF: install it (github.com/city96/ComfyUI-GGUF).")
+    return sys.modules[loader.__module__]
+
+
+def read_gguf(file: str) -> tuple[dict, dict]:
+    """(tensors as ComfyUI-GGUF keeps them, metadata) of a GGUF file."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).get_field(HEADER)
+    metadata = {HEADER: str(field.parts[field.data[-1]], encoding="utf-8")} if field else {}
+    empty = json.loads(metadata.get(HEADER, "{}")).get("empty", {})
+    none_left = {name: torch.zeros(shape) for name, shape in empty.items()}  # layers without any unit
+    return gguf_nodes().gguf_sd_loader(file) | none_left, metadata
+
+
 def load(file: str):
     """A pruned diffusion model as a ModelPatcher, as ComfyUI's own loaders give it."""
-    tensors, metadata = comfy.utils.load_torch_file(file, return_metadata=True)
+    quantised = file.endswith(".gguf")
+    read = read_gguf if quantised else partial(comfy.utils.load_torch_file, return_metadata=True)
+    tensors, metadata = read(file)
     about = described(metadata, file)
     config = getattr(comfy.supported_models, about["model"])(dict(about["config"]))
 
@@ -41,7 +70,8 @@ def load(file: str):
     dtype = management.unet_dtype(model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
     cast = management.unet_manual_cast(dtype, device, supported)
     config.set_inference_dtype(dtype, cast)
-    operations = shaped(comfy.ops.pick_operations(dtype, cast), about.get("norm_groups", 32))
+    layers = gguf_nodes().GGMLOps if quantised else comfy.ops.pick_operations(dtype, cast)
+    operations = shaped(layers, about.get("norm_groups", 32))
     config.custom_operations = operations
 
     model = config.get_model(tensors, "")
@@ -54,7 +84,8 @@ def load(file: str):
     fit(model.diffusion_model, about["heads"])
     logging.info("ecodiff: %s, %.2f G parameters", about["model"], parameters / 1e9)
     offload = management.unet_offload_device()
-    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+    patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+    return gguf_nodes().GGUFModelPatcher.clone(patcher) if quantised else patcher
 
 
 class LoadPruned:
@@ -71,10 +102,14 @@ class LoadPruned:
 
     @classmethod
     def INPUT_TYPES(cls):  # noqa: N802 - ComfyUI's name
-        return {"required": {"unet_name": (folder_paths.get_filename_list("diffusion_models"),)}}
+        # ComfyUI-GGUF lists its files under a name of its own.
+        keys = [key for key in FOLDERS if key in folder_paths.folder_names_and_paths]
+        names = [name for key in keys for name in folder_paths.get_filename_list(key)]
+        return {"required": {"unet_name": (names,)}}
 
     def load(self, unet_name):
-        return (load(folder_paths.get_full_path_or_raise("diffusion_models", unet_name)),)
+        key = FOLDERS[unet_name.endswith(".gguf")]
+        return (load(folder_paths.get_full_path_or_raise(key, unet_name)),)
 
 
 NODE_CLASS_MAPPINGS = {"EcodiffLoadPruned": LoadPruned}

@@ -6,6 +6,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 import ecodiff
+from ecodiff.app.service import prediction
 from ecodiff.checkpoints import formats
 from ecodiff.checkpoints.saving import folder_bytes
 from ecodiff.errors import CheckpointError, PlanError
@@ -79,7 +80,10 @@ def test_int8_is_opened_by_diffusers_in_half_the_bytes(model, tmp_path):
         formats.find_format("int8").write(small, tmp_path)
 
 
-def test_int8_without_torchao_says_what_to_install(tiny_sdxl, tmp_path, monkeypatch):
-    monkeypatch.setattr("ecodiff.checkpoints.int8.find_spec", lambda name: None)
-    with pytest.raises(CheckpointError, match="pip install torchao"):
-        formats.find_format("int8").write(ecodiff.variant(tiny_sdxl, some_plan(tiny_sdxl)), tmp_path / "out")
+def test_what_is_not_installed_is_not_offered(monkeypatch):
+    monkeypatch.setattr("ecodiff.checkpoints.export.find_spec", lambda name: None)
+    offered = [name for _, name in prediction.formats()]
+    assert "comfyui" in offered and not {"int8", "gguf-q4_0"} & set(offered)
+    for name, package in {"int8": "torchao", "gguf-q4_0": "gguf"}.items():
+        with pytest.raises(CheckpointError, match=f"pip install {package}"):
+            formats.find_format(name)

@@ -159,8 +159,8 @@ def methods() -> list[tuple[str, str]]:
 
 
 def formats() -> list[tuple[str, str]]:
-    """Ways to export: (what it is, its name), as `export` takes."""
-    return [(f"{entry.name}: {entry.words}", entry.name) for entry in FORMATS.values()]
+    """Ways to export that are installed here: (what it is, its name), as `export` takes."""
+    return [(f"{entry.name}: {entry.words}", entry.name) for entry in FORMATS.values() if entry.here]
 
 
 def default_preset(model: str) -> str:
