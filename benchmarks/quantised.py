@@ -1,13 +1,14 @@
-"""Pruned, quantised, and both: size and error of the same weights; and what learning on rounded weights costs.
+"""Pruned, quantised, and both: size and error; and what learning on rounded weights costs.
 
     pip install gguf
     python benchmarks/quantised.py
 
-First, the dense denoiser and 20 and 40 % smaller ones (the model's default preset, repaired), in 16 bits and in
-the blocks of llama.cpp that `export --format gguf-...` writes. Bytes are those of the denoiser's weights in such
-a file. Then units ranked on a dense model whose weights were rounded to int8 (a scale a row), float8 or Q4_0:
-Spearman's correlation with the ranking on full weights (groups that rank the same units in both), and the error
-of its plan at 20 %, cut from the full weights and repaired. Prompts, noise and errors are those of fidelity.py.
+First, the dense denoiser and 20 and 40 % smaller ones (the model's default preset, repaired), in 16 bits and
+in the blocks of llama.cpp that `export --format gguf-...` writes. Bytes: those of the denoiser's weights in
+such a file. Then units ranked on a dense model whose weights were rounded to int8 (a scale a row), float8 or
+Q4_0: Spearman's correlation with the ranking on full weights (groups that rank the same units in both), and
+the error of its plan at 20 %, cut from the full weights and repaired. Prompts, noise and errors are those of
+fidelity.py.
 """
 
 import argparse
