@@ -26,7 +26,8 @@ from ..units import PruneGroup
 from .calibration import Call
 from .conditioning import PROMPTS, Recording, conditioning, prompt_call
 from .encodings import text_encoders
-from .surgeon import Removal, Watched, gathered, merged, ordered, readers
+from .removal import Removal, merged
+from .surgeon import Watched, gathered, ordered, readers
 
 KINDS = ("heads", "ffn")
 
