@@ -13,34 +13,55 @@ from ..config import CompensateConfig
 from ..errors import exhausted
 from ..pruning.plan import PrunePlan
 from ..pruning.slicing import variant
-from .calibration import Calibration
+from .calibration import Calibration, missing, record
 from .compensate import compensate_
 from .objective import Objective
+from .progress import Progress
 from .trajectory import trajectory
 
 BATCHES = 4  # of held-out trajectories
 REPAIR, CHECK = 24, 4  # trajectories that weights are repaired by, and of them those that only check
 
 
-def measured(objective: Objective, plans: Mapping[str, PrunePlan]) -> dict[str, float]:
+def measured(
+    objective: Objective, plans: Mapping[str, PrunePlan], kept: Progress | None = None
+) -> dict[str, float]:
     """{order: latent error of its plan, repaired}; nothing if there is no memory for a pruned model too.
 
     The geometric mean over trajectories of ||z_0 - z_0'||^2 over the dense latents' variance: one trajectory
     that turns off into another image outweighs all others in a plain mean.
+
+    Args:
+        kept: where recorded calls and errors of batches are kept.
+
+    Raises:
+        Paused: the time of this call is up.
     """
+    kept = kept or Progress()
     config, pipe = objective.config, objective.pipe
     sampling = {n: getattr(config, n) for n in ("inference_steps", "guidance_scale", "size", "extra", "seed")}
     repair = CompensateConfig(trajectories=REPAIR, heldout=CHECK, batch=config.batch, **sampling)
     batches = range(config.warm_steps, config.warm_steps + BATCHES)
     try:
-        calibration = Calibration(pipe, objective.prompts, repair)
-        errors = {}
+        folder = kept.folder / "repair" if kept.folder and kept.pauses else None
+        for rows in missing(repair, folder):
+            for _ in record(pipe, objective.prompts, repair, folder, objective.count, [rows]):
+                pass
+            kept.pause()
+        calibration, errors = None, {}
         for name, plan in plans.items():
-            small = variant(pipe, plan)
-            compensate_(small, pipe, calibration=calibration)
-            with trajectory(small, False, objective.count) as run, torch.no_grad():
-                logs = [_log_errors(objective, batch, run(**objective.call(batch))) for batch in batches]
-            errors[name] = float(torch.cat(logs).mean().exp())
+            done, part = kept.load(f"error-{name}")
+            logs = part.get("logs", torch.empty(0))
+            if done < BATCHES:
+                calibration = calibration or Calibration(pipe, objective.prompts, repair, folder)
+                small = variant(pipe, plan)
+                compensate_(small, pipe, calibration=calibration)
+                with trajectory(small, False, objective.count) as run, torch.no_grad():
+                    for number, batch in enumerate(batches[done:], done + 1):
+                        z0 = run(**objective.call(batch))
+                        logs = torch.cat([logs, _log_errors(objective, batch, z0)])
+                        kept.keep(f"error-{name}", {"logs": logs}, number)
+            errors[name] = float(logs.mean().exp())
         return errors
     except (RuntimeError, MemoryError) as error:
         if not exhausted(error):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..pipelines import denoiser_calls, denoiser_of, prompt_rows, stream
 from ..units import PruneGroup
 from .calibration import Call, seen
-from .sums import Sums
+from .progress import SUMS, Progress
 
 DAMPING = 0.1  # of M, as a fraction of its mean diagonal
 PROMPTS = 1024  # that C is gathered over
@@ -94,28 +94,31 @@ def sampled(
     prompts: Sequence[str],
     seed: int,
     sample: Callable[[int, dict], Mapping[str, Tensor]],
-    kept: Sums | None = None,
+    kept: Progress | None = None,
     more: Mapping[str, Tensor] | None = None,
-    again: Callable[[dict], None] | None = None,
+    again: Callable[[int, dict], None] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
     """Mean squared gradients of all gates, and of groups of directions (Z, Y) and costs in their place.
 
     Args:
         prompts: what directions are found from; none: they are the features themselves.
         sample: (number, call) to the squared gradients of one batch, by a backward pass under gates.
-        kept: where sums are kept between batches, and where they go on.
+        kept: where sums are kept between batches, then bases, and where they go on.
         more: other sums that `sample` adds to.
-        again: called in place of `sample` with the call of a batch that was kept.
+        again: called in place of `sample` with number and call of a batch that was kept.
+
+    Raises:
+        Paused: the time of this call is up.
     """
     shared = {g.name: Gradients(denoiser_of(pipe), g) for g in groups if g.activations and prompts}
     costs = {group.name: torch.zeros(group.size) for group in groups}
-    kept = kept or Sums()
+    kept = kept or Progress()
     sums = partial(_sums, costs, shared, more or {})
     done = _restored(kept, sums(), shared)
     for index, call in enumerate(calls):
         if index < done:
             if again is not None:
-                again(call)
+                again(index, call)
             continue
         with ExitStack() as watching:
             for watch in shared.values():
@@ -127,9 +130,13 @@ def sampled(
     trajectories, bases = sum(len(call["prompt"]) for call in calls), {}
     for group in groups:
         if (seen_of := shared.get(group.name)) is not None:
-            moment = second_moment(pipe, group, prompts, calls[0], seed)
-            z, y, each = basis(moment, seen_of.metric / trajectories)
-            bases[group.name], costs[group.name] = (z, y), each * seen_of.coherence(z, y, each)
+            _, found = kept.load(f"basis-{group.name}")
+            if not found:
+                moment = second_moment(pipe, group, prompts, calls[0], seed)
+                z, y, each = basis(moment, seen_of.metric / trajectories)
+                found = {"z": z, "y": y, "costs": each * seen_of.coherence(z, y, each)}
+                kept.keep(f"basis-{group.name}", found)
+            bases[group.name], costs[group.name] = (found["z"], found["y"]), found["costs"]
     return costs, bases
 
 
@@ -145,12 +152,12 @@ def _sums(
     return found
 
 
-def _restored(kept: Sums, sums: Mapping[str, Tensor], shared: Mapping[str, Gradients]) -> int:
+def _restored(kept: Progress, sums: Mapping[str, Tensor], shared: Mapping[str, Gradients]) -> int:
     """Let sums that begin now go on from those that were kept; of how many batches those are.
 
     Sums of another version of ecodiff, with other names or shapes, are left alone.
     """
-    done, found = kept.load()
+    done, found = kept.load(SUMS)
     if any(name not in found or found[name].shape != total.shape for name, total in sums.items()):
         return 0
     for name, total in sums.items():

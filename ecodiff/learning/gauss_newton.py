@@ -12,8 +12,8 @@ from ..pruning.masking import masked
 from ..units import PRESET_KINDS, PruneGroup
 from .checkpointing import Keep
 from .directions import sampled
+from .progress import Progress
 from .scoring import Values, method
-from .sums import Sums
 from .trajectory import trajectory
 
 
@@ -32,7 +32,7 @@ def gauss_newton(
     prompts: Sequence[str] = (),
     on_step: Callable[[], None] | None = None,
     kinds: Sequence[str] = (*PRESET_KINDS, "modulation_directions"),
-    kept: Sums | None = None,
+    kept: Progress | None = None,
 ) -> Values:
     """Diagonal of the Gauss-Newton matrix of the objective, per parameter that a unit holds.
 
@@ -46,7 +46,7 @@ def gauss_newton(
         prompts: what directions are found from; none: they are the features themselves.
         on_step: called before every denoiser call; raise in it to stop.
         kinds: of units that may go.
-        kept: where sums over batches are kept.
+        kept: where what was done is kept.
     """
     groups = [group for group in find_groups(denoiser_of(pipe), kinds) if not group.inside]
 

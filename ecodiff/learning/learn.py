@@ -33,9 +33,9 @@ from .gauss_newton import gauss_newton_sample
 from .memory import Retry
 from .methods import METHODS
 from .objective import Objective
+from .progress import Progress
 from .scoring import Values
 from .state import LearnState
-from .sums import Sums
 from .trajectory import trajectory
 
 ERROR_OF = "error of "  # in a row of the history, before the name of an order that was measured
@@ -54,7 +54,7 @@ def learn(
     on_step: Callable[[], None] | None = None,
     on_plan: Callable[[str], None] | None = None,
     device_lock: AbstractContextManager | None = None,
-    kept: Sums | None = None,
+    kept: Progress | None = None,
 ) -> Iterator[tuple[LearnState, Scores]]:
     """Learn masks, yielding the state after each step and the scores that it amounts to.
 
@@ -66,12 +66,13 @@ def learn(
             the run.
         on_plan: told what is kept in memory and what computed again, whenever that changes.
         device_lock: held during each step, so that others can use the pipeline between them.
-        kept: of this run; where a method that ranks in one step keeps its sums over batches.
+        kept: of this run; where a method that ranks in one step keeps what it has done.
 
     Raises:
         BudgetError: the ratio is out of the model's range, or there are no prompts.
         CheckpointError: `state` belongs to another model.
         LearningError: the loss is not a number.
+        Paused: a ranking in one step is not done, and the time of `kept` is up.
     """
     check_pipeline(pipe)
     objective = Objective(pipe, prompts, config, on_step)
@@ -111,7 +112,7 @@ def learn_masks(
 
 
 def _advance(
-    state: LearnState, budget: Budget, objective: Objective, kept: Sums | None, keep: Keep
+    state: LearnState, budget: Budget, objective: Objective, kept: Progress | None, keep: Keep
 ) -> LearnState:
     """The state one step on."""
     config = budget.config
@@ -144,7 +145,7 @@ def _advance(
     return state
 
 
-def _score(state: LearnState, budget: Budget, objective: Objective, kept: Sums | None) -> dict:
+def _score(state: LearnState, budget: Budget, objective: Objective, kept: Progress | None) -> dict:
     """All of another method's scores at once, as saliency."""
     config = budget.config
     if METHODS[str(config.method)].wide and distributed.count() > 1:
@@ -160,7 +161,7 @@ def _score(state: LearnState, budget: Budget, objective: Objective, kept: Sums |
     if found.others:
         denoiser = denoiser_of(objective.pipe)
         plans = {name: budget.plan(_in_order(denoiser, budget, order)) for name, order in orders.items()}
-        errors = measured(objective, plans)
+        errors = measured(objective, plans, kept)
     found = orders[min(errors, key=errors.__getitem__)] if errors else found
     for name in set(budget.names) & set(found.bases):
         for part, matrix in zip(PARTS, found.bases[name], strict=True):

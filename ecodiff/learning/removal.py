@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..units import PruneGroup
 from .candidates import Candidate
 from .inside_heads import Directions
 
@@ -38,6 +39,41 @@ def removals(candidates: Sequence[Candidate]) -> Iterator[Removal]:
         for candidate in candidates:
             if candidate is cheapest or cheapest.modules & candidate.modules:
                 candidate.refresh()
+
+
+def packed(
+    order: Sequence[Removal], cluster: Sequence[PruneGroup], inside: Mapping[str, Directions]
+) -> dict[str, Tensor]:
+    """An order and the bases of directions inside heads as tensors, to be kept; of `unpacked`."""
+    number = {group.name: index for index, group in enumerate(cluster)}
+    within = [removal.within if removal.within is not None else removal.units[:0] for removal in order]
+    found = {
+        "cost": torch.tensor([removal.cost for removal in order], dtype=torch.float64),
+        "group": torch.tensor([number[removal.group] for removal in order]),
+        "inside": torch.tensor([number[removal.inside] if removal.inside else -1 for removal in order]),
+    }
+    for name, parts in (("units", [removal.units for removal in order]), ("within", within)):
+        found[name] = torch.cat([torch.empty(0, dtype=torch.int64), *parts])
+        found[f"{name}_count"] = torch.tensor([len(part) for part in parts], dtype=torch.int64)
+    for name, each in inside.items():
+        found |= {f"z|{name}": each.z, f"y|{name}": each.y.T}
+    return found
+
+
+def unpacked(
+    found: Mapping[str, Tensor], cluster: Sequence[PruneGroup]
+) -> tuple[list[Removal], dict[str, tuple[Tensor, Tensor]]]:
+    """What `packed` made tensors of: an order, and (Z, Y) by group."""
+    parts = [found[name].split(found[f"{name}_count"].tolist()) for name in ("units", "within")]
+    order = []
+    numbers = (found[name].tolist() for name in ("cost", "group", "inside"))
+    for cost, group, inside, units, within in zip(*numbers, *parts, strict=True):
+        removal = Removal(cost, cluster[group].name, units)
+        if inside >= 0:
+            removal.inside, removal.within = cluster[inside].name, within
+        order.append(removal)
+    names = [key.removeprefix("z|") for key in found if key.startswith("z|")]
+    return order, {name: (found[f"z|{name}"], found[f"y|{name}"]) for name in names}
 
 
 def merged(orders: Sequence[list[Removal]], sizes: Mapping[str, int]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from ..pipelines import denoiser_calls, denoiser_of, moved, stream
 from ..pruning.masking import masked
 from ..units import ALL_KINDS, PRESET_KINDS, PruneGroup
 from . import choose
-from .sums import Sums
+from .progress import Progress
 from .trajectory import trajectory
 
 
@@ -46,7 +46,7 @@ class Method:
             dict a batch of trajectories.
         kinds: of units that it ranks, by default.
         wide: it is also given all calibration prompts, as `prompts`, `on_step`, `kinds`, and `kept`, where
-            its sums over batches are kept.
+            it keeps what it has done.
         passes: denoiser calls of each time step of a batch: differentiated and computed again.
         orders: how many it gives; of several, learning measures each.
     """
@@ -73,14 +73,14 @@ class Method:
         prompts: Sequence[str],
         on_step: Callable[[], None] | None = None,
         kinds: Sequence[str] = (),
-        kept: Sums | None = None,
+        kept: Progress | None = None,
     ) -> Values:
         """The scores of all units.
 
         Args:
             kinds: of a method that is `wide`, the units to rank; none: its own.
             on_step: called before every denoiser call of a method that is `wide`; raise in it to stop.
-            kept: where a method that is `wide` keeps its sums.
+            kept: where a method that is `wide` keeps what it has done.
         """
         wide = {"prompts": prompts, "on_step": on_step, "kinds": kinds or self.kinds, "kept": kept}
         more = wide if self.wide else {}

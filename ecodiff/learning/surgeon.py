@@ -32,14 +32,14 @@ from ..architectures import find_groups, unit_parameters
 from ..machine import room
 from ..pipelines import denoiser_calls, denoiser_of, stream
 from ..units import ALL_KINDS, PRESET_KINDS, PruneGroup
-from .calibration import Call, Statistics, seen
+from .calibration import Call, Statistics, load, save, seen
 from .candidates import Candidate, Consumer, place, solved
 from .directions import sampled
 from .gauss_newton import gauss_newton_sample
 from .inside_heads import Directions
-from .removal import Removal, merged, removals
+from .progress import Progress
+from .removal import Removal, merged, packed, removals, unpacked
 from .scoring import Values, method
-from .sums import Sums
 
 SURGEON_KINDS = (*PRESET_KINDS, "modulation_directions", "value_directions")
 TURN = 4 << 30  # bytes of covariances that are gathered at a time
@@ -63,7 +63,7 @@ def surgeon(
     prompts: Sequence[str] = (),
     on_step: Callable[[], None] | None = None,
     kinds: Sequence[str] = SURGEON_KINDS,
-    kept: Sums | None = None,
+    kept: Progress | None = None,
 ) -> Values:
     """Units by what they cost per parameter when it is their turn to go, a number that rises in that order.
 
@@ -72,20 +72,26 @@ def surgeon(
         prompts: what directions are found from; some hundreds. None: they are the features themselves.
         on_step: called before every denoiser call; raise in it to stop.
         kinds: of units that may go.
-        kept: where sums over batches are kept; covariances of what layers read are gathered again.
+        kept: where what was done is kept; covariances of what layers read are gathered again.
     """
     denoiser = denoiser_of(pipe)
     every = find_groups(denoiser, kinds)
     groups = [group for group in every if not group.inside]
     layers = readers(denoiser, groups)
     metric = {name: torch.zeros(len(layer.weight), len(layer.weight)) for name, layer in layers.items()}
-    calls, recorded = list(calls), list[Call]()
+    calls, recorded, kept = list(calls), list[Call](), kept or Progress()
 
-    def record(call: dict) -> None:
-        recorded.extend(_recorded(pipe, call, on_step))
+    def record(index: int, call: dict) -> None:
+        file = kept.file(f"calls-{index}") if kept.pauses else None
+        made = load(file) if file else None
+        if made is None:
+            made = _recorded(pipe, call, on_step)
+            if file:
+                save(file, made)
+        recorded.extend(made)
 
     def sample(index: int, call: dict) -> dict[str, Tensor]:
-        record(call)
+        record(index, call)
         with Watched(layers, metric):
             return gauss_newton_sample(pipe, groups, call, stream("probe", seed, index), on_step=on_step)
 
@@ -93,10 +99,8 @@ def surgeon(
     trajectories = sum(len(call["prompt"]) for call in calls)
     metric = {name: total / trajectories for name, total in metric.items()}
     gather = partial(gathered, denoiser, recorded, on_step=on_step)
-    orders = []
-    for order, found_inside in ordered(denoiser, every, layers, metric, plain, gather):
-        orders.append(order)
-        bases |= found_inside
+    orders, found_inside = ordered(denoiser, every, layers, metric, plain, gather, kept)
+    bases |= found_inside
     found = Values(merged(orders, {g.name: g.size for g in every}))
     found.bases = bases
     found.others = {"gauss-newton": _diagonal(denoiser, every, plain, bases)}
@@ -111,16 +115,24 @@ def ordered(
     metric: Mapping[str, Tensor],
     plain: Mapping[str, Tensor],
     gather: Callable[[Sequence[str]], dict[str, Statistics]],
-) -> Iterator[tuple[list["Removal"], dict[str, tuple[Tensor, Tensor]]]]:
-    """The order of each cluster of a model's groups, and the bases of directions inside its heads.
+    kept: Progress | None = None,
+) -> tuple[list[list[Removal]], dict[str, tuple[Tensor, Tensor]]]:
+    """The order of each cluster of a model's groups, and (Z, Y) of directions inside its heads.
 
     Args:
         layers: consumers, by path (`readers`).
         metric: G of each.
         plain: what units cost unrepaired, by the exact gradients of their gates.
         gather: what some of the layers read.
+        kept: where each cluster's order is kept.
+
+    Raises:
+        Paused: the time of this call is up.
     """
-    for turn in _turns(every, layers, room(next(model.parameters()).device, TURN)):
+    kept, every_cluster = kept or Progress(), clusters(every, layers)
+    found = {cluster[0].name: kept.load(f"order-{cluster[0].name}")[1] for cluster in every_cluster}
+    left = [cluster for cluster in every_cluster if not found[cluster[0].name]]
+    for turn in _turns(left, layers, room(next(model.parameters()).device, TURN)):
         names = [name for cluster in turn for name in _read_by(cluster, layers)]
         inputs = gather(names)
         for cluster in turn:
@@ -139,7 +151,15 @@ def ordered(
                 if g.inside in candidates and candidates[g.inside].read
             }
             order = list(removals([*candidates.values(), *inside.values()]))
-            yield order, {name: (each.z, each.y.T) for name, each in inside.items()}
+            part = found[cluster[0].name] = packed(order, cluster, inside)
+            kept.keep(f"order-{cluster[0].name}", part)
+    orders: list[list[Removal]] = []
+    bases: dict[str, tuple[Tensor, Tensor]] = {}
+    for cluster in every_cluster:
+        order, own = unpacked(found[cluster[0].name], cluster)
+        orders.append(order)
+        bases |= own
+    return orders, bases
 
 
 def _diagonal(
@@ -179,19 +199,20 @@ def clusters(groups: Sequence[PruneGroup], layers: Mapping[str, Any]) -> list[li
 
 
 def _turns(
-    groups: Sequence[PruneGroup], layers: Mapping[str, Any], most: int
+    every: Sequence[list[PruneGroup]], layers: Mapping[str, Any], most: int
 ) -> Iterator[list[list[PruneGroup]]]:
     """Clusters, as many at a time as their inputs' covariances fit into so many bytes; one at least."""
     turn: list[list[PruneGroup]] = []
     taken = 0
-    for cluster in clusters(groups, layers):
+    for cluster in every:
         need = sum(4 * layers[name].weight[0].numel() ** 2 for name in _read_by(cluster, layers))
         if turn and taken + need > most:
             yield turn
             turn, taken = [], 0
         turn.append(cluster)
         taken += need
-    yield turn
+    if turn:
+        yield turn
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ backward pass through the text encoders for each prompt, and no denoiser call; o
 `surgeon` and `compensate`. Layers that nothing is read of (`checkpoints.unused`) get no gradient and stay.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -100,14 +100,13 @@ class _Encoder:
         """Groups that the embeddings depend on."""
         return [group for group in self.groups if self.plain[group.name].any()]
 
-    def orders(self, prompts: int) -> Iterator[list[Removal]]:
+    def orders(self, prompts: int) -> list[list[Removal]]:
         """In which order units go, cluster by cluster, after so many prompts."""
         layers = readers(self.model, self.read)
         metric = {name: self.metric[name] / prompts for name in layers}
         plain = {group.name: self.plain[group.name] / prompts for group in self.read}
         gather = partial(gathered, self.model, self.calls)
-        for order, _ in ordered(self.model, self.read, layers, metric, plain, gather):
-            yield order
+        return ordered(self.model, self.read, layers, metric, plain, gather)[0]
 
 
 def _scores(encoders: Mapping[str, nn.Module], ranked: Mapping[str, Tensor]) -> Scores:

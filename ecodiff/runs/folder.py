@@ -47,7 +47,7 @@ class Run:
     imported: bool = False  # nothing is learned: what others learned was brought
     visitor: str = ""  # who started it, on a server that is shared: a hash
     heldout: list[str] = field(default_factory=list)  # of a person's own prompts, those to judge by
-    calls = 0  # of the denoiser, since this object works on it; not kept
+    calls = 0  # of the denoiser, in the step that this object works on
 
     @property
     def id(self) -> str:

@@ -10,13 +10,13 @@ from filelock import FileLock, Timeout
 from ..errors import EcodiffError, RunError, memory_advice
 from ..learning import distributed
 from ..learning.learn import learn
+from ..learning.progress import Paused, Progress
 from ..learning.state import LearnState
-from ..learning.sums import Sums
 from ..learning.text_encoders import rank_text_encoders
 from ..pruning.scores import Scores
 from .folder import TEXT_ENCODERS, Run, cut_text_encoders
 
-SUMS = "sums.safetensors"  # of a ranking that is not finished
+PROGRESS = "progress"  # folder of a ranking in one step that is not finished
 SAVE_SECONDS = 2.0  # a state is saved after the first step that ends this long after the last save
 LOCK_SECONDS = 5.0  # a call that follows another one may come before that one has saved its state
 
@@ -58,7 +58,7 @@ def learn_run(
 
     Args:
         device_lock: held during each step.
-        budget: seconds; at least one step is made.
+        budget: seconds; at least one step is made, or one part of a ranking in one step.
 
     Raises:
         RunError: another process is working on it.
@@ -82,6 +82,8 @@ def _steps(run: Run, pipe: DiffusionPipeline, device_lock, budget) -> Iterator[t
     begun = saved = started = time.monotonic()
     state, scores, slowest = None, None, 0.0
     alone, first = distributed.count() == 1, distributed.rank() == 0
+    progress = Progress(run.folder / PROGRESS if first else None, budget)
+    run.calls = progress.calls
 
     def count() -> None:
         run.calls += 1
@@ -104,7 +106,7 @@ def _steps(run: Run, pipe: DiffusionPipeline, device_lock, budget) -> Iterator[t
             on_step=count if alone else None,
             on_plan=run.note_memory if first else None,
             device_lock=device_lock,
-            kept=Sums(run.folder / SUMS if first else None),
+            kept=progress,
         )
         for state, scores in steps:
             now = time.monotonic()
@@ -117,6 +119,8 @@ def _steps(run: Run, pipe: DiffusionPipeline, device_lock, budget) -> Iterator[t
             started = time.monotonic()
             if budget is not None and started - begun + 1.5 * slowest > budget:
                 return
+    except Paused:
+        progress.paused(run.calls)
     except Stopped:
         return
     finally:
@@ -137,4 +141,4 @@ def _rank_text_encoders(run: Run, pipe: DiffusionPipeline, on_prompt: Callable[[
 def _save(run: Run, state: LearnState, scores: Scores) -> None:
     scores.save(run.folder / "scores.safetensors")
     state.save(run.folder / "state.safetensors")
-    Sums(run.folder / SUMS).forget()
+    Progress(run.folder / PROGRESS).forget()

@@ -73,7 +73,7 @@ def reference(tiny_sdxl, model, tmp_path):
 
 def learn(client, run: str, between=lambda status: None) -> dict:
     """Call after call, as the page does; a call whose worker was killed is made again."""
-    for _ in range(60):
+    for _ in range(200):
         try:
             found = client.predict(run, api_name="/prune_step")
         except AppError as error:
@@ -129,6 +129,29 @@ def test_a_run_in_many_calls_whose_workers_are_killed(model, reference, tmp_path
         assert client.predict(brought["run"], brought["size"], api_name="/cut")["digest"] == first["digest"]
         # Measured by now, so less than a full call is asked for.
         assert float(asked("/schedule")[-1]["durationSeconds"]) < machine.UNKNOWN_SECONDS
+
+
+def test_a_ranking_in_one_step_goes_on_call_after_call(model, tmp_path):
+    """The default preset: statistics, orders and their errors, a few parts a call; one worker is lost."""
+    with space(tmp_path, CHUNK_SECONDS="2") as (client, asked):
+        preset = client.predict(model, api_name="/default_preset")
+        run = client.predict(model, 0.2, preset, api_name="/prune_start")["run"]
+        shares = []
+
+        def lose_one(status):
+            shares.append(status["share"] or 0.0)
+            if len(shares) == 3:
+                os.kill(int(asked("/allow")[-1]["pid"]), signal.SIGKILL)
+
+        status = learn(client, run, lose_one)
+        assert status["stage"] == "finished" and set(status["orders"]) == {"surgeon", "gauss-newton"}
+        learning = [share for share in shares if share]
+        assert learning == sorted(learning) and len(set(learning)) > 2, "nobody can see that it goes on"
+    here = Run.open(tmp_path / "runs" / run)
+    alone = Run.create(tmp_path / "alone", model, here.config, here.prompts)
+    torch.set_num_threads(1)
+    assert advance(alone, ecodiff.load(model))
+    assert same(here.scores(), alone.scores())
 
 
 def test_stop_resume_two_visitors_and_no_quota(model, reference, tmp_path):

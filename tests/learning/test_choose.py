@@ -48,7 +48,9 @@ def test_both_orders_are_measured_and_the_better_is_the_ranking(pipe, config):
 
 
 def test_another_order_than_the_first_can_win(pipe, config, monkeypatch):
-    monkeypatch.setattr(learn, "measured", lambda objective, plans: {"surgeon": 0.2, "gauss-newton": 0.1})
+    monkeypatch.setattr(
+        learn, "measured", lambda objective, plans, kept: {"surgeon": 0.2, "gauss-newton": 0.1}
+    )
     _, scores = list(learn.learn(pipe, PROMPTS, config))[-1]
     assert scores.metadata["method"] == "gauss-newton"
     wanted = orders(pipe, config)["gauss-newton"]

@@ -15,9 +15,11 @@ from ...checks import check_class
 from ...errors import RunError
 from ...learning.learn import measured_orders
 from ...learning.methods import METHODS
+from ...learning.progress import Progress
 from ...runs.examples import EXAMPLES, example_of
 from ...runs.folder import Run
 from ...runs.importing import import_run
+from ...runs.loop import PROGRESS
 from ...runs.pictures import load
 from ...runs.prompts import parse, set_aside
 from .. import limits
@@ -159,7 +161,7 @@ def status(run: str) -> dict:
         "step": step,
         "steps": opened.config.total_steps,
         "warm_steps": opened.config.warm_steps,
-        "share": _share(job) if job else None,
+        "share": _share(opened, job),
         "ahead": server().worker.ahead(job) if job else 0,
         "seconds_left": _seconds_left(job) if job else None,
         "error": opened.error,
@@ -169,20 +171,20 @@ def status(run: str) -> dict:
     }
 
 
-def _share(job: Job) -> float | None:
+def _share(run: Run, job: Job | None) -> float | None:
     """Of a method that ranks in one step, how much is done: denoiser calls of those that it takes."""
-    config = job.run.config
-    method = METHODS.get(config.method or "")
-    if method is None or not method.wide or not job.active:
+    method = METHODS.get(run.config.method or "")
+    if method is None or not method.wide or (job and not job.active):
         return None
-    expected = method.expected_calls(config.inference_steps or 50, config.warm_steps)
-    return min(1.0, job.run.calls / expected)
+    calls = job.run.calls if job else Progress(run.folder / PROGRESS).calls
+    expected = method.expected_calls(run.config.inference_steps or 50, run.config.warm_steps)
+    return min(1.0, calls / expected) if job or calls else None
 
 
 def _seconds_left(job: Job) -> float | None:
     """Until the run is finished: learning, and what repairing needs after it."""
     now, pace = time.monotonic(), job.seconds_left
-    share = _share(job)
+    share = _share(job.run, job)
     if job.stage == "learning" and pace is None and share and 0.05 < share < 1:
         pace = (now - job.since) * (1 - share) / share
     step = sum(job.seconds) / len(job.seconds) if job.seconds else None

@@ -164,12 +164,8 @@ def formats() -> list[tuple[str, str]]:
 
 
 def default_preset(model: str) -> str:
-    """The preset that a model is best learned with here, as far as that is measured.
-
-    On ZeroGPU, where a call is short, one that learns step by step.
-    """
-    known = known_model(model)
-    return "fast" if machine.zerogpu() else measured_best(empty_denoiser(known.name), "fast")
+    """The preset that a model is best learned with, as far as that is measured."""
+    return measured_best(empty_denoiser(known_model(model).name), "fast")
 
 
 def kinds_of(preset: str) -> tuple[str, ...]:
