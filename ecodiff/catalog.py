@@ -21,7 +21,7 @@ class Model:
 
     Attributes:
         name: what a person picks or types.
-        source: a folder or a Hub repository id.
+        source: a folder, a Hub repository id, or a file in one: owner/name/file.safetensors.
         steps, guidance_scale, size: of a generated image (pixels a side; None: the pipeline's).
         learn_steps: time steps of a trajectory while learning.
         dtype: in which its files hold the weights.
@@ -53,6 +53,11 @@ class Model:
     @property
     def embedded(self) -> bool:
         return Path(self.source).parent == EMBEDDED
+
+    @property
+    def repository(self) -> str:
+        """That of a source on the Hub, also of a file in it."""
+        return "/".join(self.source.split("/")[:2])
 
     def sampling(self) -> dict:
         """Of the trajectories that are learned on: this model's defaults."""
@@ -202,10 +207,16 @@ def _plain(text: str) -> str:
     return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
+_LINK = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#\s]+/[^/?#\s]+)"
+    r"(?:/(?:blob|resolve)/[^/?#\s]+/([^?#\s]+\.safetensors))?"
+)
+
+
 def _repository(name: str) -> str:
-    """The Hub id in a link to the Hub; any other name as it is."""
-    found = re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#\s]+/[^/?#\s]+)", name)
-    return found[1] if found else name
+    """The Hub id in a link to the Hub, with that of a file in it; any other name as it is."""
+    found = _LINK.match(name)
+    return "/".join(part for part in found.groups() if part) if found else name
 
 
 def _folder(folder: Path, name: str) -> Model:

@@ -197,6 +197,27 @@ ROWS: dict[str, Row] = {
         {"heads", "conv_ffn", "value_directions"},
         ACROSS,
     ),
+    "Sana Sprint": Row(
+        "SanaTransformer2DModel",
+        HEADS
+        | {"num_layers": 2, "in_channels": 4, "out_channels": 4, "caption_channels": 16, "sample_size": 8}
+        | {"num_cross_attention_heads": 2, "cross_attention_head_dim": 16, "cross_attention_dim": 32}
+        | {"qk_norm": "rms_norm_across_heads", "guidance_embeds": True},
+        lambda: latent_and_text(16, guidance=torch.tensor([0.45, 0.45]).double()),
+        {"heads", "conv_ffn", "value_directions"},
+        ACROSS,
+    ),
+    "Wan 2.2 5B": Row(
+        "WanTransformer3DModel",
+        WAN,
+        lambda: {
+            "hidden_states": draw(1, 4, 2, 8, 8),
+            "timestep": torch.full((1, 32), 500),
+            "encoder_hidden_states": draw(1, 5, 16),
+        },
+        {"heads", "ffn", "value_directions"},
+        ACROSS,
+    ),
     "LTX-Video": Row(
         "LTXVideoTransformer3DModel",
         HEADS

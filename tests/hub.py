@@ -188,8 +188,10 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in files:
             self.answer(404, {"error": "Entry not found"}, "EntryNotFound")
             return
-        etag = f'"{hashlib.sha256(files[path]).hexdigest()}"'
-        self.answer(200, files[path], ETag=etag, X_Repo_Commit="0" * 40)
+        etag, data = f'"{hashlib.sha256(files[path]).hexdigest()}"', files[path]
+        part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("range", ""))
+        found = data[int(part[1]) : int(part[2]) + 1] if part else data
+        self.answer(206 if part else 200, found, ETag=etag, X_Repo_Commit="0" * 40)
 
 
 def settings(address: str, home) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Tiny pipelines of further architectures: with those of conftest.py, all that the catalogue names."""
 
-from functools import cache
+from functools import cache, partial
 
 from diffusers import (
     AutoencoderDC,
@@ -13,12 +13,16 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
+    SanaSprintPipeline,
     SanaTransformer2DModel,
+    SCMScheduler,
     WanPipeline,
     WanTransformer3DModel,
     ZImagePipeline,
@@ -98,7 +102,8 @@ def chroma() -> ChromaPipeline:
     )
 
 
-def wan() -> WanPipeline:
+def wan(tokens: bool = False) -> WanPipeline:
+    """Wan 2.1's; with `tokens` Wan 2.2 5B's, which is told the time step of every token."""
     config = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     vae = AutoencoderKLWan(
         base_dim=4,
@@ -114,6 +119,7 @@ def wan() -> WanPipeline:
         vae=randomise(vae),
         scheduler=flow(),
         transformer=tiny(WanTransformer3DModel, "Wan 2.1"),
+        expand_timesteps=tokens,
     )
 
 
@@ -167,7 +173,20 @@ def klein() -> Flux2KleinPipeline:
     )
 
 
-def sana() -> SanaPipeline:
+def lumina() -> Lumina2Pipeline:
+    vae = randomise(tiny_vae())
+    vae.register_to_config(shift_factor=0.1)
+    row = "Lumina 2 (grouped queries)"
+    return Lumina2Pipeline(
+        transformer=tiny(Lumina2Transformer2DModel, row, axes_lens=[64, 64, 64]),
+        scheduler=flow(),
+        vae=vae,
+        text_encoder=randomise(Gemma2Model(Gemma2Config(**TEXT))),
+        tokenizer=letters(),
+    )
+
+
+def sana(sprint: bool = False) -> SanaPipeline | SanaSprintPipeline:
     vae = AutoencoderDC(
         latent_channels=4,
         attention_head_dim=4,
@@ -180,17 +199,18 @@ def sana() -> SanaPipeline:
         encoder_qkv_multiscales=((), ()),
         decoder_qkv_multiscales=((), ()),
     )
-    return SanaPipeline(
+    solver = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    return (SanaSprintPipeline if sprint else SanaPipeline)(
         tokenizer=letters(),
         text_encoder=randomise(Gemma2Model(Gemma2Config(**TEXT))),
         vae=randomise(vae),
-        transformer=tiny(SanaTransformer2DModel, "Sana"),
-        scheduler=DPMSolverMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
+        transformer=tiny(SanaTransformer2DModel, "Sana Sprint" if sprint else "Sana"),
+        scheduler=SCMScheduler() if sprint else DPMSolverMultistepScheduler(**solver),
     )
 
 
+SANA = {"use_resolution_binning": False, "complex_human_instruction": None, "max_sequence_length": 16}
+SANA |= {"clean_caption": False}
 BUILDERS = {  # by row of the conformance suite, and the arguments of a short run
     "PixArt-Sigma": (
         pixart,
@@ -202,10 +222,8 @@ BUILDERS = {  # by row of the conformance suite, and the arguments of a short ru
     "Qwen-Image": (qwen, 32, {"true_cfg_scale": 4.0, "negative_prompt": " "}),
     "Z-Image": (z_image, 16, {"max_sequence_length": 16}),
     "FLUX.2 (fused)": (klein, 32, {"max_sequence_length": 16, "text_encoder_out_layers": (1,)}),
-    "Sana": (
-        sana,
-        32,
-        {"use_resolution_binning": False, "complex_human_instruction": None, "max_sequence_length": 16}
-        | {"clean_caption": False},
-    ),
+    "Sana": (sana, 32, SANA),
+    "Sana Sprint": (partial(sana, sprint=True), 32, SANA),
+    "Wan 2.2 5B": (partial(wan, tokens=True), 32, {"num_frames": 1, "max_sequence_length": 16}),
+    "Lumina 2 (grouped queries)": (lumina, 32, {"max_sequence_length": 16}),
 }

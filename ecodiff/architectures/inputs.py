@@ -25,7 +25,7 @@ def meta_call(denoiser: nn.Module, size: int, rows: int) -> dict | None:
 
     Args:
         denoiser: on the meta device; it fixes the dtype.
-        size: pixels a side (a video: of one frame of a clip of 81).
+        size: pixels a side (of a video: its height, and one frame, as ecodiff draws it).
         rows: images at a time, twice as many where guidance takes a second batch.
     """
     builder = BUILDERS.get(type(denoiser).__name__.removeprefix("Sliced"))
@@ -123,11 +123,12 @@ def _pixart(config, size: int, rows: int) -> dict:
 
 @_called("SanaTransformer2DModel")
 def _sana(config, size: int, rows: int) -> dict:
-    return {
+    given = {
         "hidden_states": _empty(rows, config.in_channels, size // 32, size // 32),
         "encoder_hidden_states": _empty(rows, 300, config.caption_channels),
         "timestep": _empty(rows),
     }
+    return given | ({"guidance": _empty(rows)} if config.guidance_embeds else {})
 
 
 @_called("ZImageTransformer2DModel")
@@ -141,9 +142,13 @@ def _z_image(config, size: int, rows: int) -> dict:
 
 @_called("WanTransformer3DModel")
 def _wan(config, size: int, rows: int) -> dict:
-    frames, wide = 21, size * 16 // 9 // 16 * 16
+    frames, wide = 1, size * 16 // 9 // 32 * 32
+    pixels = 16 if config.in_channels == 48 else 8  # a latent's: Wan 2.2 5B has an autoencoder of its own
+    high, wide = size // pixels, wide // pixels
+    # That model is told the time step of every token.
+    times = (rows, frames * (high // 2) * (wide // 2)) if pixels == 16 else (rows,)
     return {
-        "hidden_states": _empty(rows, config.in_channels, frames, size // 8, wide // 8),
+        "hidden_states": _empty(rows, config.in_channels, frames, high, wide),
         "encoder_hidden_states": _empty(rows, 512, config.text_dim),
-        "timestep": _empty(rows),
+        "timestep": _empty(*times),
     }

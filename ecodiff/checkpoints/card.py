@@ -74,9 +74,9 @@ def front_matter(known: catalog.Model, library: str, tags: list[str]) -> str:
     if known.licence not in HUB_LICENCES:
         head |= {"license": "other", "license_name": known.licence}
         if on_hub:
-            head["license_link"] = f"https://huggingface.co/{known.source}"
+            head["license_link"] = f"https://huggingface.co/{known.repository}"
     if on_hub:
-        head["base_model"] = known.source
+        head["base_model"] = known.repository
     return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in head.items()) + "---\n"
 
 

@@ -110,7 +110,7 @@ def find_models(words: str, token: str | bool | None = None, hub_too: bool = Tru
     ]
     if hub_too and words.strip():
         try:
-            sources = {model.source for model in known}
+            sources = {model.repository for model in known}
             found["hub"] = [row for row in search(words.strip()[:96], token) if row["id"] not in sources]
         except CheckpointError as error:
             found["error"] = str(error)

@@ -25,13 +25,12 @@ from ..learning.streaming import stream_
 from ..machine import free_bytes, megabytes
 from ..pipelines import denoiser_of
 from ..pruning import ecodiff_sliced_v1
-from .sign_in import NETWORK_ERRORS, hub_token
+from .sign_in import NETWORK_ERRORS, PROBE_SECONDS, hub_token, unreachable
 from .single_file import base_of, is_single_file, open_single_file
 
 # diffusers reads components of a pruned folder from the module that its index names, if imported.
 sys.modules.setdefault(ecodiff_sliced_v1.NAME, ecodiff_sliced_v1)
 
-PROBE_SECONDS = 5
 _HUB_ID = re.compile(r"[^/.~][^/]*/[^/]+")
 _FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".zip", ".json")
 _NO_MODEL = "no model. Give a .safetensors file, a diffusers folder or a Hub id."
@@ -50,7 +49,7 @@ def load(
     offload: bool = False,
 ):
     """Open a pipeline: an embedded model's name, a diffusers folder (dense or pruned), a Hub id, or a
-    single .safetensors file in the layout of the original authors.
+    single .safetensors file, here or on the Hub (owner/name/file.safetensors).
 
     Args:
         dtype: None: float32 on a CPU, else `working_dtype`.
@@ -291,15 +290,6 @@ def _sixteen_bits(known: catalog.Model) -> torch.dtype:
     if known.name in catalog.MODELS:
         return _WORDS[known.dtype]
     return torch.float16 if classes(known)[1] == "unet" else torch.bfloat16
-
-
-def unreachable(source: str) -> ModelNotFoundError:
-    """The error of a repository that cannot be had."""
-    return ModelNotFoundError(
-        f"Could not get {source} from the Hugging Face Hub: no network, no such repository, or no "
-        "access (a gated model needs its licence accepted and a token). Check the id and the "
-        "connection, or give a folder on this machine."
-    )
 
 
 def damaged(source: str, error: Exception) -> CheckpointError:

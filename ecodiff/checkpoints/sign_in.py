@@ -6,10 +6,23 @@ from contextvars import ContextVar
 from importlib import import_module
 from importlib.util import find_spec
 
+from ..errors import ModelNotFoundError
+
+PROBE_SECONDS = 5  # that the Hub is waited for at first; its own client asks for most of a minute
+
 # huggingface_hub 1 speaks HTTP with httpx, 2 with httpx2: their errors have no base in common.
 NETWORK_ERRORS = tuple(import_module(name).HTTPError for name in ("httpx", "httpx2") if find_spec(name))
 
 _TOKEN: ContextVar[str | None] = ContextVar("token", default=None)
+
+
+def unreachable(source: str) -> ModelNotFoundError:
+    """The error of a repository, or a file in one, that cannot be had."""
+    return ModelNotFoundError(
+        f"Could not get {source} from the Hugging Face Hub: no network, no such repository, or no "
+        "access (a gated model needs its licence accepted and a token). Check the id and the "
+        "connection, or give a folder on this machine."
+    )
 
 
 @contextmanager

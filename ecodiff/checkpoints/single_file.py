@@ -8,7 +8,7 @@ read; a file of 64 GB is not mapped for it.
 import json
 import re
 import struct
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
+from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, SafetensorsParsingError
+from huggingface_hub.file_download import get_hf_file_metadata
 from safetensors import safe_open
 from torch import Tensor
 
 from .. import catalog
 from ..errors import CheckpointError
-from .sign_in import hub_token
+from .sign_in import NETWORK_ERRORS, PROBE_SECONDS, hub_token, unreachable
 
 MAX_HEADER = 100 << 20  # bytes, as safetensors itself allows
 
@@ -43,9 +46,18 @@ _TYPES = {
 }
 
 
+_ON_HUB = re.compile(r"([^/.~\\:][^/]*/[^/]+)/(.+\.safetensors)")
+
+
 def is_single_file(source: str) -> bool:
-    """True for a checkpoint in one file."""
-    return source.endswith(".safetensors") and Path(source).is_file()
+    """True for a checkpoint in one file, here or on the Hub."""
+    return bool(on_hub(source)) or (source.endswith(".safetensors") and Path(source).is_file())
+
+
+def on_hub(source: str) -> tuple[str, str] | None:
+    """(repository, file) of owner/name/file.safetensors; None of a file that is here, or anything else."""
+    found = _ON_HUB.fullmatch(source)
+    return (found[1], found[2]) if found and not Path(source).parent.is_dir() else None
 
 
 def header(source: str) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -53,11 +65,30 @@ def header(source: str) -> dict[str, tuple[str, tuple[int, ...]]]:
 
     Raises:
         CheckpointError: it is none.
+        ModelNotFoundError: it cannot be had from the Hub.
     """
+    if (place := on_hub(source)) is not None:
+        if not isinstance(there := try_to_load_from_cache(*place), str):
+            return _header_on_hub(*place, hub_token())
+        source = there
     try:
         return _header(source, Path(source).stat().st_mtime_ns)
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{source} is not a checkpoint in safetensors: {error}") from None
+
+
+@lru_cache(maxsize=16)
+def _header_on_hub(repository: str, file: str, token: str | None) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """That of a file on the Hub, of which only the header is fetched."""
+    source = f"{repository}/{file}"
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, file), token=token, timeout=PROBE_SECONDS)
+        found = HfApi().parse_safetensors_file_metadata(repository, file, token=token)
+    except (HFValidationError, SafetensorsParsingError) as error:
+        raise CheckpointError(f"{source} is not a checkpoint in safetensors: {error}") from None
+    except (OSError, *NETWORK_ERRORS):
+        raise unreachable(source) from None
+    return {name: (str(entry.dtype), tuple(entry.shape)) for name, entry in found.tensors.items()}
 
 
 @cache
@@ -162,7 +193,9 @@ def open_single_file(source: str, base: str, pipeline: Any, name: str, denoiser:
     Args:
         pipeline, denoiser: classes of the base model; `name`: of the denoiser in it.
     """
-    names = header(source)
+    names, called = header(source), source
+    if (place := on_hub(source)) is not None:
+        source = hf_hub_download(*place, token=hub_token())
     scaled = any(key.endswith(_SCALES) for key in names)
     if any(key.startswith(TEXT_ENCODERS) for key in names):
         if scaled:
@@ -179,7 +212,7 @@ def open_single_file(source: str, base: str, pipeline: Any, name: str, denoiser:
             kind = diffusers.AutoencoderKL
             parts["vae"] = kind.from_single_file(source, subfolder="vae", **options)
         pipe = pipeline.from_pretrained(base, dtype=dtype, use_safetensors=True, token=hub_token(), **parts)
-    _schedule(pipe, source, names)
+    _schedule(pipe, called, names)
     return pipe
 
 

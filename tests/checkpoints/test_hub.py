@@ -11,6 +11,7 @@ import torch
 import ecodiff
 from benchmarks.server import ROOT
 from ecodiff import catalog
+from ecodiff.checkpoints.loading import empty_denoiser
 from ecodiff.pruning.plan import PLAN_FILE
 from tests import hub
 from tests.checkpoints.test_folders import some_plan
@@ -215,7 +216,7 @@ def test_a_card_has_a_licence_that_the_hub_knows(command, stand_in, tmp_path, na
     card = stand_in.repos["ann/licensed"]["README.md"].decode()
     if known.licence not in LICENCES:
         assert 'license: "other"' in card and f'license_name: "{known.licence}"' in card
-        assert f'license_link: "https://huggingface.co/{known.source}"' in card
+        assert f'license_link: "https://huggingface.co/{known.repository}"' in card
     else:
         assert f'license: "{known.licence}"' in card and "license_name" not in card
     assert str(catalog.EMBEDDED) not in card
@@ -263,6 +264,28 @@ def test_words_find_the_right_model_of_the_catalogue_first(words, first):
     assert catalog.search(words)[0].name == first
 
 
+def header_of(model: str) -> bytes:
+    """A safetensors file of a denoiser at its true size, in diffusers' layout, cut off after its header."""
+    entries, end = {}, 0
+    for name, tensor in empty_denoiser(model).state_dict().items():
+        begin, end = end, end + 2 * tensor.numel()
+        entries[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def test_a_file_of_a_repository_is_told_by_its_header_alone(command, stand_in):
+    stand_in.repos["ann/mine"] = {"deep/fine-tune.safetensors": header_of("sdxl"), "a.safetensors": b"none"}
+    stand_in.private["ann/mine"] = False
+    code, said = command("info", "ann/mine/deep/fine-tune.safetensors", "--json")
+    assert code == 0, said
+    assert json.loads(said.splitlines()[-1])["params"] == 2_567_463_684
+    assert ("GET", "ann/mine/resolve/main/deep/fine-tune.safetensors") in stand_in.asked
+    for file, words in {"a.safetensors": "not a checkpoint", "gone.safetensors": "Could not get"}.items():
+        code, said = command("info", f"ann/mine/{file}")
+        assert code == 1 and words in said and "Traceback" not in said, said
+
+
 @pytest.mark.parametrize(
     ("typed", "name"),
     [
@@ -272,6 +295,15 @@ def test_words_find_the_right_model_of_the_catalogue_first(words, first):
         ("SDXL", "sdxl"),
         ("SD 1.5", "sd-1.5"),
         ("ann/sdxl", "ann/sdxl"),
+        ("https://huggingface.co/ann/mine/blob/main/a/b.safetensors", "ann/mine/a/b.safetensors"),
+        (
+            "hf.co/ann/mine/resolve/main/b.safetensors?download=true",
+            "ann/mine/b.safetensors",
+        ),
+        (
+            "https://huggingface.co/ByteDance/SDXL-Lightning/blob/main/sdxl_lightning_4step.safetensors",
+            "sdxl-lightning",
+        ),
     ],
 )
 def test_links_and_loose_spellings_are_what_they_mean(typed, name):

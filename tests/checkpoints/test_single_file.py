@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import ecodiff
 from ecodiff import catalog
-from ecodiff.checkpoints import loading
+from ecodiff.checkpoints import loading, single_file
 from ecodiff.checkpoints.comfyui import flux_tensors, unet_tensors
 from ecodiff.errors import CheckpointError
 from tests.conftest import latents
@@ -214,6 +214,23 @@ def test_a_file_says_how_it_is_drawn(single, tmp_path):
     assert (known.steps, known.guidance_scale, known.learn_steps) == (4, 0.0, 4)
     plain = catalog.find(str(single))
     assert (plain.steps, plain.guidance_scale) == (30, 5.0)
+
+
+def test_a_file_of_a_repository_is_opened_like_one_that_is_here(single, monkeypatch):
+    here = ecodiff.load(single).unet.state_dict()
+    monkeypatch.setattr(single_file, "try_to_load_from_cache", lambda repository, file: str(single))
+    asked = []
+
+    def download(repository, file, token=None):
+        asked.append((repository, file))
+        return str(single)
+
+    monkeypatch.setattr(single_file, "hf_hub_download", download)
+    found = ecodiff.load("ann/mine/deep/fine-tune_4step.safetensors")
+    assert asked == [("ann/mine", "deep/fine-tune_4step.safetensors")]
+    assert all(torch.equal(tensor, here[name]) for name, tensor in found.unet.state_dict().items())
+    assert found.scheduler.config.timestep_spacing == "trailing", "what it is called counts"
+    assert catalog.find("ann/mine/deep/fine-tune_4step.safetensors").steps == 4
 
 
 def test_settings_of_a_hub_model_come_from_its_own_files(tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def permitted_model(model: str, token: str) -> catalog.Model:
     public = known.embedded or Path(known.source).exists()
     public = public or (known.name in catalog.MODELS and not known.gated)
     if os.environ.get("SPACE_ID") and not public:
-        hub.require_access(known.source, token)
+        hub.require_access(known.repository, token)
     return known
 
 
