@@ -18,7 +18,8 @@ from . import _moved  # noqa: F401 - module names of 0.1 go on working
 if TYPE_CHECKING:
     from .architectures import find_groups
     from .checkpoints.loading import load
-    from .checkpoints.lora import save_lora, translate_lora
+    from .checkpoints.lora import translate_lora
+    from .checkpoints.lora_saving import save_lora
     from .checkpoints.saving import save
     from .config import CompensateConfig, HealConfig, LearnConfig
     from .errors import EcodiffError
@@ -53,7 +54,7 @@ _HOMES = {
     "masked": "pruning.masking",
     "rank_text_encoders": "learning.text_encoders",
     "save": "checkpoints.saving",
-    "save_lora": "checkpoints.lora",
+    "save_lora": "checkpoints.lora_saving",
     "slice_": "pruning.slicing",
     "slice_like_": "pruning.slicing",
     "trajectory": "learning.trajectory",

@@ -24,7 +24,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "hub": ("checkpoints.hub",),
     "imports": ("checkpoints.importers",),
     "learn": ("learning.learn",),
-    "lora": ("checkpoints.lora",),
+    "lora": ("checkpoints.lora", "checkpoints.lora_saving"),
     "measure": ("metrics.cost", "machine"),
     "memory": ("learning.memory", "machine"),
     "plan": ("pruning.plan", "storage"),

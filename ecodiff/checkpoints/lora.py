@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
@@ -22,11 +23,12 @@ from ..pruning.components import plan_of_pipeline
 from ..pruning.heads import parts, turned
 from ..pruning.plan import PrunePlan
 from ..pruning.slicing import kept_features
-from ..storage import check_header, reading, write_tensors
+from ..storage import check_header, reading
 from ..units import ALL_KINDS, PruneGroup
-from .loading import empty_denoiser
+from .dora import SUFFIX, is_dora, magnitudes, norms, taken_out
+from .loading import empty_denoiser, load
 from .lora_encoders import cut_encoders
-from .lora_names import Names, in_whole_heads, kohya, translated
+from .lora_names import Names, translated
 
 MAX_FILE_BYTES = 4 << 30
 
@@ -80,18 +82,36 @@ def translate_lora(
     plan = plan or cut_by
     if plan is None:
         raise PlanError("This pipeline is not pruned: it takes the LoRA as it is.")
+    named = plan.metadata.get("model", "")
     if dense is None:
-        dense = empty_denoiser(plan.metadata.get("model", "")) if cut_by else denoiser_of(pipe)
-    return translate(lora, type(pipe), denoiser_name(pipe), plan, dense)
+        dense = empty_denoiser(named) if cut_by else denoiser_of(pipe)
+    small = denoiser_of(pipe) if cut_by else None
+    if small is not None and is_dora(lora) and next(dense.parameters()).is_meta:
+        dense = denoiser_of(load(named))  # norms of its weights are needed
+    return translate(lora, type(pipe), denoiser_name(pipe), plan, dense, small)
 
 
 def translate(
-    lora: str | Path, pipeline: type, name: str, plan: PrunePlan, dense: nn.Module
+    lora: str | Path,
+    pipeline: type,
+    name: str,
+    plan: PrunePlan,
+    dense: nn.Module,
+    small: nn.Module | None = None,
 ) -> tuple[dict[str, Tensor], LoraReport]:
-    """`translate_lora` without a pipeline: of its class, whose component `name` is like `dense`."""
-    tensors, lost = _read(Path(lora), pipeline, name, plan, dense)
+    """`translate_lora` without a pipeline: of its class, whose component `name` is like `dense`.
+
+    Args:
+        small: the pruned denoiser with its weights, which a DoRA needs, and those of `dense`.
+    """
+    tensors, lost, lengths = _read(Path(lora), pipeline, name, plan, dense)
+    if lengths and small is None:
+        raise CheckpointError(
+            f"{Path(lora).name} is a DoRA: cutting it takes the weights of both models. Do it with "
+            "`python -m ecodiff lora`, on the pruned model's folder."
+        )
     kept, modules = kept_features(dense, plan), dict(dense.named_modules())
-    groups = _cut(dense, plan)
+    groups = cut_groups(dense, plan)
     scattered = {slot.module for group in groups for slot in group.slots if slot.scattered}
     lifts = {slot.module: plan.basis(g.name)[1] for g in groups if g.activations for slot in g.consumers}
     turns: dict[str, list] = {}
@@ -124,6 +144,12 @@ def translate(
             continue
         shrunk = layer in lifts or any(rows is not None and not rows.all() for rows in (inputs, outputs))
         (report.cut if shrunk else report.unchanged).append(layer)
+        if lengths and (layer in scattered or any(axis == "out" for axis, *_ in turns.get(layer, ()))):
+            report.dropped[layer] = "a DoRA's rows are no rows of this pruned layer any more"
+            continue
+        gains = torch.ones(len(weight))
+        if layer in lengths:
+            gains = lengths[layer] / norms(weight, down, up)
         for axis, index, part in turns.get(layer, ()):
             if axis == "in":
                 down = turned(down.T, index, part).T
@@ -135,6 +161,9 @@ def translate(
         if outputs is not None:  # a scattered output keeps its width: rows that are gone stay zero
             up = up * outputs.to(up)[:, None] if layer in scattered else up[outputs]
         found[f"{path}.lora_A.weight"], found[f"{path}.lora_B.weight"] = down.contiguous(), up.contiguous()
+        if lengths and small is not None:
+            gains = gains if outputs is None else gains[outputs]
+            found[f"{path}{SUFFIX}"] = magnitudes(small.get_submodule(layer), gains, down, up)
     others = {key: value for key, value in tensors.items() if not key.startswith(name + ".")}
     others, also = cut_encoders(others, plan)
     report.cut += also
@@ -146,9 +175,9 @@ def translate(
 
 def _read(
     path: Path, pipeline: type, name: str, plan: PrunePlan, dense: nn.Module
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A LoRA's tensors in float32 under the names that diffusers gives them, scales folded into B; and
-    layers that diffusers does not take, with the reason."""
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Tensor]]:
+    """A LoRA's tensors in float32 under the names that diffusers gives them, scales folded into B; layers
+    that diffusers does not take, with the reason; and a DoRA's magnitudes by layer."""
     if path.suffix != ".safetensors" or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
         raise CheckpointError(f"{path.name} is not a LoRA in a .safetensors file of at most 4 GiB.")
     loader = getattr(pipeline, "lora_state_dict", None)
@@ -160,9 +189,10 @@ def _read(
         if (made_for := header.get(DIGEST)) is not None:
             fits = "It fits this model as it is." if made_for == plan.digest else "It fits no other size."
             raise PlanError(f"{path.name} was made on a pruned model already. {fits}")
+        lengths, stored, dropped = taken_out(stored, Names(name, dense))
         pairs, rest = translated(stored, Names(name, dense))
         third = {key for key in rest if key.startswith(("lora_te3_", "text_encoder_3."))}
-        lost = dict.fromkeys(map(_layer, third), "diffusers loads none on the third text encoder")
+        lost = dropped | dict.fromkeys(map(_layer, third), "diffusers loads none on the third text encoder")
         rest = {key: tensor for key, tensor in rest.items() if key not in third}
         known = inspect.signature(loader).parameters
         options = {"return_alphas": True} if "return_alphas" in known else {}
@@ -179,8 +209,8 @@ def _read(
         for found in (own, others):
             for key in found:
                 if key.endswith((".lora_B.weight", ".up.weight")):
-                    found[key] = found[key] * _scale(_layer(key), found[key].shape[1], alphas, settings)
-        return own | others, lost
+                    found[key] = found[key] * scale(_layer(key), found[key].shape[1], alphas, settings)
+        return own | others, lost, lengths
 
 
 def _stored(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -190,11 +220,6 @@ def _stored(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         stored = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
     if wrong := [key for key, tensor in stored.items() if not tensor.isfinite().all()]:
         raise CheckpointError(f"{path.name} holds values that are not numbers, in {wrong[0]!r:.100}.")
-    if any(key.endswith((".dora_scale", ".lora_magnitude_vector")) for key in stored):
-        raise CheckpointError(
-            f"{path.name} is a DoRA: its magnitudes are norms of the dense model's weights, which a pruned "
-            "layer does not have. Fuse it into the dense model, and prune that."
-        )
     peft = "base_model.model."  # of PEFT's own save_pretrained
     return {
         f"{name}.{key.removeprefix(peft)}" if key.startswith(peft) else key: tensor
@@ -226,7 +251,7 @@ def _peft_names(tensors: dict) -> dict:
     return convert_unet_state_dict_to_peft(tensors) if old else tensors
 
 
-def _scale(layer: str, rank: int, alphas: dict[str, float], settings: dict) -> float:
+def scale(layer: str, rank: int, alphas: dict[str, float], settings: dict) -> float:
     """alpha / rank, from wherever the file says it; 1 if it does not."""
     if layer in alphas:
         return alphas[layer] / rank
@@ -238,60 +263,6 @@ def _scale(layer: str, rank: int, alphas: dict[str, float], settings: dict) -> f
     return float(alpha) / (rank**0.5 if own.get("use_rslora") else rank)
 
 
-NAMINGS = {
-    "diffusers": "for diffusers: pipe.load_lora_weights",
-    "kohya": "for ComfyUI, with ecodiff's node, and other tools that read kohya's names",
-}
-
-
-def save_lora(
-    tensors: dict[str, Tensor],
-    path: str | Path,
-    plan: PrunePlan,
-    naming: str = "diffusers",
-    dense: nn.Module | None = None,
-) -> Path:
-    """Write a LoRA that fits the model that `plan` cut: safetensors, with the plan's digest in its header.
-
-    Args:
-        tensors: of `translate_lora`, or of a LoRA that was trained on the pruned model.
-        naming: one of `NAMINGS`; of text encoders kohya's are written for CLIP only.
-        dense: the dense denoiser (on the meta device will do), for other namings than diffusers'.
-
-    Raises:
-        CheckpointError: it cannot be written, or there is no such naming.
-    """
-    if naming not in NAMINGS:
-        raise CheckpointError(f"There is no naming {naming!r}. Namings: {', '.join(NAMINGS)}.")
-    if naming == "kohya":
-        assert dense is not None, "kohya's names need the dense model"
-        component = "unet" if hasattr(dense, "down_blocks") else "transformer"
-        outer = kept_features(dense, {g.name: plan[g.name] for g in _cut(dense, plan) if not g.inside})
-        widths = {}
-        for name, layer in dense.named_modules():
-            if isinstance(weight := getattr(layer, "weight", None), Tensor):
-                rows = outer.get((name, "out"))
-                widths[name] = len(weight) if rows is None else int(rows.sum())
-        tensors = in_whole_heads(tensors, component, kept_features(dense, plan), outer)
-        tensors = kohya(tensors, component, dense, widths)
-    return write_tensors(path, tensors, {"format": "pt", DIGEST: plan.digest})
-
-
-def _cut(dense: nn.Module, plan: PrunePlan) -> list[PruneGroup]:
+def cut_groups(dense: nn.Module, plan: PrunePlan) -> list[PruneGroup]:
     """Groups that lose units."""
     return [g for g in find_groups(dense, ALL_KINDS) if g.name in plan and not plan[g.name].all()]
-
-
-def trained_lora(pipe: DiffusionPipeline, adapter: str = "default") -> dict[str, Tensor]:
-    """The tensors of an adapter that was trained on a pruned pipeline's denoiser, for `save_lora`."""
-    from peft import get_peft_model_state_dict
-
-    denoiser, prefix = denoiser_of(pipe), denoiser_name(pipe)
-    settings = vars(denoiser.peft_config[adapter])
-    found = {}
-    for key, value in get_peft_model_state_dict(denoiser, adapter_name=adapter).items():
-        if key.endswith(".lora_B.weight"):
-            layer = key.removesuffix(".lora_B.weight")
-            value = value * _scale(f"{prefix}.{layer}", value.shape[1], {}, settings)
-        found[f"{prefix}.{key}"] = value.detach().float().cpu().contiguous()
-    return found

@@ -28,7 +28,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """LoRAs of the dense model, cut to fit a pruned folder; one that fails does not keep the others."""
     from ..checkpoints.loading import empty_denoiser, load
-    from ..checkpoints.lora import save_lora, translate_lora
+    from ..checkpoints.lora import translate_lora
+    from ..checkpoints.lora_saving import save_lora
     from ..pruning.components import plan_of_pipeline
 
     small = load(options.model)

@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 import ecodiff
 from ecodiff.checkpoints.comfyui import save_comfyui
 from ecodiff.checkpoints.gguf import KINDS, save_gguf
-from ecodiff.checkpoints.lora import save_lora, translate_lora
+from ecodiff.checkpoints.lora import translate_lora
+from ecodiff.checkpoints.lora_saving import save_lora
 from ecodiff.pipelines import denoiser_calls, denoiser_name, denoiser_of, prompt_rows
 from ecodiff.pruning.scores import Scores
 from ecodiff.pruning.slicing import plan_of

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 import ecodiff
 from ecodiff.checkpoints import lora_names
-from ecodiff.checkpoints.lora import save_lora, trained_lora, translate_lora
+from ecodiff.checkpoints.lora import translate, translate_lora
+from ecodiff.checkpoints.lora_saving import save_lora, trained_lora
 from ecodiff.errors import CheckpointError, PlanError
 from ecodiff.pipelines import denoiser_name, denoiser_of
 from ecodiff.pruning.heads import fill_heads_
@@ -108,6 +109,69 @@ def test_flux_says_that_it_takes_none_on_scattered_rows(tmp_path):
 def test_kohyas_naming_and_scale(tiny_sdxl, tmp_path):
     report = check(tiny_sdxl, kohya_file(tiny_sdxl, tmp_path / "kohya.safetensors"))
     assert "layers cut to fit" in report.words()
+
+
+def dora_file(pipe, path, naming):
+    """A DoRA that makes rows between half and one and a half times as long."""
+    prefix, tensors = denoiser_name(pipe), {}
+    generator = torch.Generator().manual_seed(1)
+    for name, down, up in matrices(pipe):
+        weight = denoiser_of(pipe).get_submodule(name).weight.detach()
+        long = (weight.flatten(1) + up.flatten(1) @ down.flatten(1)).norm(dim=1)
+        long = long * (0.5 + torch.rand(len(long), generator=generator))
+        if naming == "peft":
+            shape = (1, -1, 1, 1) if weight.ndim == 4 else (-1,)
+            found = {"lora_A.weight": down, "lora_B.weight": up, "lora_magnitude_vector": long.reshape(shape)}
+            tensors |= {f"{prefix}.{name}.{part}": tensor for part, tensor in found.items()}
+        else:
+            found = {"lora_down.weight": down, "lora_up.weight": up, "dora_scale": long[:, None]}
+            found["alpha"] = torch.tensor(float(len(down)))
+            flat = f"lora_unet_{name.replace('.', '_')}"
+            tensors |= {f"{flat}.{part}": tensor for part, tensor in found.items()}
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize(("kind", "naming"), [("sdxl", "peft"), ("sdxl", "kohya"), ("flux-dev", "peft")])
+def test_a_dora_equals_fused_and_pruned(kind, naming, tmp_path):
+    pipe = PIPELINES[kind]()
+    pipe.set_progress_bar_config(disable=True)
+    groups = [g for g in ecodiff.find_groups(denoiser_of(pipe)) if g.kind != "modulation"]
+    plan = ecodiff.PrunePlan({g.name: torch.arange(g.size) < (g.size + 1) // 2 for g in groups})
+    small = ecodiff.variant(pipe, plan)
+    plain = latents(small)
+    file = dora_file(pipe, tmp_path / "dora.safetensors", naming)
+    tensors, report = translate_lora(file, small, dense=denoiser_of(pipe))
+    assert report.cut and report.unchanged and not report.dropped
+    small.load_lora_weights(tensors)
+    translated = latents(small)
+    pipe.load_lora_weights(str(dora_file(pipe, tmp_path / "peft.safetensors", "peft")))
+    pipe.fuse_lora()  # PEFT's own arithmetic
+    pipe.unload_lora_weights()
+    expected = latents(ecodiff.variant(pipe, plan))
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(translated / scale, expected / scale, atol=2e-5, rtol=0)
+    assert (plain - expected).abs().max() > 1e-3 * scale, "the DoRA did nothing"
+    file = save_lora(tensors, tmp_path / "small.safetensors", plan)
+    assert any(key.endswith("lora_magnitude_vector") for key in load_file(file))
+    with pytest.raises(CheckpointError, match="do not agree"):
+        save_lora(tensors, tmp_path / "kohya.safetensors", plan, "kohya", denoiser_of(pipe))
+
+
+def test_where_a_dora_cannot_be_cut_it_is_said(tiny_sdxl, tmp_path):
+    file = dora_file(tiny_sdxl, tmp_path / "dora.safetensors", "peft")
+    tensors = load_file(file) | {
+        f"text_encoder.text_model.encoder.layers.0.mlp.fc1.{part}": torch.ones(4, 4)
+        for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+    }
+    save_file(tensors, file)
+    plan = some_plan(tiny_sdxl)  # with directions inside heads
+    found, report = translate_lora(file, ecodiff.variant(tiny_sdxl, plan), dense=tiny_sdxl.unet)
+    reasons = " ".join(report.dropped.values())
+    assert "no rows of this pruned layer" in reasons and "on the denoiser only" in reasons
+    assert not any(key.startswith("text_encoder") for key in found)
+    with pytest.raises(CheckpointError, match="weights of both models"):
+        translate(file, type(tiny_sdxl), "unet", plan, tiny_sdxl.unet)
 
 
 def test_an_emptied_layer_is_dropped_and_said(tiny_sdxl, tmp_path):
@@ -262,7 +326,12 @@ LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     [
         ({f"{LAYER}.lora_A.weight": torch.full((2, 32), float("nan"))}, CheckpointError, "not numbers"),
         ({f"{LAYER}.lora_B.weight": torch.full((32, 2), float("inf"))}, CheckpointError, "not numbers"),
-        ({"lora_unet_mid_block.dora_scale": torch.ones(3, 1)}, CheckpointError, "DoRA"),
+        (
+            {f"lora_unet_{LAYER[5:].replace('.', '_')}.dora_scale": torch.ones(1, 32)},
+            CheckpointError,
+            "columns",
+        ),
+        ({f"{LAYER}.lora_magnitude_vector": torch.ones(9)}, CheckpointError, "9 rows, and 32"),
         (
             {
                 "unet.mid_block.lora_A.weight": torch.ones(2, 9),

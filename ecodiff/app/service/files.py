@@ -7,7 +7,8 @@ from pathlib import Path
 from ...checkpoints import hub, loading
 from ...checkpoints.card import snippet
 from ...checkpoints.formats import find_format
-from ...checkpoints.lora import save_lora, translate
+from ...checkpoints.lora import translate
+from ...checkpoints.lora_saving import save_lora
 from ...errors import BudgetError, CheckpointError
 from ...metrics.fidelity import Sample
 from ...runs.healing import healed as healed_variant
