@@ -10,7 +10,7 @@ from pathlib import Path
 from ecodiff.architectures import find_groups
 from ecodiff.pipelines import denoiser_of
 from ecodiff.units import ALL_KINDS, KINDS
-from tests import conftest, stacking
+from tests import conftest, loras, stacking
 from tests.denoisers import ROWS
 from tests.pipelines import BUILDERS
 
@@ -20,6 +20,7 @@ ARCHITECTURES, CHECKPOINTS = HOME / "docs" / "architectures.md", HOME / "docs" /
 MEASURED = HOME / "ecodiff" / "measured.json"
 BEGIN, END = "<!-- supported: python -m tests.support -->\n", "<!-- end -->\n"
 STACKED = "<!-- stacked: python -m tests.support -->\n"
+LORAS = "<!-- loras: python -m tests.support -->\n"
 LABELS = {
     "sdxl": "Stable Diffusion XL, Turbo",
     "sd-1.5": "Stable Diffusion 1.5",
@@ -73,6 +74,7 @@ if __name__ == "__main__":
     for page, begin, text in (
         (ARCHITECTURES, BEGIN, table(made)),
         (CHECKPOINTS, STACKED, stacking.table()),
+        (CHECKPOINTS, LORAS, loras.table()),
     ):
         now = page.read_text(encoding="utf-8")
         page.write_text(now.replace(begin + section(now, begin) + END, begin + text + END), encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ecodiff.app.ui import show
-from tests import stacking, support, wording
+from tests import loras, stacking, support, wording
 from tests.denoisers import MISSING
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +50,12 @@ def test_the_presets_win_their_table(file):
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"this diffusers has not {MISSING}")
+def test_the_table_of_loras_has_every_naming():
+    rows = support.section(CHECKPOINTS, support.LORAS).splitlines()[2:]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(loras.NAMINGS)
+    assert all(float(row.split(" | ")[2].removesuffix(" |")) <= 2e-6 for row in rows)
+
+
 def test_supported_is_what_the_conformance_suite_passes():
     found = support.rows()
     assert json.loads(support.FILE.read_text()) == found, "run python -m tests.support"
