@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,9 @@ def find(name: "str | Path | Model") -> Model:
 
     A name is resolved once, where it comes in; a Model is what it is.
 
-    A folder's settings are those of the model that it was pruned from or is a copy of; else they are read
-    off its own files. A folder that is called like a model of the catalogue is the folder.
+    A folder's settings are those of the model that it was pruned from or is a copy of, a single file's those
+    of the model that it is a variant of; else they are read off its own files. A folder that is called like
+    a model of the catalogue is the folder.
     """
     if isinstance(name, Model):
         return name
@@ -161,7 +163,23 @@ def find(name: "str | Path | Model") -> Model:
     if folder := _cached(name):
         return replace(_folder(folder, name), source=name)
     few = few_steps(name)
+    if base := by_source.get(_base_of_file(name)):
+        return replace(base, name=name, source=name, title=name, licence="other", gated=False, **few)
     return Model(name, name, name, **CAUTIOUS | few, size=None, dtype="float16", licence="other")
+
+
+_READERS: list[Callable[[str], str]] = []
+
+
+def read_files_by(base_of: Callable[[str], str]) -> None:
+    """Have single files told by a function: from a path to the Hub id of what the file is a variant of, ""
+    if it is of none. The catalogue itself reads no weights."""
+    _READERS.append(base_of)
+
+
+def _base_of_file(name: str) -> str:
+    found = (base_of(name) for base_of in _READERS if name.endswith(".safetensors"))
+    return next((source for source in found if source), "")
 
 
 # Of a model that nothing is known of.

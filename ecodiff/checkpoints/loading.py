@@ -286,8 +286,9 @@ def working_dtype(model: str | catalog.Model) -> torch.dtype:
 
 
 def _sixteen_bits(known: catalog.Model) -> torch.dtype:
-    """The catalogue's type; else UNets are at home in float16, and transformers need bfloat16's range."""
-    if known.name in catalog.MODELS:
+    """The type of the catalogue's model; else float16 for UNets, and for transformers, which need its range,
+    bfloat16."""
+    if known.name in catalog.MODELS or known.denoiser:
         return _WORDS[known.dtype]
     return torch.float16 if classes(known)[1] == "unet" else torch.bfloat16
 

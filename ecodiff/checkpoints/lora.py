@@ -110,60 +110,30 @@ def translate(
             f"{Path(lora).name} is a DoRA: cutting it takes the weights of both models. Do it with "
             "`python -m ecodiff lora`, on the pruned model's folder."
         )
-    kept, modules = kept_features(dense, plan), dict(dense.named_modules())
-    groups = cut_groups(dense, plan)
-    scattered = {slot.module for group in groups for slot in group.slots if slot.scattered}
-    lifts = {slot.module: plan.basis(g.name)[1] for g in groups if g.activations for slot in g.consumers}
-    turns: dict[str, list] = {}
-    for group in (g for g in groups if g.inside):
-        z, y = parts(group, plan)
-        for slot in group.slots:
-            turns.setdefault(slot.module, []).append((slot.axis, slot.index, y if slot.axis == "in" else z))
+    cut, modules = _Cut(dense, plan), dict(dense.named_modules())
+    flux = hasattr(pipeline, "_maybe_expand_transformer_param_shape_or_error_")
     found, report = {}, LoraReport(dropped=lost)
     for path in dict.fromkeys(key.rpartition(".lora_")[0] for key in tensors if key.startswith(name + ".")):
         down, up = (tensors.get(f"{path}.lora_{side}.weight") for side in "AB")
         layer = path.removeprefix(name + ".")
-        if down is None or up is None or layer not in modules:
-            raise PlanError(
-                f"The LoRA changes {layer!r}, which this model does not have, or only half of it."
-            )
-        weight = getattr(modules[layer], "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim < 2:
-            raise PlanError(f"The LoRA changes {layer!r}, which is no layer with a matrix.")
-        if down.shape[1] != weight.shape[1] or up.shape[0] != weight.shape[0]:
-            raise PlanError(
-                f"The LoRA is for another model: {layer} is {tuple(weight.shape)} here, and the LoRA's "
-                f"{up.shape[0]} x {down.shape[1]}."
-            )
-        inputs, outputs = kept.get((layer, "in")), kept.get((layer, "out"))
-        if layer in scattered and hasattr(pipeline, "_maybe_expand_transformer_param_shape_or_error_"):
+        weight = _checked(layer, modules.get(layer), down, up)
+        assert down is not None and up is not None
+        if layer in cut.scattered and flux:
             report.dropped[layer] = "FLUX takes none on rows of modulation"
-            continue
-        if any(rows is not None and not rows.any() for rows in (inputs, outputs)):
+        elif cut.emptied(layer):
             report.dropped[layer] = "nothing of the layer is left"
-            continue
-        shrunk = layer in lifts or any(rows is not None and not rows.all() for rows in (inputs, outputs))
-        (report.cut if shrunk else report.unchanged).append(layer)
-        if lengths and (layer in scattered or any(axis == "out" for axis, *_ in turns.get(layer, ()))):
+        elif lengths and (layer in cut.scattered or cut.rows_turned(layer)):
             report.dropped[layer] = "a DoRA's rows are no rows of this pruned layer any more"
-            continue
-        gains = torch.ones(len(weight))
-        if layer in lengths:
-            gains = lengths[layer] / norms(weight, down, up)
-        for axis, index, part in turns.get(layer, ()):
-            if axis == "in":
-                down = turned(down.T, index, part).T
-            else:
-                up = turned(up, index, part)
-        down = down if inputs is None else down[:, inputs]
-        if layer in lifts:  # B A s, s = Y z
-            down = down @ lifts[layer].to(down)
-        if outputs is not None:  # a scattered output keeps its width: rows that are gone stay zero
-            up = up * outputs.to(up)[:, None] if layer in scattered else up[outputs]
-        found[f"{path}.lora_A.weight"], found[f"{path}.lora_B.weight"] = down.contiguous(), up.contiguous()
-        if lengths and small is not None:
-            gains = gains if outputs is None else gains[outputs]
-            found[f"{path}{SUFFIX}"] = magnitudes(small.get_submodule(layer), gains, down, up)
+        else:
+            (report.cut if cut.changes(layer) else report.unchanged).append(layer)
+            a, b = cut.pair(layer, down, up)
+            found[f"{path}.lora_A.weight"], found[f"{path}.lora_B.weight"] = a.contiguous(), b.contiguous()
+            if lengths and small is not None:
+                gains = torch.ones(len(weight))
+                if layer in lengths:
+                    gains = lengths[layer] / norms(weight, down, up)
+                gains = gains[cut.rows(layer, "out", len(gains))]
+                found[f"{path}{SUFFIX}"] = magnitudes(small.get_submodule(layer), gains, a, b)
     others = {key: value for key, value in tensors.items() if not key.startswith(name + ".")}
     others, also = cut_encoders(others, plan)
     report.cut += also
@@ -171,6 +141,74 @@ def translate(
     if not found:
         raise CheckpointError("There is nothing in this LoRA for the part of the model that was pruned.")
     return found | others, report
+
+
+def _checked(layer: str, module: nn.Module | None, down: Tensor | None, up: Tensor | None) -> Tensor:
+    """The weight of the layer that a pair changes. Raises PlanError if the pair is of another model."""
+    if down is None or up is None or module is None:
+        raise PlanError(f"The LoRA changes {layer!r}, which this model does not have, or only half of it.")
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim < 2:
+        raise PlanError(f"The LoRA changes {layer!r}, which is no layer with a matrix.")
+    if down.shape[1] != weight.shape[1] or up.shape[0] != weight.shape[0]:
+        raise PlanError(
+            f"The LoRA is for another model: {layer} is {tuple(weight.shape)} here, and the LoRA's "
+            f"{up.shape[0]} x {down.shape[1]}."
+        )
+    return weight
+
+
+class _Cut:
+    """How a plan cuts the layers of a denoiser: rows, columns, and other bases of what they read and give.
+
+    Attributes:
+        scattered: layers whose output keeps its width, zeros in place of rows that are gone.
+    """
+
+    def __init__(self, dense: nn.Module, plan: PrunePlan):
+        groups = cut_groups(dense, plan)
+        self._kept = kept_features(dense, plan)
+        self.scattered = {slot.module for group in groups for slot in group.slots if slot.scattered}
+        directed = [group for group in groups if group.activations]
+        self._lifts = {slot.module: plan.basis(g.name)[1] for g in directed for slot in g.consumers}
+        self._turns: dict[str, list] = {}
+        for group in (g for g in groups if g.inside):
+            z, y = parts(group, plan)
+            for slot in group.slots:
+                turn = (slot.axis, slot.index, y if slot.axis == "in" else z)
+                self._turns.setdefault(slot.module, []).append(turn)
+
+    def rows(self, layer: str, axis: str, size: int) -> Tensor:
+        """Features that stay, (size,) bool."""
+        kept = self._kept.get((layer, axis))
+        return torch.ones(size, dtype=torch.bool) if kept is None else kept
+
+    def emptied(self, layer: str) -> bool:
+        return any(
+            (layer, axis) in self._kept and not self._kept[layer, axis].any() for axis in ("in", "out")
+        )
+
+    def rows_turned(self, layer: str) -> bool:
+        return any(axis == "out" for axis, *_ in self._turns.get(layer, ()))
+
+    def changes(self, layer: str) -> bool:
+        sides = [self._kept[layer, axis] for axis in ("in", "out") if (layer, axis) in self._kept]
+        return layer in self._lifts or not all(bool(kept.all()) for kept in sides)
+
+    def pair(self, layer: str, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B of the pruned layer."""
+        for axis, index, part in self._turns.get(layer, ()):
+            if axis == "in":
+                down = turned(down.T, index, part).T
+            else:
+                up = turned(up, index, part)
+        down = down[:, self.rows(layer, "in", down.shape[1])]
+        if layer in self._lifts:  # B A s, s = Y z
+            down = down @ self._lifts[layer].to(down)
+        outputs = self.rows(layer, "out", len(up))
+        if layer in self.scattered:
+            return down, up * outputs.to(up)[:, None]
+        return down, up[outputs]
 
 
 def _read(

@@ -133,6 +133,22 @@ def base_of(source: str) -> str:
     )
 
 
+def _known_base(source: str) -> str:
+    """`base_of` for the catalogue, of a file that is here; "" of one that is no model, or not here yet."""
+    there = source
+    if (place := on_hub(source)) is not None:
+        there = try_to_load_from_cache(*place)
+    if not isinstance(there, str) or not Path(there).is_file():
+        return ""
+    try:
+        return base_of(there)
+    except CheckpointError:
+        return ""
+
+
+catalog.read_files_by(_known_base)
+
+
 def _distinct(first: str) -> list[catalog.Model]:
     """Models of the catalogue, one an architecture: that of the Hub id `first`, or what comes first."""
     known = [model for model in catalog.MODELS.values() if model.denoiser]

@@ -12,6 +12,7 @@ from ecodiff import catalog
 from ecodiff.checkpoints import loading, single_file
 from ecodiff.checkpoints.comfyui import flux_tensors, unet_tensors
 from ecodiff.errors import CheckpointError
+from tests.checkpoints.test_hub import header_of
 from tests.conftest import latents
 
 RESNET = {
@@ -231,6 +232,26 @@ def test_a_file_of_a_repository_is_opened_like_one_that_is_here(single, monkeypa
     assert all(torch.equal(tensor, here[name]) for name, tensor in found.unet.state_dict().items())
     assert found.scheduler.config.timestep_spacing == "trailing", "what it is called counts"
     assert catalog.find("ann/mine/deep/fine-tune_4step.safetensors").steps == 4
+
+
+@pytest.mark.parametrize(
+    ("model", "file", "steps", "guidance", "size"),
+    [
+        ("flux-schnell", "mine", 4, 0.0, 1024),
+        ("flux-dev", "mine", 28, 3.5, 1024),
+        ("sd-1.5", "mine", 30, 7.5, 512),
+        ("sdxl", "mine_lightning_8step", 8, 0.0, 1024),
+    ],
+)
+def test_a_file_is_used_like_the_model_that_it_is_a_variant_of(model, file, steps, guidance, size, tmp_path):
+    path = tmp_path / f"{file}.safetensors"
+    path.write_bytes(header_of(model))
+    known = catalog.find(path)
+    assert (known.steps, known.guidance_scale, known.size) == (steps, guidance, size)
+    assert (known.source, known.licence, known.gated) == (str(path), "other", False)
+    assert loading.working_dtype(path) == getattr(torch, catalog.MODELS[model].dtype)
+    (tmp_path / "other.safetensors").write_bytes(b"none")
+    assert catalog.find(tmp_path / "other.safetensors").steps == 30
 
 
 def test_settings_of_a_hub_model_come_from_its_own_files(tmp_path, monkeypatch):
