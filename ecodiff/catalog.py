@@ -33,6 +33,8 @@ class Model:
         denoiser: its published configuration, so that it can be counted without a network.
         base: of a pruned folder, the name of its dense model.
         prompts_folder: where its prompts are; "": those that are for all models.
+        lora_of: `source` is a LoRA, to be fused into this model of the catalogue.
+        scheduler: its class and settings, if they are not those of its files.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Model:
     denoiser: dict | None = None
     base: str = ""
     prompts_folder: str = ""
+    lora_of: str = ""
+    scheduler: dict = field(default_factory=dict)
 
     @property
     def embedded(self) -> bool:

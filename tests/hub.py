@@ -35,7 +35,8 @@ class Hub:
 
 
 # Of the Hub's list, what the models of the catalogue have.
-LICENCES = ("apache-2.0", "mit", "openrail++", "creativeml-openrail-m", "gemma", "unknown", "other")
+LICENCES = ("apache-2.0", "mit", "openrail++", "creativeml-openrail-m", "gemma", "cc-by-nc-4.0")
+LICENCES += ("unknown", "other")
 
 
 class _Handler(BaseHTTPRequestHandler):

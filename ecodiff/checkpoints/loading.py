@@ -1,9 +1,7 @@
 """Opening pipelines: embedded names, diffusers folders, Hub ids and single files."""
 
 import inspect
-import json
 import os
-import re
 import sys
 from math import inf
 from pathlib import Path
@@ -12,33 +10,25 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.file_download import get_hf_file_metadata
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .. import catalog, machine
 from ..checks import without_values
-from ..errors import CheckpointError, EcodiffError, ModelNotFoundError, UnsupportedModelError, memory_advice
+from ..errors import CheckpointError, EcodiffError, UnsupportedModelError, memory_advice
 from ..learning.streaming import stream_
 from ..machine import free_bytes, megabytes
 from ..pipelines import denoiser_of
 from ..pruning import ecodiff_sliced_v1
+from .index import damaged, model_index, refuse_quantised
 from .sign_in import NETWORK_ERRORS, PROBE_SECONDS, hub_token, unreachable
-from .single_file import base_of, is_single_file, open_single_file
+from .single_file import base_of, is_single_file, on_hub, open_single_file
 
 # diffusers reads components of a pruned folder from the module that its index names, if imported.
 sys.modules.setdefault(ecodiff_sliced_v1.NAME, ecodiff_sliced_v1)
 
-_HUB_ID = re.compile(r"[^/.~][^/]*/[^/]+")
-_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".zip", ".json")
-_NO_MODEL = "no model. Give a .safetensors file, a diffusers folder or a Hub id."
-_PICKLE = "a pickle, which may run code when it is opened. Give the model as .safetensors."
-_OTHER_FILES = dict.fromkeys((".ckpt", ".pt", ".pth", ".bin"), _PICKLE) | {
-    ".gguf": "quantised (GGUF). Give the full-precision model; what is pruned can be quantised afterwards.",
-    ".zip": "a zip. Unpack it and give the folder; a plan in it is imported in the Library, or by `import`.",
-}
 _WORDS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -69,6 +59,8 @@ def load(
     device = device or machine.device()
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else working_dtype(known)
+    if known.lora_of:
+        return _ready(_fused(known, dtype), device, offload)
     source = known.source
     try:
         if is_single_file(source):
@@ -111,6 +103,23 @@ def _from_files(source: str, dtype: torch.dtype, components: dict):
     raise plain
 
 
+def _fused(known: catalog.Model, dtype: torch.dtype):
+    """The pipeline of a model that is a LoRA of another one, fused into it."""
+    pipe = load(known.lora_of, dtype, "cpu")
+    repository, file = on_hub(known.source) or ("", "")
+    try:
+        pipe.load_lora_weights(repository, weight_name=file, token=hub_token())
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    except (LocalEntryNotFoundError, HfHubHTTPError, *NETWORK_ERRORS):
+        raise unreachable(known.source) from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise damaged(known.source, error) from None
+    if (named := dict(known.scheduler)) and (cls := getattr(diffusers, named.pop("_class_name"))):
+        pipe.scheduler = cls.from_config(pipe.scheduler.config, **named)
+    return pipe
+
+
 def _ready(pipe: DiffusionPipeline, device: str, offload: bool):
     denoiser_of(pipe)
     for name, part in pipe.components.items():
@@ -140,73 +149,6 @@ def _from_single_file(source: str, dtype: torch.dtype):
     pipeline, name = classes(base)
     denoiser = getattr(diffusers, model_index(base)[name][1])
     return open_single_file(source, base, pipeline, name, denoiser, dtype)
-
-
-def model_index(source: str) -> dict:
-    """`model_index.json` of a folder or Hub repository. Downloads no weights.
-
-    Raises:
-        ModelNotFoundError, CheckpointError
-    """
-    if os.path.isdir(source):
-        if not os.path.isfile(os.path.join(source, "model_index.json")):
-            raise CheckpointError(
-                f"{source} has no model_index.json, so it is not a diffusers pipeline folder."
-            )
-    elif os.path.isfile(source):
-        raise CheckpointError(f"{source} is {_OTHER_FILES.get(Path(source).suffix, _NO_MODEL)}")
-    elif (
-        Path(source).suffix in _FILES
-        or os.path.isabs(source)
-        or source.startswith((".", "~"))
-        or source.count("/") != 1
-    ):
-        names = ", ".join(catalog.MODELS)
-        raise ModelNotFoundError(
-            f"There is no model {source!r}. Give one of {names}; a diffusers folder; or a Hub id "
-            "such as stabilityai/stable-diffusion-xl-base-1.0."
-        )
-    if not os.path.isdir(source):
-        probe(source)
-    try:
-        return DiffusionPipeline.load_config(source, token=hub_token())
-    except HFValidationError as error:
-        raise ModelNotFoundError(f"{source!r} is not a Hub id: {error}") from None
-    except NETWORK_ERRORS:
-        raise unreachable(source) from None
-    except (OSError, ValueError) as error:
-        if os.path.isdir(source):
-            raise damaged(source, error) from None
-        raise unreachable(source) from None
-
-
-def probe(repo: str) -> None:
-    """Ask the Hub once, for a few seconds, before its client asks for most of a minute.
-
-    Raises:
-        ModelNotFoundError: it cannot be reached, and the repository is not in the cache.
-    """
-    if isinstance(try_to_load_from_cache(repo, "model_index.json"), str):
-        return
-    try:
-        get_hf_file_metadata(hf_hub_url(repo, "model_index.json"), token=hub_token(), timeout=PROBE_SECONDS)
-    except NETWORK_ERRORS:
-        raise unreachable(repo) from None
-    except (OSError, ValueError):  # it answered: what is wrong is told by who reads the file
-        return
-
-
-def refuse_quantised(source: str, index: dict) -> None:
-    """Raise CheckpointError if the denoiser in a folder is stored quantised."""
-    for name in ("unet", "transformer"):
-        file = Path(source) / name / "config.json"
-        if name in index and file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
-            if found:
-                raise CheckpointError(
-                    f"The {name} of {source} is stored quantised ({found.get('quant_method', 'unknown')}). "
-                    "Give the full-precision model; what is pruned can be quantised afterwards."
-                )
 
 
 def empty_denoiser(model: str | catalog.Model) -> nn.Module:
@@ -259,7 +201,8 @@ def _fetch_settings(source: str) -> None:
 
 def classes(model: str | catalog.Model) -> tuple[Any, str]:
     """The class of a model's pipeline, and the name of the denoiser in it; loads no weights."""
-    source = catalog.find(model).source
+    known = catalog.find(model)
+    source = catalog.find(known.lora_of or known).source
     index = model_index(base_of(source) if is_single_file(source) else source)
     pipeline = getattr(diffusers, str(index.get("_class_name")), None)
     if not (isinstance(pipeline, type) and issubclass(pipeline, DiffusionPipeline)):
@@ -291,9 +234,3 @@ def _sixteen_bits(known: catalog.Model) -> torch.dtype:
     if known.name in catalog.MODELS or known.denoiser:
         return _WORDS[known.dtype]
     return torch.float16 if classes(known)[1] == "unet" else torch.bfloat16
-
-
-def damaged(source: str, error: Exception) -> CheckpointError:
-    """The error of a folder that cannot be opened."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    return CheckpointError(f"{source} could not be opened as a diffusers pipeline: {reason}")

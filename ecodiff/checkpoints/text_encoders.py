@@ -13,8 +13,8 @@ from ..architectures import find_groups, unit_parameters
 from ..errors import PlanError
 from ..pruning.plan import PrunePlan
 from ..pruning.slicing import check
-from .loading import model_index, unreachable
-from .sign_in import NETWORK_ERRORS, hub_token
+from .index import model_index
+from .sign_in import NETWORK_ERRORS, hub_token, unreachable
 from .single_file import base_of, is_single_file
 
 
@@ -24,7 +24,8 @@ def empty_text_encoders(model: str) -> dict[str, nn.Module]:
     Raises:
         ModelNotFoundError, CheckpointError: the model cannot be had.
     """
-    source = catalog.find(model).source
+    known = catalog.find(model)
+    source = catalog.find(known.lora_of or known).source
     source = base_of(source) if is_single_file(source) else source
     found: dict[str, nn.Module] = {}
     for name, entry in model_index(source).items():

@@ -1,16 +1,20 @@
 """A LoRA of the dense model, translated, is that LoRA fused and then pruned."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import ecodiff
+from ecodiff import catalog
 from ecodiff.checkpoints import lora_names
 from ecodiff.checkpoints.lora import translate, translate_lora
 from ecodiff.checkpoints.lora_saving import save_lora, trained_lora
+from ecodiff.checkpoints.single_file import on_hub
 from ecodiff.errors import CheckpointError, PlanError
+from ecodiff.metrics.fidelity import generate
 from ecodiff.pipelines import denoiser_name, denoiser_of
 from ecodiff.pruning.heads import fill_heads_
 from ecodiff.pruning.slicing import plan_of
@@ -106,6 +110,34 @@ def test_where_a_dora_cannot_be_cut_it_is_said(tiny_sdxl, tmp_path):
     assert not any(key.startswith("text_encoder") for key in found)
     with pytest.raises(CheckpointError, match="weights of both models"):
         translate(file, type(tiny_sdxl), "unet", plan, tiny_sdxl.unet)
+
+
+@pytest.mark.parametrize("name", ["sdxl-dmd2", "sdxl-hyper"])
+def test_a_model_that_is_a_lora_is_fused_into_its_base(name, tiny_sdxl, tmp_path, monkeypatch):
+    """With its own schedule; from the stand-in of a repository to a pruned folder that needs neither."""
+    known = catalog.MODELS[name]
+    repository, file = on_hub(known.source)
+    peft_file(tiny_sdxl, tmp_path / file)
+    tiny_sdxl.save_pretrained(tmp_path / "base")
+    base = replace(catalog.find("sdxl"), name="base", source=str(tmp_path / "base"), denoiser=None)
+    monkeypatch.setitem(catalog.MODELS, "sdxl", base)
+    load_lora = type(tiny_sdxl).load_lora_weights
+
+    def from_folder(pipe, asked, **options):
+        assert (asked, options["weight_name"]) == (repository, file)
+        load_lora(pipe, str(tmp_path / file))
+
+    monkeypatch.setattr(type(tiny_sdxl), "load_lora_weights", from_folder)
+    pipe = ecodiff.load(replace(known, denoiser=None))
+    assert type(pipe.scheduler).__name__ == known.scheduler["_class_name"]
+    drawn = generate(pipe, "red apple", 0, steps=4, guidance_scale=0.0, size=64, extra=known.extra).latents
+    load_lora(tiny_sdxl, str(tmp_path / file))
+    tiny_sdxl.fuse_lora()
+    tiny_sdxl.unload_lora_weights()
+    for key, value in tiny_sdxl.unet.state_dict().items():
+        torch.testing.assert_close(pipe.unet.state_dict()[key], value)
+    small = ecodiff.save(ecodiff.variant(pipe, some_plan(pipe)), tmp_path / "small")
+    assert type(ecodiff.load(small).scheduler) is type(pipe.scheduler) and drawn.isfinite().all()
 
 
 def test_an_emptied_layer_is_dropped_and_said(tiny_sdxl, tmp_path):
