@@ -56,7 +56,7 @@ def _tools(browser: Browser) -> dict[str, gr.components.Component]:
         name = gr.Textbox(label="New name", max_length=60, scale=3, min_width=240)
         rename = gr.Button("Rename", size="sm", scale=1, min_width=100)
     size = percent_box()
-    chosen = gr.Radio(service.formats(), value="diffusers", label="Format")
+    chosen = gr.Dropdown(service.formats(), value="diffusers", label="Format")
     lean = gr.Checkbox(
         False,
         label="Leave out unused layers of text encoders",
