@@ -160,13 +160,16 @@ def figure(found: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     drawing, panels = pyplot.subplots(1, len(KINDS), figsize=(11, 4.5), dpi=150, sharey=True)
+    tools = list(dict.fromkeys(row["tool"] for row in found["rows"]))
     for axes, words in zip(panels, KINDS, strict=True):
         mine = [row for row in found["rows"] if row["kinds"] == words and row["tool"].endswith("+")]
         for tool in dict.fromkeys(row["tool"] for row in mine):
             rows = [row for row in mine if row["tool"] == tool]
             x, y = [100 * row["removed"] for row in rows], [row["latent_error"][0] for row in rows]
-            axes.plot(x, y, "o-", label=tool, lw=2.5 if tool.startswith("ecodiff") else 1.2, ms=4)
-        axes.set(yscale="log", xlabel="parameters of the denoiser removed, %", title=words)
+            width, colour = 2.5 if tool.startswith("ecodiff") else 1.2, f"C{tools.index(tool) // 2}"
+            axes.plot(x, y, "o-", label=tool, lw=width, ms=4, color=colour)
+        ticks = [round(100 * ratio) for ratio in RATIOS]
+        axes.set(yscale="log", xlabel="parameters of the denoiser removed, %", title=words, xticks=ticks)
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     panels[0].set_ylabel("latent error, repaired")
@@ -178,11 +181,12 @@ def figure(found: dict, path: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="emoji-sdxl")
-    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--figure", action="store_true", help="only draw the figure again")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     out = Path(__file__).with_name(f"peers-{asked.model}.json")
-    results = run(asked.model, asked.pairs)
+    results = json.loads(out.read_text()) if asked.figure else run(asked.model, asked.pairs)
     out.write_text(json.dumps(results, indent=1) + "\n")
     figure(results, out.with_suffix(".png"))
