@@ -90,6 +90,10 @@ def test_the_main_job(client, tmp_path):
     found = client.predict("SD 1.5", False, api_name="/find_models")
     assert [row["name"] for row in found["catalogue"]] == ["sd-1.5"] and found["hub"] == []
     predicted = client.predict("emoji-sdxl", 0.2, api_name="/predict")
+    smaller = client.predict("emoji-sdxl", 0.2, text_encoders=0.3, api_name="/predict")
+    saved = predicted["bytes_pruned"] - smaller["bytes_pruned"]
+    assert saved == pytest.approx(0.3 * predicted["encoders"] * 2, rel=1e-3) and saved > 100_000
+    assert client.predict("sdxl", 0.2, api_name="/predict")["encoders"] is None
     assert predicted["params_dense"] == 8_327_876
     assert client.predict("emoji-sdxl", api_name="/default_preset") == "surgeon"
     assert client.predict("emoji-flux", api_name="/default_preset") == "surgeon"

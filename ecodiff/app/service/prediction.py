@@ -3,8 +3,10 @@
 import os
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from ... import catalog, machine
@@ -12,10 +14,12 @@ from ...architectures import find_groups, unrecognised
 from ...checkpoints import hub, loading
 from ...checkpoints.formats import FORMATS
 from ...checkpoints.sign_in import signed_in
+from ...checkpoints.text_encoders import empty_text_encoders
 from ...config import LearnConfig
 from ...errors import BudgetError, ModelNotFoundError
 from ...learning.footprint import Footprint, fits, footprint
 from ...learning.methods import METHODS, measured_best
+from ...metrics.cost import parameters
 from ...pruning.scores import Scores
 from ...units import ALL_KINDS, PRESET_KINDS
 
@@ -35,6 +39,15 @@ def unit_costs(model: str, kinds: tuple[str, ...] = PRESET_KINDS) -> tuple[Score
     files = Path(known.source).rglob("*.safetensors")
     weights = sum(file.stat().st_size for file in files if file.parent.name != "example")  # no weights
     return scores, itemsize, weights or scores.total * itemsize + round(known.others_gb * 1e9)
+
+
+@cache
+def encoder_parameters(model: str) -> int | None:
+    """Parameters of a model's text encoders, as far as it is on this machine: the Hub is not asked for it."""
+    if not Path(catalog.find(model).source).exists():
+        return None
+    encoders = empty_text_encoders(model).values()
+    return sum(parameters(encoder) for encoder in encoders)
 
 
 def counted(model: str) -> str:
@@ -89,6 +102,7 @@ def predict(
     kinds: list[str] | None = None,
     gpu: int | None = None,
     token: str = "",
+    text_encoders: Annotated[float, Field(ge=0, le=0.9)] = 0.0,
 ) -> dict:
     """What pruning will leave, by arithmetic on the model's configuration.
 
@@ -98,11 +112,13 @@ def predict(
         preset, kinds: as `start` takes them: what may go.
         gpu: 10^9 bytes of memory of the GPU that it should fit; None: of this machine's device.
         token: as `start` takes it.
+        text_encoders: fraction of the text encoders' parameters to remove.
 
     Returns:
         {"params_dense", "params_pruned", "bytes_dense", "bytes_pruned", "bytes_of": "pipeline", or "denoiser"
-        where nothing is known of the rest, "ceiling": share of the parameters that can go at most,
-        "units": what holds those, in words, "licence", "gated",
+        where nothing is known of the rest, "encoders": parameters of the text encoders, None where the model
+        is not on this machine and they were not counted, "ceiling": share of the parameters that can go at
+        most, "units": what holds those, in words, "licence", "gated",
         "supported": what the conformance suite passes of this architecture, "memory": {"draw": pruned,
         everything on the device, "learn", "streamed": with weights in main memory, "here"}, bytes: estimates,
         and what the device has, "fits": as
@@ -116,6 +132,8 @@ def predict(
         scores, itemsize, dense_bytes = unit_costs(known.name, wanted)
         denoiser = empty_denoiser(known.name)
     removed = round(checked_ratio(ratio, scores) * scores.total)
+    encoders = encoder_parameters(known.name)
+    gone = removed + round(text_encoders * (encoders or 0))
     device = torch.device(machine.device())
     here = machine.capacity(device)
     need = needs(known.name, 4 if device.type == "cpu" and not gpu else None)
@@ -124,19 +142,16 @@ def predict(
         "params_dense": scores.total,
         "params_pruned": scores.total - removed,
         "bytes_dense": dense_bytes,
-        "bytes_pruned": dense_bytes - removed * itemsize,
+        "bytes_pruned": dense_bytes - gone * itemsize,
         "bytes_of": counted(known.name),
+        "encoders": encoders,
         "ceiling": scores.ceiling,
         "units": scores.kinds_in_words.replace(" or ", ", "),
         "licence": known.licence,
         "gated": known.gated,
         "supported": catalog.supported(type(denoiser).__name__),
-        "memory": {
-            "draw": need.pruned(ratio).draw,
-            "learn": need.learn,
-            "streamed": need.learn_streamed,
-            "here": here,
-        },
+        "memory": {"draw": need.pruned(ratio).draw, "here": here}
+        | {"learn": need.learn, "streamed": need.learn_streamed},
         "fits": fits(need, ratio, scores.ceiling, room, bool(gpu) or device.type == "cuda") | {"gpu": gpu},
         "left_alone": unrecognised(denoiser, find_groups(denoiser, ALL_KINDS)),
     }

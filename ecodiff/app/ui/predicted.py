@@ -7,8 +7,8 @@ from ..service import megabytes
 from .show import figures, millions
 
 
-def prediction(facts: dict) -> str:
-    """What a size will leave, before anything is started."""
+def prediction(facts: dict, encoders: float = 0.0) -> str:
+    """What a size will leave, before anything is started; `encoders`: the share of the text encoders."""
     removed = 1 - facts["params_pruned"] / facts["params_dense"]
     passed = facts["supported"]
     whole = (
@@ -26,6 +26,8 @@ def prediction(facts: dict) -> str:
     alone = {kind: count / facts["params_dense"] for kind, count in facts["left_alone"].items()}
     largest = [f"{escape(kind)} {share:.1%}" for kind, share in alone.items() if share >= 0.001]
     notes.append(f"Left alone: {', '.join(largest) or 'next to nothing'} of the parameters")
+    if encoders and facts["encoders"] is None:
+        notes.append("Text encoders are counted once the model is on this machine: the download is less")
     return f'{_figures_of(facts, removed)}<p>{fits(facts)}</p><p class="eco-notes">{" · ".join(notes)}</p>'
 
 

@@ -93,9 +93,9 @@ def _answer(form: dict, prediction: gr.HTML, example: list) -> list:
     """
     private = {"api_visibility": "private"}
     hidden = private | {"show_progress": "hidden"}
-    what = [form[name] for name in ("model", "ratio", "preset", "kinds", "gpu")]
+    what = [form[name] for name in ("model", "ratio", "preset", "kinds", "gpu", "encoders")]
     # One event for all boxes: the answer to what is in them now comes last, and others are dropped.
-    changes = [form[box].change for box in ("model", "ratio", "kinds", "gpu")]
+    changes = [form[box].change for box in ("model", "ratio", "kinds", "gpu", "encoders")]
     gr.on(changes, predict, what, prediction, trigger_mode="always_last", **private)
     form["model"].change(shown_of, form["model"], example, **hidden)
     form["model"].change(preset_of, form["model"], form["preset"], **hidden)
@@ -216,11 +216,12 @@ def shown_of(model):
     return strip.cards(found["pictures"], (0.2, 0.4, 0.6), title), gr.Button(visible=True)
 
 
-def predict(model, percent, preset, kinds, gpu, token: gr.OAuthToken | None = None):
+def predict(model, percent, preset, kinds, gpu, encoders, token: gr.OAuthToken | None = None):
     """What a size will leave, or why it cannot be."""
+    asked = {"preset": preset, "kinds": kinds, "gpu": gpu or None, "text_encoders": encoders / 100}
     try:
-        facts = service.predict(model, percent / 100, preset, kinds, gpu or None, secret(token))
-        return predicted.prediction(facts)
+        facts = service.predict(model, percent / 100, **asked, token=secret(token))
+        return predicted.prediction(facts, encoders / 100)
     except EcodiffError as error:
         return show.failure(str(error))
 
