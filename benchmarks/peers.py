@@ -14,6 +14,7 @@ repaired by ecodiff's compensation, the same for all (OBS-Diff brings its own).
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import obs_diff
@@ -91,33 +92,46 @@ def with_gradients(pipe, calls: list[dict]) -> None:
             loss.backward()
 
 
-def plans(pipe, model: catalog.Model, kinds: tuple[str, ...], calls: list[dict]):
-    """(tool, function from a ratio to a plan) of each tool."""
+def tools(pipe, model: catalog.Model, kinds: tuple[str, ...], calls: list[dict]):
+    """(tool, function that ranks and gives a function from a ratio to a plan) of each tool."""
     import torch_pruning as tp
 
     denoiser, prompts = denoiser_of(pipe), model.prompts("calibration")
     groups = find_groups(denoiser, kinds)
-    importances = {"magnitude": tp.importance.GroupMagnitudeImportance(p=2)}
-    importances["taylor"] = tp.importance.GroupTaylorImportance()
-    for name, importance in importances.items():
-        values = torch_pruning(importance, pipe, groups)
-        yield f"Torch-Pruning, {name}", Scores.of(denoiser, values, method=name).plan
-    for parameter in denoiser.parameters():
-        parameter.grad = None
-        parameter.requires_grad_(False)
-    for name, label in (("taylor", "Diff-Pruning"), ("wanda", "Wanda")):
+
+    def theirs(name: str, importance):
+        if name == "taylor":
+            with_gradients(pipe, calls)
+        found = torch_pruning(importance, pipe, groups)
+        for parameter in denoiser.parameters():
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        return Scores.of(denoiser, found, method=name).plan
+
+    def one_shot(name: str):
         found = METHODS[name](pipe, calls, 0, prompts)
-        values = {group.name: found[group.name] for group in groups}
-        yield label, Scores.of(denoiser, values, method=name).plan
+        return Scores.of(denoiser, {g.name: found[g.name] for g in groups}, method=name).plan
+
+    def learned(preset: str, **changes):
+        return ecodiff.learn_masks(pipe, prompts, model.learn_config(preset, 0.3, **changes)).plan
+
+    yield (
+        "Torch-Pruning, magnitude",
+        partial(theirs, "magnitude", tp.importance.GroupMagnitudeImportance(p=2)),
+    )
+    yield "Torch-Pruning, taylor", partial(theirs, "taylor", tp.importance.GroupTaylorImportance())
+    yield "Diff-Pruning", partial(one_shot, "taylor")
+    yield "Wanda", partial(one_shot, "wanda")
     if kinds == PUBLISHED_KINDS:
-        scores = ecodiff.learn_masks(pipe, prompts, model.learn_config("ecodiff", 0.3))
-        yield "EcoDiff, as published", scores.plan
-    config = model.learn_config("surgeon", 0.3, **({"kinds": kinds} if kinds == PUBLISHED_KINDS else {}))
-    yield "ecodiff", ecodiff.learn_masks(pipe, prompts, config).plan
+        yield "EcoDiff, as published", partial(learned, "ecodiff")
+    yield "ecodiff", partial(learned, "surgeon", **({"kinds": kinds} if kinds == PUBLISHED_KINDS else {}))
 
 
-def run(name: str, pairs: int) -> dict:
-    """{"model", "pairs", "rows": [{"kinds", "tool", "removed", "seconds", and measures}]}."""
+def run(name: str, pairs: int, out: Path) -> dict:
+    """{"model", "pairs", "rows": [{"kinds", "tool", "ratio", "removed", "seconds", and measures}]}.
+
+    Rows are in `out` as soon as they are measured; those that are there are not measured again.
+    """
     model, pipe = catalog.find(name), ecodiff.load(name)
     pipe.set_progress_bar_config(disable=True)
     prompts, learned_on = model.prompts("heldout")[:pairs], model.prompts("calibration")
@@ -125,31 +139,38 @@ def run(name: str, pairs: int) -> dict:
     calibration = Calibration(pipe, learned_on, model.compensation())
     options = call_options(pipe, model.learn_steps, model.guidance_scale, model.size, model.extra)
     calls = [prompt_rows(learned_on, range(n, n + BATCH), 0, options) for n in range(0, CALIBRATION, BATCH)]
-    total, rows = parameters(denoiser_of(pipe)), []
+    total = parameters(denoiser_of(pipe))
+    found = json.loads(out.read_text()) if out.exists() else {"model": name, "pairs": pairs, "rows": []}
+    assert found["pairs"] == pairs, f"{out} is about {found['pairs']} pairs"
 
-    def note(tool: str, words: str, small, spent: float) -> None:
-        found = measure(dense, draw(small, model, prompts), recognised)
+    def note(tool: str, words: str, ratio: float, small, spent: float) -> None:
+        measures = measure(dense, draw(small, model, prompts), recognised)
         removed = 1 - parameters(denoiser_of(small)) / total
-        rows.append({"kinds": words, "tool": tool, "removed": removed, "seconds": round(spent, 1), **found})
-        print(words, tool, f"{removed:.1%}", {k: round(v[0], 5) for k, v in found.items()}, flush=True)
+        row = {"kinds": words, "tool": tool, "ratio": ratio, "removed": removed, "seconds": round(spent, 1)}
+        found["rows"].append(row | measures)
+        out.write_text(json.dumps(found, indent=1) + "\n")
+        print(words, tool, f"{removed:.1%}", {k: round(v[0], 5) for k, v in measures.items()}, flush=True)
+
+    def left(tool: str, words: str) -> list[float]:
+        done = {(row["tool"], row["kinds"], row["ratio"]) for row in found["rows"]}
+        return [ratio for ratio in RATIOS if (f"{tool} +", words, ratio) not in done]
 
     for words, kinds in KINDS.items():
-        with_gradients(pipe, calls)
-        begun = time.perf_counter()
-        for tool, plan in plans(pipe, model, kinds, calls):
-            spent = time.perf_counter() - begun
-            for ratio in RATIOS:
+        for tool, rank in tools(pipe, model, kinds, calls):
+            begun, plan = time.perf_counter(), None
+            for ratio in left(tool, words):
+                plan = plan or rank()
+                spent = time.perf_counter() - begun
                 small = ecodiff.variant(pipe, plan(ratio=ratio))
-                note(tool, words, small, spent)
+                note(tool, words, ratio, small, spent)
                 ecodiff.compensate_(small, pipe, calibration=calibration)
-                note(f"{tool} +", words, small, spent)
+                note(f"{tool} +", words, ratio, small, spent)
+                begun = time.perf_counter() - spent
+        for ratio in left("OBS-Diff", words) if kinds == PUBLISHED_KINDS else ():
             begun = time.perf_counter()
-        if kinds == PUBLISHED_KINDS:
-            for ratio in RATIOS:
-                begun = time.perf_counter()
-                small = obs_diff.prune(pipe, calibration, ratio)
-                note("OBS-Diff +", words, small, time.perf_counter() - begun)
-    return {"model": name, "pairs": pairs, "rows": rows}
+            small = obs_diff.prune(pipe, calibration, ratio)
+            note("OBS-Diff +", words, ratio, small, time.perf_counter() - begun)
+    return found
 
 
 def figure(found: dict, path: Path) -> None:
@@ -160,13 +181,13 @@ def figure(found: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     drawing, panels = pyplot.subplots(1, len(KINDS), figsize=(11, 4.5), dpi=150, sharey=True)
-    tools = list(dict.fromkeys(row["tool"] for row in found["rows"]))
+    names = list(dict.fromkeys(row["tool"] for row in found["rows"]))
     for axes, words in zip(panels, KINDS, strict=True):
         mine = [row for row in found["rows"] if row["kinds"] == words and row["tool"].endswith("+")]
         for tool in dict.fromkeys(row["tool"] for row in mine):
             rows = [row for row in mine if row["tool"] == tool]
             x, y = [100 * row["removed"] for row in rows], [row["latent_error"][0] for row in rows]
-            width, colour = 2.5 if tool.startswith("ecodiff") else 1.2, f"C{tools.index(tool) // 2}"
+            width, colour = 2.5 if tool.startswith("ecodiff") else 1.2, f"C{names.index(tool) // 2}"
             axes.plot(x, y, "o-", label=tool, lw=width, ms=4, color=colour)
         ticks = [round(100 * ratio) for ratio in RATIOS]
         axes.set(yscale="log", xlabel="parameters of the denoiser removed, %", title=words, xticks=ticks)
@@ -187,6 +208,5 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     out = Path(__file__).with_name(f"peers-{asked.model}.json")
-    results = json.loads(out.read_text()) if asked.figure else run(asked.model, asked.pairs)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    results = json.loads(out.read_text()) if asked.figure else run(asked.model, asked.pairs, out)
     figure(results, out.with_suffix(".png"))
