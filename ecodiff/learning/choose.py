@@ -45,8 +45,9 @@ def measured(
     try:
         folder = kept.folder / "repair" if kept.folder and kept.pauses else None
         for rows in missing(repair, folder):
-            for _ in record(pipe, objective.prompts, repair, folder, objective.count, [rows]):
-                pass
+            list(record(pipe, objective.prompts, repair, folder, objective.count, [rows]))
+            if rows in missing(repair, folder):  # it cannot be kept: a pause would lose it again and again
+                break
             kept.pause()
         calibration, errors = None, {}
         for name, plan in plans.items():
