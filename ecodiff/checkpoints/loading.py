@@ -74,7 +74,7 @@ def load(
             elif isinstance(entry, list) and entry[0] == ecodiff_sliced_v1.NAME:
                 cls = getattr(ecodiff_sliced_v1, str(entry[1]))
                 components[name] = cls.from_pretrained(source, subfolder=name, dtype=dtype, token=hub_token())
-        pipe = _from_files(source, dtype, components)
+        pipe = _from_files(source, str(index.get("_class_name")), dtype, components)
     except EcodiffError:
         raise
     except SafetensorError as error:
@@ -86,15 +86,19 @@ def load(
     return _ready(pipe, device, offload)
 
 
-def _from_files(source: str, dtype: torch.dtype, components: dict):
+def _from_files(source: str, name: str, dtype: torch.dtype, components: dict):
     """The pipeline of a folder or repository. Many hold float32 weights and, as a variant, halves:
     of the two, what is nearer to `dtype` is read (and downloaded), or what is there."""
     plain: Exception | None = None
+    # By its own class: DiffusionPipeline opens components that are optional (Wan's transformers) once more.
+    named = getattr(diffusers, name, None)
+    known = inspect.isclass(named) and issubclass(named, DiffusionPipeline)
+    pipeline: Any = named if known else DiffusionPipeline
     halves = ("bf16", "fp16") if dtype == torch.bfloat16 else ("fp16", "bf16")
     for variant in (*halves, None) if dtype.itemsize == 2 else (None, *halves):
         options = {"dtype": dtype, "use_safetensors": True, "variant": variant, "token": hub_token()}
         try:
-            return DiffusionPipeline.from_pretrained(source, **options, **components)
+            return pipeline.from_pretrained(source, **options, **components)
         except (LocalEntryNotFoundError, HfHubHTTPError):
             raise
         except (OSError, ValueError) as error:

@@ -199,3 +199,5 @@ def test_the_whole_job_through_the_pipeline(name, tmp_path):
     weights = denoiser_of(small).state_dict()
     assert weights.keys() == plain.state_dict().keys()
     assert all(torch.equal(weights[key], value) for key, value in plain.state_dict().items())
+    again = denoiser_of(ecodiff.load(folder))
+    assert type(again) is type(plain) and again.state_dict().keys() == weights.keys()
