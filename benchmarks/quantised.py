@@ -87,8 +87,8 @@ def spearman(ours: ecodiff.Scores, theirs: ecodiff.Scores) -> float:
     return float(torch.corrcoef(torch.stack([ranks(values) for values in pair]))[0, 1])
 
 
-def run(name: str, pairs: int) -> dict:
-    """{"sizes": [rows], "learning": [rows]} of one model."""
+def run(name: str, pairs: int, out: Path) -> None:
+    """Write {name: {"preset", "sizes": [rows], "learning": [rows]}} of one model, row after row, into `out`."""
     model, pipe = catalog.find(name), ecodiff.load(name)
     pipe.set_progress_bar_config(disable=True)
     prompts, learned_on = model.prompts("heldout")[:pairs], model.prompts("calibration")
@@ -100,6 +100,8 @@ def run(name: str, pairs: int) -> dict:
     def note(where: str, row: dict, drawn) -> None:
         errors = measure(dense, draw(drawn, model, prompts), None)
         found[where].append(row | {key: value[0] for key, value in errors.items()} | {"interval": errors})
+        everything = json.loads(out.read_text()) if out.exists() else {}
+        out.write_text(json.dumps(everything | {name: found}, indent=1) + "\n")
         print(name, {k: v for k, v in found[where][-1].items() if k != "interval"}, flush=True)
 
     def cut(scores: ecodiff.Scores, ratio: float):
@@ -118,7 +120,6 @@ def run(name: str, pairs: int) -> dict:
         scores = ecodiff.learn_masks(rounded(pipe, kind)[0], learned_on, config)
         note("learning", {"kind": kind, "spearman": spearman(full, scores)}, cut(scores, 0.2))
     note("learning", {"kind": "full weights", "spearman": 1.0}, cut(full, 0.2))
-    return found
 
 
 if __name__ == "__main__":
@@ -129,5 +130,5 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = {name: run(name, options.pairs) for name in options.models}
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    for name in options.models:
+        run(name, options.pairs, options.out)
