@@ -57,7 +57,9 @@ def is_single_file(source: str) -> bool:
 def on_hub(source: str) -> tuple[str, str] | None:
     """(repository, file) of owner/name/file.safetensors; None of a file that is here, or anything else."""
     found = _ON_HUB.fullmatch(source)
-    return (found[1], found[2]) if found and not Path(source).parent.is_dir() else None
+    if found is None or ".." in source.split("/") or Path(source).parent.is_dir():
+        return None
+    return found[1], found[2]
 
 
 def header(source: str) -> dict[str, tuple[str, tuple[int, ...]]]:

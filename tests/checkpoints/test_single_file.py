@@ -217,6 +217,12 @@ def test_a_file_says_how_it_is_drawn(single, tmp_path):
     assert (plain.steps, plain.guidance_scale) == (30, 5.0)
 
 
+def test_a_name_does_not_lead_out_of_a_repository():
+    assert single_file.on_hub("ann/mine/a/b.safetensors") == ("ann/mine", "a/b.safetensors")
+    for name in ("ann/mine/../../x.safetensors", "/ann/mine/x.safetensors", "./ann/mine/x.safetensors"):
+        assert single_file.on_hub(name) is None, name
+
+
 def test_a_file_of_a_repository_is_opened_like_one_that_is_here(single, monkeypatch):
     here = ecodiff.load(single).unet.state_dict()
     monkeypatch.setattr(single_file, "try_to_load_from_cache", lambda repository, file: str(single))
