@@ -88,7 +88,7 @@ def spearman(ours: ecodiff.Scores, theirs: ecodiff.Scores) -> float:
 
 
 def run(name: str, pairs: int, out: Path) -> None:
-    """Write {name: {"preset", "sizes": [rows], "learning": [rows]}} of one model into `out`, row after row."""
+    """Write {name: {"preset", "sizes": [rows], "learning": [rows]}} of one model into `out`, by rows."""
     model, pipe = catalog.find(name), ecodiff.load(name)
     pipe.set_progress_bar_config(disable=True)
     prompts, learned_on = model.prompts("heldout")[:pairs], model.prompts("calibration")

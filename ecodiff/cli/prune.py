@@ -110,7 +110,8 @@ def run(options: argparse.Namespace) -> int:
         return 130
     if distributed.rank():
         return 0  # the first process cuts and saves
-    shares, align = dict(options.units) if options.units else None, options.align or True
+    shares = dict(options.units) if options.units else None
+    align = True if options.align is None else options.align
     made = run.plan(options.ratio, shares, run.config.cost, align)
     small = variant(pipe, made)
     updated = {}
