@@ -27,9 +27,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """LoRAs of the dense model, cut to fit a pruned folder; one that fails does not keep the others."""
+    from ..checkpoints.dora import is_dora
     from ..checkpoints.loading import empty_denoiser, load
     from ..checkpoints.lora import translate_lora
     from ..checkpoints.lora_saving import save_lora
+    from ..pipelines import denoiser_of
     from ..pruning.components import plan_of_pipeline
 
     small = load(options.model)
@@ -40,6 +42,8 @@ def run(options: argparse.Namespace) -> int:
     several = len(files) > 1 or Path(options.lora[0]).is_dir()
     for file in files:
         try:
+            if dense is not None and is_dora(file) and next(dense.parameters()).is_meta:
+                dense = denoiser_of(load(named))  # its weights are needed, from here on
             tensors, made = translate_lora(file, small, dense=dense)
             assert cut_by is not None  # or nothing would have been translated
             target = Path(options.out) / file.name if several else Path(options.out)

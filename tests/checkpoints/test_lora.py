@@ -13,6 +13,7 @@ from ecodiff.checkpoints import lora_names
 from ecodiff.checkpoints.lora import translate, translate_lora
 from ecodiff.checkpoints.lora_saving import save_lora, trained_lora
 from ecodiff.checkpoints.single_file import on_hub
+from ecodiff.cli import main
 from ecodiff.errors import CheckpointError, PlanError
 from ecodiff.metrics.fidelity import generate
 from ecodiff.pipelines import denoiser_name, denoiser_of
@@ -94,6 +95,22 @@ def test_a_dora_equals_fused_and_pruned(kind, naming, tmp_path):
     assert any(key.endswith("lora_magnitude_vector") for key in load_file(file))
     with pytest.raises(CheckpointError, match="do not agree"):
         save_lora(tensors, tmp_path / "kohya.safetensors", plan, "kohya", denoiser_of(pipe))
+
+
+def test_the_command_takes_a_doras_norms_from_the_dense_model_that_it_is_given(tiny_sdxl, tmp_path, capsys):
+    tiny_sdxl.save_pretrained(tmp_path / "dense")
+    groups = ecodiff.find_groups(tiny_sdxl.unet)
+    keep = {g.name: torch.arange(g.size) < (g.size + 1) // 2 for g in groups}
+    plan = ecodiff.PrunePlan(keep, {"model": "nobody/knows-it"})
+    small = ecodiff.variant(tiny_sdxl, plan)
+    folder = ecodiff.save(small, tmp_path / "small")
+    file, out = dora_file(tiny_sdxl, tmp_path / "dora.safetensors", "peft"), tmp_path / "out.safetensors"
+    assert main(["lora", str(folder), str(file), "--dense", str(tmp_path / "dense"), "--out", str(out)]) == 0
+    wanted, _ = translate_lora(file, small, dense=tiny_sdxl.unet)
+    found = load_file(out)
+    assert found.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(found[key], tensor)
 
 
 def test_where_a_dora_cannot_be_cut_it_is_said(tiny_sdxl, tmp_path):
