@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ecodiff
-from ecodiff.checkpoints import lora_names
+from ecodiff.checkpoints.comfyui.layouts import layout_of
 from ecodiff.checkpoints.lora import translate_lora
 from ecodiff.pipelines import denoiser_name, denoiser_of
 from ecodiff.pruning.slicing import kept_features
@@ -92,7 +92,7 @@ def dora_file(pipe, path, naming):
 
 def original_names(pipe):
     """{layer of the original authors: (diffusers' layers)} of those that `matrices` are about."""
-    known = lora_names.original_layers(denoiser_of(pipe))
+    known = layout_of(denoiser_of(pipe)).layers(denoiser_of(pipe))
     wanted = {name for name, _, _ in matrices(pipe)}
     return {new: olds for new, olds in known.items() if wanted & set(olds)}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, PlanError
-from .comfyui import DOUBLE, FLUX, RESNET, SINGLE, unet_names
+from .comfyui.layouts import layout_of
 
 PREFIXES = (
     "base_model.model.",
@@ -32,42 +32,15 @@ PARTS = {
 ENDINGS = (".weight", ".default.weight", "")
 
 
-def original_layers(denoiser: nn.Module) -> dict[str, list[str]]:
-    """{layer of the original authors: diffusers' layers, in the order in which they are concatenated}."""
-    kind = type(denoiser).__name__.removeprefix("Sliced")
-    if kind == "UNet2DConditionModel":
-        return {new: [old] for old, new in _unet_layers(denoiser)}
-    if kind != "FluxTransformer2DModel":
-        return {}
-    found = {new: [old] for old, new in FLUX.items()}
-    for blocks, prefix, layers in (
-        ("transformer_blocks", "double_blocks", DOUBLE),
-        ("single_transformer_blocks", "single_blocks", SINGLE),
-    ):
-        for index in range(len(getattr(denoiser, blocks))):
-            for new, olds in layers.items():
-                found[f"{prefix}.{index}.{new}"] = [f"{blocks}.{index}.{old}" for old in olds]
-    return found
-
-
-def _unet_layers(unet: nn.Module):
-    """(diffusers' name, the original authors') of every layer of a UNet."""
-    names = dict(unet_names(unet))
-    for path, module in unet.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            place = max((old for old in names if path == old or path.startswith(f"{old}.")), key=len)
-            rest = path.removeprefix(place)
-            if ".resnets." in place:
-                rest = f".{RESNET[rest[1:]]}"
-            yield path, names[place] + rest
-
-
 class Names:
     """Finds a denoiser's layer by any of its names."""
 
     def __init__(self, component: str, denoiser: nn.Module):
         self.component, self.modules = component, dict(denoiser.named_modules())
-        original = original_layers(denoiser)
+        layout = layout_of(denoiser)
+        original = layout.layers(denoiser) if layout else {}
+        swapped = layout.swapped(denoiser) if layout else ()
+        self._swapped = {name.replace(".", "_") for name in swapped}
         own = {path: [path] for path in self.modules if path}
         self._known = original | own
         # Underscored names are unambiguous in all of diffusers' denoisers.
@@ -75,10 +48,17 @@ class Names:
 
     def layers(self, name: str) -> list[str] | None:
         """diffusers' layers that a name in a LoRA means; None: it is not known."""
+        name = self._plain(name)
+        return self._known.get(name) or self._known.get(f"{name}.0" if name.endswith("to_out") else "")
+
+    def swapped(self, name: str) -> bool:
+        """Whether shift and scale of a layer change places on the way to diffusers."""
+        return self._plain(name).replace(".", "_") in self._swapped
+
+    def _plain(self, name: str) -> str:
         for prefix in (*PREFIXES, f"{self.component}."):
             name = name.removeprefix(prefix)
-        name = name.removesuffix(".lora") if name.endswith(".lora") else name
-        return self._known.get(name) or self._known.get(f"{name}.0" if name.endswith("to_out") else "")
+        return name.removesuffix(".lora")
 
 
 def split(key: str) -> tuple[str, str] | None:
@@ -114,8 +94,8 @@ def translated(stored: Mapping[str, Tensor], names: Names) -> tuple[dict[str, Te
         down, up = _pair(name, parts, names.modules[targets[0]])
         if len(targets) > 1 and sum(widths) != len(up):
             raise CheckpointError(f"{name!r:.80} has {len(up)} rows, and {sum(widths)} in this model.")
-        if name.replace(".", "_").endswith("final_layer_adaLN_modulation_1"):
-            up = torch.cat(up.chunk(2)[::-1])  # shift and scale change places
+        if names.swapped(name):
+            up = torch.cat(up.chunk(2)[::-1])
         each = up.split(widths) if len(targets) > 1 else [up]
         for layer, rows in zip(targets, each, strict=True):
             pairs[f"{names.component}.{layer}.lora_A.weight"] = down
@@ -210,7 +190,9 @@ def kohya(
     Args:
         widths: output features of each of the pruned denoiser's layers.
     """
-    original = original_layers(denoiser) if component == "transformer" else {}
+    layout = layout_of(denoiser) if component == "transformer" else None
+    original = layout.layers(denoiser) if layout else {}
+    swapped = layout.swapped(denoiser) if layout else ()
     fused = {layer: (name, olds) for name, olds in original.items() for layer in olds}
     found: dict[str, Tensor] = {}
 
@@ -246,7 +228,7 @@ def kohya(
             ups.append(tensors[f"{at}.lora_B.weight"] if down is not None else torch.zeros(widths[old], 0))
             downs += [down] if down is not None else []
         up = torch.block_diag(*ups) if len(ups) > 1 else ups[0]
-        if name == "final_layer.adaLN_modulation.1":
+        if name in swapped:
             up = torch.cat(up.chunk(2)[::-1])
         put(f"lora_unet_{name}", torch.cat(downs), up)
     return found

@@ -122,17 +122,17 @@ def test_true_sizes():
     """SDXL, SD 1.5 and FLUX.1 as ComfyUI describes them itself."""
     from ecodiff.checkpoints.loading import empty_denoiser
 
-    sdxl = comfyui.unet_config(empty_denoiser("sdxl"))
+    sdxl = comfyui.unet.configuration(empty_denoiser("sdxl"))
     assert sdxl["transformer_depth"] == [0, 0, 2, 2, 10, 10] and sdxl["num_head_channels"] == 64
     assert sdxl["transformer_depth_output"] == [0, 0, 0, 2, 2, 2, 10, 10, 10]
     assert (sdxl["channel_mult"], sdxl["adm_in_channels"]) == ([1, 2, 4], 2816)
-    older = comfyui.unet_config(empty_denoiser("sd-1.5"))
+    older = comfyui.unet.configuration(empty_denoiser("sd-1.5"))
     assert older["num_heads"] == 8 and older["transformer_depth"] == [1, 1, 1, 1, 1, 1, 0, 0]
     assert "num_classes" not in older and not older["use_linear_in_transformer"]
-    flux = comfyui.flux_config(empty_denoiser("flux-dev"))
+    flux = comfyui.flux.configuration(empty_denoiser("flux-dev"))
     assert (flux["hidden_size"], flux["depth"], flux["depth_single_blocks"]) == (3072, 19, 38)
     for name in ("sdxl", "sd-1.5"):
-        tensors = comfyui.unet_tensors(empty_denoiser(name))
+        tensors = comfyui.unet.tensors(empty_denoiser(name))
         assert "input_blocks.1.0.in_layers.2.weight" in tensors and "out.2.bias" in tensors
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import ecodiff
 from ecodiff import catalog
 from ecodiff.checkpoints import loading, single_file
-from ecodiff.checkpoints.comfyui import flux_tensors, unet_tensors
+from ecodiff.checkpoints.comfyui import flux, unet
 from ecodiff.errors import CheckpointError
 from tests.checkpoints.test_hub import header_of
 from tests.conftest import latents
@@ -111,15 +111,15 @@ def prefixed(prefix, tensors):
 
 def whole_sd15():
     text = {"cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": torch.empty(8, 768)}
-    return prefixed("model.diffusion_model.", unet_tensors(loading.empty_denoiser("sd-1.5"))) | text
+    return prefixed("model.diffusion_model.", unet.tensors(loading.empty_denoiser("sd-1.5"))) | text
 
 
 WRITTEN = {
-    "sdxl": lambda: prefixed("model.diffusion_model.", unet_tensors(loading.empty_denoiser("sdxl"))),
+    "sdxl": lambda: prefixed("model.diffusion_model.", unet.tensors(loading.empty_denoiser("sdxl"))),
     "sd-1.5": whole_sd15,
-    "flux-dev": lambda: flux_tensors(loading.empty_denoiser("flux-dev")),
+    "flux-dev": lambda: flux.tensors(loading.empty_denoiser("flux-dev")),
     "flux-schnell": lambda: prefixed(
-        "model.diffusion_model.", flux_tensors(loading.empty_denoiser("flux-schnell"))
+        "model.diffusion_model.", flux.tensors(loading.empty_denoiser("flux-schnell"))
     ),
 }
 
