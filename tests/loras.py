@@ -208,7 +208,7 @@ def measured(naming: str, kind: str, folder: Path) -> tuple[int, float]:
     return checked, worst
 
 
-ALL = ("sdxl", "sd-1.5", "flux-dev")
+ALL = ("sdxl", "sd-1.5", "flux-dev", "sd3.5")
 # {naming: (tiny models, function that writes a file and gives each layer's update)}
 NAMINGS: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, Tensor]]]] = {
     "PEFT, diffusers: `unet.…lora_A`, `transformer.…lora_A`": (ALL, diffusers_layers),

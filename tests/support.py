@@ -10,7 +10,7 @@ from pathlib import Path
 from ecodiff.architectures import find_groups
 from ecodiff.pipelines import denoiser_of
 from ecodiff.units import ALL_KINDS, KINDS
-from tests import conftest, loras, stacking
+from tests import conftest, files, loras, stacking
 from tests.denoisers import ROWS
 from tests.pipelines import BUILDERS
 
@@ -20,6 +20,7 @@ ARCHITECTURES, CHECKPOINTS = HOME / "docs" / "architectures.md", HOME / "docs" /
 MEASURED = HOME / "ecodiff" / "measured.json"
 BEGIN, END = "<!-- supported: python -m tests.support -->\n", "<!-- end -->\n"
 STACKED = "<!-- stacked: python -m tests.support -->\n"
+FILES = "<!-- files: python -m tests.support -->\n"
 LORAS = "<!-- loras: python -m tests.support -->\n"
 LABELS = {
     "sdxl": "Stable Diffusion XL, Turbo",
@@ -74,6 +75,7 @@ if __name__ == "__main__":
     for page, begin, text in (
         (ARCHITECTURES, BEGIN, table(made)),
         (CHECKPOINTS, STACKED, stacking.table()),
+        (CHECKPOINTS, FILES, files.table()),
         (CHECKPOINTS, LORAS, loras.table()),
     ):
         now = page.read_text(encoding="utf-8")

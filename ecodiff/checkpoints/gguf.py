@@ -23,12 +23,23 @@ from .export import format
 
 KINDS = {"Q8_0": 8.5, "Q5_0": 5.5, "Q4_0": 4.5}  # bits a value, its part of the scale included
 BLOCK = 32  # values that share a scale
-ARCHITECTURES = {"SD15": "sd1", "SDXL": "sdxl", "Flux": "flux", "FluxSchnell": "flux"}
+ARCHITECTURES = {
+    "SD15": "sd1",
+    "SDXL": "sdxl",
+    "SD3": "sd3",
+    "Flux": "flux",
+    "FluxSchnell": "flux",
+    "QwenImage": "qwen_image",
+}
 SHAPE = "comfy.gguf.orig_shape."
 SMALL = 1024  # values; up to here a tensor stays in 32 bits, as ComfyUI-GGUF's converter leaves it
 # First and last layers and embeddings stay in 16 bits, as in the files that people share.
-_KEPT = ("img_in.", "txt_in.", "time_in.", "vector_in.", "guidance_in.", "final_layer.", "time_embed.")
-KEPT = (*_KEPT, "label_emb.", "input_blocks.0.0.", "out.2.", BASIS)
+KEPT = (
+    *("img_in.", "txt_in.", "time_in.", "vector_in.", "guidance_in.", "final_layer."),
+    *("time_embed.", "label_emb.", "input_blocks.0.0.", "out.2."),
+    *("x_embedder.", "context_embedder.", "t_embedder.", "y_embedder.", "pos_embed"),
+    *("time_text_embed.", "norm_out.", "proj_out.", BASIS),
+)
 
 
 def kind_of(name: str, tensor: Tensor, kind: str) -> str:

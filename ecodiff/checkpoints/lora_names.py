@@ -197,6 +197,8 @@ def kohya(
     found: dict[str, Tensor] = {}
 
     def put(name: str, down: Tensor, up: Tensor) -> None:
+        if 0 in (len(up), *down.shape):  # of a layer that lost all its units
+            return
         flat = name.replace(".", "_")
         found[f"{flat}.lora_down.weight"], found[f"{flat}.lora_up.weight"] = down, up
         found[f"{flat}.alpha"] = torch.tensor(float(len(down)))

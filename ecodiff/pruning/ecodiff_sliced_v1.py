@@ -95,7 +95,11 @@ def emptied_class(base: type) -> type:
     It has no heads that could be sliced or projections that could be fused, and says so to nobody.
     """
 
+    named = inspect.signature(base.forward).parameters
+
     def forward(self, *args, **kwargs):
+        # What goes on to a processor is not read here, and diffusers would warn of it at every call.
+        kwargs = {name: value for name, value in kwargs.items() if name in named}
         given, self.__dict__["processor"] = self.__dict__.get("processor"), self.emptied
         try:
             return base.forward(self, *args, **kwargs)

@@ -18,9 +18,18 @@ import sys
 import tempfile
 import time
 import types
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -29,10 +38,11 @@ from ecodiff.checkpoints.comfyui import save_comfyui
 from ecodiff.checkpoints.gguf import KINDS, save_gguf
 from ecodiff.checkpoints.lora import translate_lora
 from ecodiff.checkpoints.lora_saving import save_lora
-from ecodiff.pipelines import denoiser_calls, denoiser_name, denoiser_of, prompt_rows
+from ecodiff.pipelines import denoiser_name, denoiser_of
 from ecodiff.pruning.scores import Scores
 from ecodiff.pruning.slicing import plan_of
 
+RANDOM = ("sd3", "qwen")  # small models of random weights
 OPTIONAL = ("torchvision", "torchaudio", "av", "kornia", "spandrel", "alembic", "scipy")
 
 
@@ -97,16 +107,57 @@ def pruned(pipe, ratio: float, modulation: str = "modulation_directions", inside
             )
             bases[group.name] = (z, z.mT.contiguous())
     heads = [group.name for group in groups if group.kind == "heads"]
-    for emptied in (heads[0], heads[-1]):
+    second = [name for name in heads if name.endswith("attn2")][-1:]  # of SD 3.5, of an UNet
+    for emptied in (heads[0], heads[-1], *second):
         values[emptied] = torch.full_like(values[emptied], -1.0)
     plan = Scores.of(denoiser, values, bases=bases).plan(ratio=ratio)
     assert not plan[heads[0]].any() and not plan[heads[-1]].any()
     return ecodiff.variant(pipe, plan)
 
 
+def random_pipeline(name: str):
+    """A small model of random weights, of a class of which no trained one is small enough."""
+    if name == "sd3":
+        transformer: Any = SD3Transformer2DModel(
+            sample_size=16,
+            num_layers=4,
+            num_attention_heads=4,
+            attention_head_dim=64,
+            joint_attention_dim=64,
+            caption_projection_dim=256,
+            pooled_projection_dim=64,
+            pos_embed_max_size=32,
+            qk_norm="rms_norm",
+            dual_attention_layers=(0, 1),
+        )
+        pipeline: Any = partial(StableDiffusion3Pipeline, text_encoder_3=None, tokenizer_3=None)
+        pipeline = partial(pipeline, text_encoder_2=None, tokenizer_2=None)
+    else:
+        transformer = QwenImageTransformer2DModel(
+            num_layers=4,
+            num_attention_heads=4,
+            attention_head_dim=32,
+            joint_attention_dim=64,
+            axes_dims_rope=(8, 12, 12),
+        )
+        pipeline = QwenImagePipeline
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            values = torch.randn(parameter.shape, generator=noise)
+            parameter.copy_(values / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 1 + 0.1 * values)
+    return pipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+    )
+
+
 def compare(nodes, name: str, ratio: float, folder: Path) -> dict:
     """Largest relative differences of one call and of sampled latents."""
-    pipe = ecodiff.load(name)
+    pipe = random_pipeline(name) if name in RANDOM else ecodiff.load(name)
     small = pruned(pipe, ratio)
     file = folder / f"{name}-{ratio}.safetensors"
     nodes_file = save_comfyui(small, file)
@@ -146,49 +197,37 @@ def _with_lora(pipe, small, patcher, folder: Path) -> float:
         small.unload_lora_weights()
 
 
-def _arguments(small, kwargs: dict, args: tuple) -> tuple:
-    """One recorded call of diffusers' denoiser as ComfyUI's takes it."""
-    denoiser = denoiser_of(small)
-    if hasattr(small, "unet"):
-        added = kwargs["added_cond_kwargs"]
-        width = denoiser.config.addition_time_embed_dim
-        from diffusers.models.embeddings import get_timestep_embedding
-
-        ids = get_timestep_embedding(added["time_ids"].flatten(), width, True, 0).reshape(len(args[0]), -1)
-        y = torch.cat([added["text_embeds"], ids], dim=1)
-        time_step = args[1].reshape(-1).float().expand(len(args[0]))
-        return (args[0], time_step), {"context": kwargs["encoder_hidden_states"], "y": y}
-    x = _unpacked(small, kwargs["hidden_states"])
-    given = {"context": kwargs["encoder_hidden_states"], "y": kwargs["pooled_projections"]}
-    return (x, kwargs["timestep"]), given | {"guidance": kwargs.get("guidance")}
-
-
-def _unpacked(small, output: torch.Tensor) -> torch.Tensor:
-    if hasattr(small, "unet"):
-        return output
-    side, channels = int(output.shape[1] ** 0.5), output.shape[2] // 4
-    output = output.view(-1, side, side, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return output.reshape(-1, channels, 2 * side, 2 * side)
+def inputs(denoiser) -> dict:
+    """Random inputs of ComfyUI's denoiser: two prompts of eight tokens, latents of 16 x 16."""
+    noise, config = torch.Generator().manual_seed(2), denoiser.config
+    unet, qwen = hasattr(denoiser, "down_blocks"), "Qwen" in type(denoiser).__name__
+    channels = {"SD3": config.in_channels, "Qwe": config.out_channels, "Flu": config.in_channels // 4}
+    shape = (channels.get(type(denoiser).__name__.removeprefix("Sliced")[:3], config.in_channels),)
+    shape += (1, 16, 16) if qwen else (16, 16)
+    given = {
+        "x": torch.randn(2, *shape, generator=noise),
+        "timestep": torch.tensor([0.7, 0.2]) * (1000 if unet or "SD3" in type(denoiser).__name__ else 1),
+    }
+    width = config.cross_attention_dim if unet else config.joint_attention_dim
+    given["context"] = torch.randn(2, 8, width, generator=noise)
+    if not qwen:
+        pooled = config.projection_class_embeddings_input_dim if unet else config.pooled_projection_dim
+        given["y"] = torch.randn(2, pooled, generator=noise)
+    return given | ({"guidance": torch.tensor([3.0, 3.0])} if getattr(config, "guidance_embeds", 0) else {})
 
 
 @torch.no_grad()
 def _call(small, model) -> float:
-    args, kwargs = _recorded(small)
-    theirs = _unpacked(small, denoiser_of(small)(*args, **kwargs | {"return_dict": False})[0])
+    given = inputs(denoiser_of(small))
+    theirs = theirs_of(denoiser_of(small), **given)
     return float((theirs - _output(small, model)).abs().max() / theirs.abs().max())
-
-
-def _recorded(small) -> tuple:
-    rows = prompt_rows(["red apple", "cat face"], range(2), 0, {"num_inference_steps": 2})
-    return denoiser_calls(small, rows, limit=1)[0]
 
 
 @torch.no_grad()
 def _output(small, model) -> torch.Tensor:
-    """What ComfyUI's model makes of a call of diffusers'."""
-    args, kwargs = _recorded(small)
-    given, named = _arguments(small, kwargs, args)
-    return model(*given, **named)
+    """What ComfyUI's model makes of `inputs`."""
+    given = inputs(denoiser_of(small))
+    return model(given.pop("x"), given.pop("timestep"), **given)
 
 
 @torch.no_grad()
@@ -197,21 +236,17 @@ def _sampled(small, patcher) -> float:
     import comfy.sample
     from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
 
-    rows = prompt_rows(["red apple"], range(1), 0, {"num_inference_steps": 2})
-    _, kwargs = denoiser_calls(small, rows, limit=1)[0]
-    unet = hasattr(small, "unet")
-    if unet:
-        patcher.model.embedder = Timestep(denoiser_of(small).config.addition_time_embed_dim)
-        pooled, channels = kwargs["added_cond_kwargs"]["text_embeds"], 4
-    else:
-        pooled, channels = kwargs["pooled_projections"], patcher.model.model_config.unet_config["in_channels"]
-    text = kwargs["encoder_hidden_states"]
-    last = len(text) - 1
-    conds = [[[text[i, None], {"pooled_output": pooled[i, None], "guidance": 3.0}]] for i in (last, 0)]
-    latent = torch.zeros(1, channels, 16, 16)
+    denoiser = denoiser_of(small)
+    given = inputs(denoiser)
+    pooled, text = given.get("y", torch.zeros(2, 1)), given["context"]
+    if hasattr(small, "unet"):  # ComfyUI embeds the sizes itself
+        width = denoiser.config.addition_time_embed_dim
+        patcher.model.embedder, pooled = Timestep(width), pooled[:, : -6 * width]
+    conds = [[[text[i, None], {"pooled_output": pooled[i, None], "guidance": 3.0}]] for i in (1, 0)]
+    latent = torch.zeros_like(given["x"][:1])
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
     found, own = [], patcher.model.diffusion_model
-    for model in (own, _Theirs(small, own)):
+    for model in (own, _Theirs(denoiser, own)):
         patcher.model.diffusion_model = model
         found.append(comfy.sample.sample(patcher, noise, 6, 3.0, "euler", "normal", *conds, latent, seed=0))
     patcher.model.diffusion_model = own
@@ -221,37 +256,71 @@ def _sampled(small, patcher) -> float:
 class _Theirs(torch.nn.Module):
     """diffusers' denoiser in the place of ComfyUI's."""
 
-    def __init__(self, small, own):
+    def __init__(self, denoiser, own):
         super().__init__()
-        self.small, self.own, self.dtype = (small,), (own,), own.dtype
+        self.denoiser, self.own, self.dtype = (denoiser,), (own,), own.dtype
         if hasattr(own, "patch_size"):
-            self.patch_size, self.img_in = own.patch_size, own.img_in
+            self.patch_size = own.patch_size
+        if hasattr(own, "img_in"):
+            self.img_in = own.img_in
 
     def forward(self, x, timestep, context=None, y=None, guidance=None, **kwargs):
-        small = self.small[0]
-        denoiser = denoiser_of(small)
-        if hasattr(small, "unet"):
-            return _unet(denoiser, x, timestep, context, y)
-        side = x.shape[-1] // 2
-        tokens = (
-            x.view(len(x), -1, side, 2, side, 2).permute(0, 2, 4, 1, 3, 5).reshape(len(x), side * side, -1)
-        )
-        ids = torch.zeros(side, side, 3)
-        ids[..., 1], ids[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None]
-        output = denoiser(
-            hidden_states=tokens,
-            timestep=timestep,
-            encoder_hidden_states=context,
-            pooled_projections=y,
-            guidance=guidance,
-            img_ids=ids.reshape(-1, 3),
-            txt_ids=torch.zeros(context.shape[1], 3),
-            return_dict=False,
-        )[0]
-        return _unpacked(small, output)
+        return theirs_of(self.denoiser[0], x, timestep, context, y, guidance)
 
 
-def _unet(denoiser, x, timestep, context, y):
+def theirs_of(denoiser, x, timestep, context, y=None, guidance=None):
+    """diffusers' denoiser, called as ComfyUI calls its own."""
+    name = type(denoiser).__name__.removeprefix("Sliced")
+    call = {"FluxTransformer2DModel": _flux, "SD3Transformer2DModel": _sd3, "UNet2DConditionModel": _unet}
+    return call.get(name, _qwen)(denoiser, x, timestep, context, y, guidance)
+
+
+def _packed(x):
+    """(N, C, 2h, 2w) as (N, h w, 4 C)."""
+    (*_, height, width), count = x.shape, len(x)
+    x = x.reshape(count, -1, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(count, height * width // 4, -1)
+
+
+def _unpacked(output, shape):
+    *_, height, width = shape
+    output = output.view(len(output), height // 2, width // 2, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return output.reshape(shape)
+
+
+def _flux(denoiser, x, timestep, context, y, guidance):
+    ids = torch.zeros(x.shape[-2] // 2, x.shape[-1] // 2, 3)
+    ids[..., 1], ids[..., 2] = torch.arange(ids.shape[0])[:, None], torch.arange(ids.shape[1])[None]
+    output = denoiser(
+        hidden_states=_packed(x),
+        timestep=timestep,
+        encoder_hidden_states=context,
+        pooled_projections=y,
+        guidance=guidance,
+        img_ids=ids.reshape(-1, 3),
+        txt_ids=torch.zeros(context.shape[1], 3),
+        return_dict=False,
+    )[0]
+    return _unpacked(output, x.shape)
+
+
+def _sd3(denoiser, x, timestep, context, y, guidance):
+    return denoiser(x, context, y, timestep, return_dict=False)[0]
+
+
+def _qwen(denoiser, x, timestep, context, y, guidance):
+    output = denoiser(
+        hidden_states=_packed(x),
+        encoder_hidden_states=context,
+        encoder_hidden_states_mask=torch.ones(context.shape[:2], dtype=torch.bool),
+        timestep=timestep,
+        img_shapes=[[(1, x.shape[-2] // 2, x.shape[-1] // 2)]] * len(x),
+        return_dict=False,
+    )[0]
+    return _unpacked(output, x.shape)
+
+
+def _unet(denoiser, x, timestep, context, y, guidance):
     """`y` is the pooled text and embedded sizes, which diffusers' UNet would embed itself."""
     width = 6 * denoiser.config.addition_time_embed_dim
 
@@ -287,7 +356,7 @@ def compare_quantised(nodes, name: str, ratio: float, kind: str, folder: Path) -
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    small = pruned(ecodiff.load(name), ratio)
+    small = pruned(random_pipeline(name) if name in RANDOM else ecodiff.load(name), ratio)
     plain = save_comfyui(small, folder / f"{name}-{ratio}-{kind}.safetensors")
     file = save_gguf(small, folder / f"{name}-{ratio}-{kind}.gguf", kind=kind)
     with safe_open(plain, "pt") as opened:
@@ -308,7 +377,7 @@ def compare_quantised(nodes, name: str, ratio: float, kind: str, folder: Path) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("comfyui", type=Path)
-    parser.add_argument("--models", nargs="+", default=["emoji-sdxl", "emoji-flux"])
+    parser.add_argument("--models", nargs="+", default=["emoji-sdxl", "emoji-flux", *RANDOM])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.4, 0.8])
     parser.add_argument("--gguf", type=Path, help="the folder of ComfyUI-GGUF")
     options = parser.parse_args()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 BASIS = "modulation_basis"
+MODULATION = (".lin", "adaLN_modulation.1", "img_mod.1", "txt_mod.1", "norm_out.linear")
 
 
 def shaped(operations: type, norm_groups: int = 32) -> type:
@@ -57,7 +58,7 @@ def _take_shapes(module: nn.Module, state_dict: dict, prefix: str) -> None:
 
 
 def fit(model: nn.Module, heads: dict) -> None:
-    """Tell attentions (of a UNet) or blocks (of FLUX) how many heads they have.
+    """Tell attentions, or blocks of FLUX, how many heads they have.
 
     Args:
         heads: of each that attends, by its path in `model`.
@@ -83,6 +84,9 @@ def _emptied(base: type) -> type:
     def attention(self, x, context=None, value=None, mask=None, **kwargs):
         return self.to_out(x[..., :0])
 
+    def joint(self, hidden_states, encoder_hidden_states, **kwargs):
+        return self.to_out[0](hidden_states[..., :0]), self.to_add_out(encoder_hidden_states[..., :0])
+
     def single(self, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options=None):
         mod, _ = self.modulation(vec)
         hidden = self.mlp_act(self.linear1((1 + mod.scale) * self.pre_norm(x) + mod.shift))
@@ -101,9 +105,8 @@ def _emptied(base: type) -> type:
             done.append(x)
         return tuple(done)
 
-    forward = attention if hasattr(base, "to_q") or "CrossAttention" in base.__name__ else double
-    if "Single" in base.__name__:
-        forward = single
+    forwards = {"CrossAttention": attention, "Attention": joint, "SingleStreamBlock": single}
+    forward = forwards.get(base.__name__, double)
     return type(f"Emptied{base.__name__}", (base,), {"forward": forward})
 
 
@@ -121,11 +124,11 @@ def _projected(base: type) -> type:
 
 
 def project(model: nn.Module, operations: type, features: int, rank: int, dtype, device) -> None:
-    """Give FLUX a projection of its embedding, read by every modulation layer."""
+    """Give a transformer a projection of its embedding, read by every modulation layer."""
     basis = operations.Linear(features, rank, bias=False, dtype=dtype, device=device)
     model.add_module(BASIS, basis)
     for path, module in list(model.named_modules()):
-        if path.endswith((".lin", "adaLN_modulation.1")):
+        if path.endswith(MODULATION):
             module.basis = (basis,)  # not a child of each: it is loaded once
             module.__class__ = _projected(type(module))
             module.in_features = rank

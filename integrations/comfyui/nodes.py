@@ -19,7 +19,7 @@ from .layers import BASIS, fit, project, shaped
 
 HEADER = "ecodiff_comfyui"
 FOLDERS = ("diffusion_models", "unet_gguf")  # of folder_paths
-KNOWN = ("SD15", "SDXL", "Flux", "FluxSchnell")  # of comfy.supported_models
+KNOWN = ("SD15", "SDXL", "SD3", "Flux", "FluxSchnell", "QwenImage")  # of comfy.supported_models
 
 
 def described(metadata: dict | None, file: str) -> dict:

@@ -19,8 +19,9 @@ import ecodiff
 from ecodiff.checkpoints import comfyui
 from ecodiff.errors import CheckpointError, UnsupportedModelError
 from ecodiff.pipelines import denoiser_calls, prompt_rows
-from tests import original_layout
+from tests import original_layout, original_transformers
 from tests.conftest import PIPELINES
+from tests.pipelines import chroma
 
 HERE = Path(__file__).parents[2] / "integrations" / "comfyui"
 
@@ -33,6 +34,13 @@ def imported(name):
 
 
 layers, check = imported("layers"), imported("check")
+MODELS = {
+    "SDXL": original_layout.UNet,
+    "Flux": original_layout.Flux,
+    "FluxSchnell": original_layout.Flux,
+    "SD3": original_transformers.MMDiT,
+    "QwenImage": original_transformers.QwenImage,
+}
 
 
 def loaded(file):
@@ -42,9 +50,7 @@ def loaded(file):
     operations = layers.shaped(original_layout.Operations, about.get("norm_groups", 32))
     tensors = load_file(file)
     tensors.pop("v_pred", None)
-    model = getattr(original_layout, "Flux" if "Flux" in about["model"] else "UNet")(
-        about["config"], operations
-    )
+    model = MODELS[about["model"]](about["config"], operations)
     if about.get("basis"):
         rank, features = tensors[f"{layers.BASIS}.weight"].shape
         layers.project(model, operations, features, rank, torch.float32, "cpu")
@@ -109,6 +115,29 @@ def test_flux(ratio, kind, inside, tmp_path):
         assert count == sum(p.numel() for p in small.transformer.parameters())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("ratio", "kind", "inside"),
+    [
+        (0.4, "modulation_directions", False),
+        (0.8, "modulation_directions", False),
+        (0.4, "modulation", False),
+        (0.4, "modulation_directions", True),
+    ],
+)
+@pytest.mark.parametrize("name", check.RANDOM)
+def test_other_transformers(name, ratio, kind, inside, tmp_path):
+    pipe = check.random_pipeline(name)
+    small = check.pruned(pipe, ratio, kind, inside)
+    model = loaded(comfyui.save_comfyui(small, tmp_path / "out"))
+    given = check.inputs(small.transformer)
+    theirs = check.theirs_of(small.transformer, **given)
+    close(model(**given), theirs)
+    assert (check.theirs_of(pipe.transformer, **given) - theirs).abs().max() > 0.1 * theirs.abs().max()
+    dense = sum(p.numel() for p in pipe.transformer.parameters())
+    assert sum(p.numel() for p in model.parameters()) < (1 - ratio / 2) * dense
+
+
 def test_the_file(tmp_path):
     small = check.pruned(ecodiff.load("emoji-sdxl"), 0.3)
     file = comfyui.save_comfyui(small, tmp_path / "small", torch.float16)
@@ -139,8 +168,10 @@ def test_true_sizes():
 def test_others_are_refused_in_words(tiny_sdxl):
     with pytest.raises(UnsupportedModelError, match="not pruned"):
         comfyui.described(tiny_sdxl)
-    with pytest.raises(UnsupportedModelError, match=r"SD 1\.5, SDXL and FLUX\.1"):
-        comfyui.described(check.pruned(PIPELINES["sd3.5"](), 0.2))
+    with pytest.raises(UnsupportedModelError, match="heads of 64 features"):
+        comfyui.described(check.pruned(PIPELINES["sd3.5"](), 0.6))
+    with pytest.raises(UnsupportedModelError, match="not ChromaTransformer2DModel of this kind"):
+        comfyui.described(check.pruned(chroma(), 0.6))
 
 
 def test_a_tensor_that_is_larger_is_refused(tmp_path):

@@ -47,7 +47,10 @@ def described(pipe: DiffusionPipeline) -> tuple[dict[str, Tensor], dict]:
     return tensors, header
 
 
-@format("comfyui", "one file for ecodiff's ComfyUI node (SD 1.5, SDXL, FLUX.1): small and fast there too")
+@format(
+    "comfyui",
+    "one file for ecodiff's ComfyUI node (SD 1.5, SDXL, SD 3, FLUX.1, Qwen-Image): small and fast there too",
+)
 def save_comfyui(
     pipe: DiffusionPipeline, out: str | Path, dtype: torch.dtype | None = None, card: str = ""
 ) -> Path:

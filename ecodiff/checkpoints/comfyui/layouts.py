@@ -2,10 +2,15 @@
 
 from torch import nn
 
-from . import flux, unet
+from . import flux, qwen, sd3, unet
 from .layout import Layout
 
-LAYOUTS = {"UNet2DConditionModel": unet.LAYOUT, "FluxTransformer2DModel": flux.LAYOUT}
+LAYOUTS = {
+    "UNet2DConditionModel": unet.LAYOUT,
+    "FluxTransformer2DModel": flux.LAYOUT,
+    "SD3Transformer2DModel": sd3.LAYOUT,
+    "QwenImageTransformer2DModel": qwen.LAYOUT,
+}
 
 
 def layout_of(denoiser: nn.Module) -> Layout | None:
