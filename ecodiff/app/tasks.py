@@ -235,7 +235,7 @@ class HealRun:
 
 @dataclass(frozen=True)
 class SavePruned:
-    """Write the pruned pipeline to `folder`; yields where it lies."""
+    """Write the pruned pipeline to `folder`; yields where it lies, and what was left out of it."""
 
     model: str
     plan: PrunePlan
@@ -246,20 +246,22 @@ class SavePruned:
     prompts: list[str] = field(default_factory=list)
     lean: bool = False  # without what is never read of text encoders
 
-    def run(self) -> Iterator[str]:
+    def run(self) -> Iterator:
         device = server().devices.drawing
+        left_out: dict[str, int] = {}
         with device.lock:
             kept = Path(self.kept)
             small = device.pruned(self.model, self.plan, self.compensate, kept, prompts=self.prompts)
             started = time.monotonic()
             if self.lean:
-                small, _ = lean(small, catalog.find(self.model))
+                small, left_out = lean(small, catalog.find(self.model))
             about = healed(kept.parent, self.plan) if self.compensate else None
             card = model_card(small, about["facts"]) if about else ""
             dtype = loading.disk_dtype(self.model)
             written = find_format(self.format).write(small, Path(self.folder), dtype, card)
         server().timings.note(self.model, pack=time.monotonic() - started)
         yield str(written)
+        yield left_out
 
     def seconds(self, timings: machine.Timings) -> float:
         return min(2 * machine.CHUNK_SECONDS, timings.seconds(self.model, "load", "pack"))

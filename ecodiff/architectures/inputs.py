@@ -140,6 +140,24 @@ def _z_image(config, size: int, rows: int) -> dict:
     }
 
 
+class _Ones(Tensor):
+    """A mask of ones on the meta device, which can be counted."""
+
+    def sum(self, dim: int) -> Tensor:  # type: ignore[override]
+        return torch.full((len(self),), self.shape[dim])
+
+
+@_called("Lumina2Transformer2DModel")
+def _lumina(config, size: int, rows: int) -> dict:
+    text = 256
+    return {
+        "hidden_states": _empty(rows, config.in_channels, size // 8, size // 8),
+        "encoder_hidden_states": _empty(rows, text, config.cap_feat_dim),
+        "encoder_attention_mask": torch.empty(rows, text, device="meta", dtype=torch.bool).as_subclass(_Ones),
+        "timestep": _empty(rows),
+    }
+
+
 @_called("WanTransformer3DModel")
 def _wan(config, size: int, rows: int) -> dict:
     frames, wide = 1, size * 16 // 9 // 32 * 32

@@ -17,9 +17,9 @@ from ..architectures import find_groups
 from ..errors import CheckpointError, PlanError
 from ..pruning.plan import PLAN_FILE, PrunePlan
 from ..pruning.scores import Scores
-from ..pruning.slicing import check
+from ..pruning.slicing import check, shared_copy, slice_
 from ..storage import MAX_FILE_BYTES, check_zip, reading
-from ..units import ALL_KINDS, KINDS, PUBLISHED_KINDS, PruneGroup
+from ..units import KINDS, PUBLISHED_KINDS, PruneGroup
 
 MAX_MEMBERS = 10_000  # of a zip
 
@@ -45,9 +45,10 @@ def import_files(files: Sequence[str | Path], denoiser: nn.Module) -> PrunePlan 
         raise CheckpointError("Give one plan file (or zip), or mask files only.")
     plan = read_plan(files[0])
     check(plan.part(), denoiser)  # what is text encoders': `text_encoders.counted`
-    costs = Scores.unranked(denoiser, ALL_KINDS)
-    pruned = costs.total - costs.removed(plan.part())
-    facts = {"ratio": round(1 - pruned / costs.total, 6), "params_dense": costs.total}
+    total = sum(p.numel() for p in denoiser.parameters())
+    sliced = slice_(shared_copy(denoiser), plan.part())
+    pruned = sum(p.numel() for p in sliced.parameters())
+    facts = {"ratio": round(1 - pruned / total, 6), "params_dense": total}
     return PrunePlan(plan, facts | {"params_pruned": pruned, "method": "imported plan"})
 
 

@@ -68,6 +68,12 @@ def lean(pipe: DiffusionPipeline, known: catalog.Model) -> tuple[DiffusionPipeli
     return without_unused(pipe, [options | {"prompt": prompt} for prompt in prompts])
 
 
+def in_words(saved: dict[str, int]) -> str:
+    """What was left out, for a person."""
+    words = ", ".join(f"{count:,} parameters of {name}" for name, count in saved.items())
+    return f"left out, never read: {words or 'nothing'}"
+
+
 def _given(pipe: DiffusionPipeline, call: dict) -> list[Tensor]:
     """What the denoiser is given first, from the same noise each time."""
     call = call | {"generator": torch.Generator().manual_seed(0)}

@@ -41,11 +41,10 @@ def lean_argument(parser: argparse.ArgumentParser) -> None:
 def without_unused(pipe, model):
     """A pipeline without them; what was left out is told on stderr."""
     from .. import catalog
-    from ..checkpoints.unused import lean
+    from ..checkpoints.unused import in_words, lean
 
     pipe, saved = lean(pipe, catalog.find(model))
-    words = ", ".join(f"{count:,} parameters of {name}" for name, count in saved.items())
-    print(f"left out, never read: {words or 'nothing'}", file=sys.stderr)
+    print(in_words(saved), file=sys.stderr)
     return pipe
 
 

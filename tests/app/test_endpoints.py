@@ -173,6 +173,7 @@ def test_the_main_job(client, tmp_path):
         client.predict(run, [0.1, 0.2, 0.3, 0.4, 0.5], 2, api_name="/sizes")
 
     path, file = client.predict(run, 0.2, api_name="/download")
+    assert file["left_out"] == {}, "only if it is asked for"
     with open(path, "rb") as data:  # noqa: PTH123
         assert hashlib.sha256(data.read()).hexdigest() == file["sha256"]
     with zipfile.ZipFile(path) as archive:

@@ -12,6 +12,7 @@ from ecodiff.errors import BudgetError, CheckpointError, PlanError
 from ecodiff.pipelines import denoiser_of
 from ecodiff.pruning.plan import PLAN_FILE
 from ecodiff.pruning.slicing import check
+from ecodiff.units import ALL_KINDS
 from tests.checkpoints.test_folders import some_plan
 from tests.conftest import flux
 
@@ -96,3 +97,16 @@ def test_the_third_file_of_flux_is_of_its_modulation(tmp_path):
     scores = importers.import_files([tmp_path / "norm.pt"], transformer)
     assert set(scores.kinds.values()) == {"modulation"} and len(scores.values) == len(rows)
     check(scores.plan(units={"modulation": 0.25}), transformer)
+
+
+@pytest.mark.parametrize("kinds", [("modulation",), ("modulation_directions", "heads"), ALL_KINDS])
+def test_a_plan_of_any_kinds_is_counted(kinds, tmp_path):
+    transformer = flux(guidance_embeds=True).transformer
+    named = {group.name: group.kind for group in ecodiff.find_groups(transformer, ALL_KINDS)}
+    whole = some_plan(flux(guidance_embeds=True))
+    keep = {name: units for name, units in whole.items() if named[name] in kinds}
+    bases = {name: basis for name, basis in whole.bases.items() if name in keep}
+    plan = ecodiff.PrunePlan(keep, whole.metadata if bases else {}, bases)
+    found = importers.import_files([plan.save(tmp_path / "plan.safetensors")], transformer)
+    small = ecodiff.slice_(flux(guidance_embeds=True).transformer, plan)
+    assert found.metadata["params_pruned"] == sum(p.numel() for p in small.parameters())

@@ -6,6 +6,7 @@ from diffusers import DiffusionPipeline, Flux2KleinPipeline, QwenImagePipeline
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
 
 import ecodiff
+from ecodiff.app import server, service
 from ecodiff.checkpoints.unused import without_unused
 from tests.checkpoints.test_folders import some_plan
 from tests.conftest import PIPELINES, latents, randomise, short
@@ -53,13 +54,32 @@ def test_a_language_model_that_is_read_in_its_middle(middle, tmp_path):
         torch.testing.assert_close(again(**asked).images, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_vision_tower_and_a_head_that_writes_words(tmp_path):
-    pipe: QwenImagePipeline = qwen()
+def with_a_head() -> QwenImagePipeline:
+    """Qwen-Image whose text encoder has a head of its own, and a vision tower."""
+    pipe = qwen()
     config = Qwen2_5_VLConfig.from_dict(pipe.text_encoder.config.to_dict())
     for part in (config, config.text_config):
         part.tie_word_embeddings = False
     pipe.register_modules(text_encoder=randomise(Qwen2_5_VLForConditionalGeneration(config)))
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_download_says_what_was_left_out_of_it(tmp_path):
+    server.use(server.Server(tmp_path / "home"))
+    pipe = with_a_head()
+    pipe.save_pretrained(tmp_path / "dense")
+    plan = some_plan(pipe).save(tmp_path / "plan.safetensors")
+    run = service.import_(str(tmp_path / "dense"), [plan])["run"]
+    size = service.status(run)["size"]
+    plain, made, again = (service.export(run, size, False, lean=lean) for lean in (False, True, True))
+    assert plain["left_out"] == {} and made["left_out"]["text_encoder"] > 3_000
+    assert again == made and made["bytes"] < plain["bytes"]
+    assert service.left_out(made["left_out"]).startswith("left out, never read: ")
+
+
+def test_a_vision_tower_and_a_head_that_writes_words(tmp_path):
+    pipe = with_a_head()
     blocks = len(pipe.text_encoder.model.visual.blocks)
     made, saved = without_unused(pipe, calls(pipe))
     assert blocks and len(made.text_encoder.model.visual.blocks) == 0

@@ -4,6 +4,7 @@ The id of a run is its only key: whoever has it may watch, cut, compare and down
 """
 
 from ...checkpoints.hub import offers_sign_in
+from ...checkpoints.unused import in_words as left_out
 from ...machine import megabytes, zerogpu
 from ...runs.prompts import read as read_prompts
 from ..worker import ACTIVE
@@ -67,6 +68,7 @@ __all__ = [
     "import_",
     "kinds_of",
     "learn",
+    "left_out",
     "lora",
     "lora_images",
     "means",

@@ -1,6 +1,7 @@
 """Files that leave: pruned pipelines, plans, LoRAs cut to fit."""
 
 import hashlib
+import json
 import zipfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ...checkpoints.lora_saving import save_lora
 from ...errors import BudgetError, CheckpointError
 from ...metrics.fidelity import Sample
 from ...runs.healing import healed as healed_variant
+from ...storage import write_json
 from .. import limits
 from ..server import server
 from ..tasks import DrawLoras, SavePruned, results
@@ -30,7 +32,8 @@ def export(
         lean: leave out what the pipeline never reads of its text encoders; images are the same.
 
     Returns:
-        {"path", "name", "bytes", "sha256", "folder", "code": Python that opens it and draws}
+        {"path", "name", "bytes", "sha256", "folder", "code": Python that opens it and draws, "left_out":
+        {text encoder: parameters that are never read, and are not in it}}
     """
     find_format(format)
     made, opened = plan(run, ratio), server().store.open(run)
@@ -46,7 +49,8 @@ def export(
         kept = str(opened.folder / "variants")
         where = str(path.with_suffix(""))
         asked = (model, made, compensate, kept, where, format, opened.learned_on, lean)
-        (folder,) = results(SavePruned(*asked))
+        folder, left_out = results(SavePruned(*asked))
+        write_json(path.with_suffix(".left-out.json"), left_out)
         _zip(Path(folder), path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -59,7 +63,13 @@ def export(
         "bytes": path.stat().st_size,
         "sha256": digest.hexdigest(),
         "code": snippet(opened.known, name),
+        "left_out": _left_out(path),
     }
+
+
+def _left_out(path: Path) -> dict[str, int]:
+    note = path.with_suffix(".left-out.json")  # not there of what an earlier version wrote
+    return json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
 
 
 def _zip(folder: Path, path: Path) -> None:

@@ -132,7 +132,7 @@ def _with_files() -> None:
         lean: bool = False,
     ):
         made = service.export(run, ratio, compensate, format or "diffusers", lean)
-        return made["path"], {key: made[key] for key in ("name", "folder", "bytes", "sha256")}
+        return made["path"], {key: made[key] for key in ("name", "folder", "bytes", "sha256", "left_out")}
 
     @told
     @typed

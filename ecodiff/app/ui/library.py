@@ -195,11 +195,13 @@ def files(run, percent, chosen, lean):
     if size := service.status(run)["size"]:  # of a run of a plan
         percent = round(100 * size)
     made = service.export(run, percent / 100, format=chosen, lean=lean)
+    about = [service.megabytes(made["bytes"]), f"SHA-256 `{made['sha256']}`", f"run id `{run}`"]
+    about += [service.left_out(made["left_out"])] if lean else []
     return {
         "built": [run, percent, chosen, lean],
         "plan": gr.DownloadButton(value=service.plan_file(run, percent / 100), interactive=True),
         "model": gr.DownloadButton(f"{made['name']}", value=made["path"], interactive=True),
-        "about": f"{service.megabytes(made['bytes'])} · SHA-256 `{made['sha256']}` · run id `{run}`",
+        "about": " · ".join(about),
         "code": gr.Code(made["code"], visible=True),
     }
 
