@@ -25,8 +25,8 @@ def zerogpu() -> bool:
 
 
 def devices() -> list[str]:
-    """The devices that the app uses: those of $ECODIFF_DEVICE ("cuda:0,cuda:2"), else every CUDA GPU,
-    "mps" or "cpu". Of several processes (`accelerate launch`) each uses one."""
+    """The devices that the app uses: those of $ECODIFF_DEVICE ("cuda:0,cuda:2"; see `together`), else
+    every CUDA GPU, "mps" or "cpu". Of several processes (`accelerate launch`) each uses one."""
     if chosen := os.environ.get("ECODIFF_DEVICE"):
         return [name.strip() for name in chosen.split(",")]
     if zerogpu():
@@ -41,6 +41,11 @@ def devices() -> list[str]:
 def device() -> str:
     """The device that a pipeline is put on if nobody says where: the first one."""
     return devices()[0]
+
+
+def together(name: str) -> list[torch.device]:
+    """The devices of a name: "cuda:0+cuda:1" is a device that works, and one that lends it its memory."""
+    return [torch.device(part.strip()) for part in name.split("+")]
 
 
 class Timings:

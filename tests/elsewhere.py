@@ -46,7 +46,7 @@ class Module:
     """What torch asks of a device's module."""
 
     current_device = staticmethod(lambda: 0)
-    device_count = staticmethod(lambda: 1)
+    device_count = staticmethod(lambda: 2)
     is_available = is_initialized = staticmethod(lambda: True)
     _is_in_bad_fork = staticmethod(lambda: False)
     manual_seed_all = set_rng_state = synchronize = staticmethod(lambda *args: None)
@@ -61,10 +61,10 @@ class There(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, here: torch.Tensor):
+    def __new__(cls, here: torch.Tensor, index: int):
         layout = {"strides": here.stride(), "storage_offset": here.storage_offset(), "dtype": here.dtype}
-        tensor = torch.Tensor._make_wrapper_subclass(cls, here.size(), device=f"{NAME}:0", **layout)
-        tensor.here = here
+        tensor = torch.Tensor._make_wrapper_subclass(cls, here.size(), device=f"{NAME}:{index}", **layout)
+        tensor.here, tensor.index = here, index
         return tensor
 
     def __repr__(self) -> str:
@@ -115,10 +115,15 @@ def _computed(function, args, kwargs):
         strangers = [tuple(t.shape) for t in tensors if not isinstance(t, There) and t.ndim]
         if strangers:
             raise RuntimeError(f"{name} of tensors on two devices; on the CPU: {strangers}")
+    indices = {tensor.index for tensor in there.values()}
+    if len(indices) > 1 and name not in MOVES:
+        raise RuntimeError(f"{name} of tensors on two devices: {sorted(indices)}")
     if name == "aten::copy_":
         _here(args[0]).copy_(_here(args[1]))
         return args[0]
-    wanted = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
+    place = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
+    wanted = place.type if place else None
+    index = (place.index or 0) if place and place.type == NAME else min(indices, default=0)
     if wanted == NAME:
         kwargs = kwargs | {"device": "cpu"}
     args, kwargs = tree_map(_here, (args, kwargs))
@@ -129,7 +134,7 @@ def _computed(function, args, kwargs):
     def back(leaf):
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        return there[id(leaf)] if id(leaf) in there else There(leaf)
+        return there[id(leaf)] if id(leaf) in there else There(leaf, index)
 
     return tree_map(back, result)
 
@@ -245,8 +250,11 @@ def surgeon_job(build, size, extra: dict) -> None:
         assert len(values) < 4 or float(torch.corrcoef(same)[0, 1]) > 0.9, name
 
 
-def streamed_job(build, size, extra: dict) -> None:
-    """A model that does not fit at all: the same scores, weights and images, bit for bit; little is there."""
+def streamed_job(build, size, extra: dict, lent: bool = False) -> None:
+    """A model that does not fit at all: the same scores, weights and images, bit for bit; little is there.
+
+    `lent`: of its weights some wait on a second device, whose memory is half of what they need.
+    """
     small = {"inference_steps": 2, "size": size, "extra": extra | SHORT.get(type(build()), {})}
     prompts, kinds = ["red apple", "blue whale"], ("heads", "ffn", "resnet")
 
@@ -267,11 +275,15 @@ def streamed_job(build, size, extra: dict) -> None:
 
     expected = job(_quiet(build()).to(f"{NAME}:0"))
     pipe = _quiet(build())
-    streaming.stream_(pipe, f"{NAME}:0", large=64)
-    denoiser = denoiser_of(pipe)
+    denoiser, first = denoiser_of(pipe), torch.device(NAME, 0)
     weights = sum(p.nbytes for p in denoiser.parameters())
-    there = lambda: sum(p.nbytes for p in denoiser.parameters() if p.device.type == NAME)  # noqa: E731
-    assert denoiser.device.type == NAME and there() < 0.2 * weights
+    streaming.free_bytes = lambda device: weights // 2
+    streaming.stream_(pipe, first, large=64, lenders=[torch.device(NAME, 1)] if lent else [])
+    there = lambda: sum(p.nbytes for p in denoiser.parameters() if p.device == first)  # noqa: E731
+    assert denoiser.device == first and there() < 0.2 * weights
+    if lent:
+        places = {p.device for p in denoiser.parameters()}
+        assert places == {first, torch.device(NAME, 1), torch.device("cpu")}, places
     _equal(job(pipe), expected)
     assert there() < 0.2 * weights, "weights were left on the device"
 
@@ -292,6 +304,7 @@ def main() -> None:
     pipe = ecodiff.load("emoji-turbo", device="cpu")
     jobs["offloaded"] = partial(offloaded, pipe, generate(pipe, "red apple", 0, steps=2, size=64))
     jobs |= {f"{name} streamed": partial(streamed_job, *builders[name]) for name in STREAMED}
+    jobs["sdxl lent"] = partial(streamed_job, *builders["sdxl"], lent=True)
     jobs |= {f"{name} surgeon": partial(surgeon_job, *builders[name]) for name in SURGEON}
     jobs |= {name: partial(row_job, row) for name, row in ROWS.items()}
     wanted, results = sys.argv[1:] or list(jobs), {}

@@ -14,7 +14,7 @@ from tests.pipelines import BUILDERS
 
 JOBS = [*(f"{name} pipeline" for name in PIPELINES | BUILDERS), "offloaded", *ROWS]
 JOBS += [f"{name} streamed" for name in ("sdxl", "sd3.5", "Sana")]
-JOBS += ["sdxl surgeon", "flux-dev surgeon"]
+JOBS += ["sdxl lent", "sdxl surgeon", "flux-dev surgeon"]
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),

@@ -43,7 +43,8 @@ def load(
 
     Args:
         dtype: None: float32 on a CPU, else `working_dtype`.
-        device: None: `backends.device()`.
+        device: None: `machine.device()`. "cuda:0+cuda:1": of what does not fit on the first, weights wait on
+            the others, then in main memory.
         offload: if the parts do not fit on the device together, each is there only while it works
             (diffusers' model offloading). Good for drawing; nothing can be learned then. Without, and where
             the largest part is too large by itself, weights come from main memory layer by layer
@@ -58,7 +59,7 @@ def load(
     known = catalog.find(model)
     device = device or machine.device()
     if dtype is None:
-        dtype = torch.float32 if device == "cpu" else working_dtype(known)
+        dtype = torch.float32 if device.startswith("cpu") else working_dtype(known)
     if known.lora_of:
         return _ready(_fused(known, dtype), device, offload)
     source = known.source
@@ -136,14 +137,14 @@ def _ready(pipe: DiffusionPipeline, device: str, offload: bool):
     weights = [sum(p.numel() * p.element_size() for p in part.parameters()) for part in parts]
     words = f"The weights alone take {megabytes(sum(weights))}. Take a smaller model, or a larger device."
     with memory_advice(words):
-        there = torch.device(device)
+        there, *lenders = machine.together(device)
         free = inf if there.type in ("cpu", "mps") else free_bytes(there)
         if sum(weights) <= free:
-            return pipe.to(device)
-        if offload and max(weights) <= free:
-            pipe.enable_model_cpu_offload(device=device)
+            return pipe.to(there)
+        if offload and not lenders and max(weights) <= free:
+            pipe.enable_model_cpu_offload(device=there)
         else:
-            stream_(pipe, device)
+            stream_(pipe, there, lenders=lenders)
         return pipe
 
 

@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
     """Versions, devices and memory."""
     import torch
 
-    from ..machine import capacity, devices, megabytes
+    from ..machine import capacity, devices, megabytes, together
 
     facts = {"python": platform.python_version(), "system": platform.platform()}
     for package in PACKAGES:
@@ -29,9 +29,8 @@ def run(options: argparse.Namespace) -> int:
             facts[package] = version(package)
         except PackageNotFoundError:
             facts[package] = "not installed"
-    for name in devices():
-        device = torch.device(name)
+    for device in (device for name in devices() for device in together(name)):
         words = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        facts[name] = f"{words}, {megabytes(capacity(device))}"
+        facts[str(device)] = f"{words}, {megabytes(capacity(device))}"
     report(options, list(facts.items()), facts)
     return 0

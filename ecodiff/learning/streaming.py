@@ -1,6 +1,6 @@
-"""Learning on a model that is larger than the device: weights come from main memory, layer by layer.
+"""Learning on a model that is larger than the device: weights come from elsewhere, layer by layer.
 
-Every layer with large weights has them in main memory. When it is called they are copied to the device, and
+Every layer with large weights has them on other devices that lend their memory, or in main memory. When it is called they are copied to the device, and
 the copy goes with the call; what a backward pass needs of it, autograd holds until then. With blocks
 recomputed (`Keep.blocks`) that is one block's weights at a time: they are there for the forward pass, again
 for the recomputation, and gone after their backward pass. Results are the same to the bit.
@@ -10,12 +10,13 @@ would find it elsewhere. So the hooks here are ecodiff's own: they put a copy in
 streamed denoiser is streamed, too: hooks go with the layers, and look at what they have when they are called.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from ..machine import free_bytes
 from ..pipelines import denoiser_of
 from .encodings import text_encoders
 
@@ -54,22 +55,45 @@ class _Settled:
                 _move(layer, self.device)
 
 
-def stream_(pipe: DiffusionPipeline, device: str | torch.device, large: int = LARGE) -> None:
+class _Homes:
+    """Where weights wait: on devices that lend their memory, one after the other, then in main memory."""
+
+    def __init__(self, device: torch.device, lenders: Sequence[torch.device]):
+        self.device, self.left = device, {lender: free_bytes(lender) for lender in lenders}
+
+    def take(self, tensor: Tensor) -> Tensor:
+        for lender, left in self.left.items():
+            if tensor.nbytes <= left:
+                self.left[lender] -= tensor.nbytes
+                return _copy(tensor, lender)
+        here = tensor.detach().to("cpu")
+        here = here.pin_memory() if self.device.type == "cuda" else here
+        return nn.Parameter(here, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else here
+
+
+def stream_(
+    pipe: DiffusionPipeline,
+    device: str | torch.device,
+    large: int = LARGE,
+    lenders: Sequence[torch.device] = (),
+) -> None:
     """Put a pipeline on a device, but for the large weights of its denoiser and text encoders.
 
-    Those stay in main memory (pinned, for a GPU of CUDA's), and each is on the device only while its layer
-    works: slower, and right for learning, drawing, slicing and repairing.
+    Those stay on `lenders` or in main memory (pinned, for a GPU of CUDA's), and each is on the device only
+    while its layer works: slower, and right for learning, drawing, slicing and repairing.
 
     Args:
         large: bytes of a tensor that is not kept on the device.
+        lenders: other devices, which lend what is free of their memory; they do not compute.
     """
     device = torch.empty(0, device=device).device  # "cuda" is the one in use
     streamed_parts = [denoiser_of(pipe), *text_encoders(pipe).values()]
     for part in pipe.components.values():
         if isinstance(part, nn.Module) and all(part is not other for other in streamed_parts):
             part.to(device)
+    homes = _Homes(device, lenders)
     for part in streamed_parts:
-        _stream(part, device, large)
+        _stream(part, homes, large)
 
 
 def streamed(model: nn.Module) -> bool:
@@ -88,14 +112,15 @@ def unstreamed(model: nn.Module) -> nn.Module:
     return model
 
 
-def _stream(model: nn.Module, device: torch.device, large: int) -> None:
+def _stream(model: nn.Module, homes: _Homes, large: int) -> None:
     if streamed(model):
         return
+    device = homes.device
     first = next(model.parameters(), None)  # it tells diffusers and transformers where the model is
     for layer in model.modules():
         away = [part for part in _own(layer) if part[2] is not first and part[2].nbytes >= large]
         for table, name, tensor in away:
-            table[name] = _home(tensor, device)
+            table[name] = homes.take(tensor)
         for table, name, tensor in _own(layer):
             if all(name != other for _, other, _ in away):
                 table[name] = _copy(tensor, device)
@@ -129,10 +154,3 @@ def _move(layer: nn.Module, device: torch.device) -> None:
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:
     copied = tensor.detach().to(device, non_blocking=True)
     return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
-
-
-def _home(tensor: Tensor, device: torch.device) -> Tensor:
-    """In main memory, where copies to the device start from."""
-    here = tensor.detach().to("cpu")
-    here = here.pin_memory() if device.type == "cuda" else here
-    return nn.Parameter(here, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else here

@@ -11,6 +11,7 @@ from ecodiff.errors import OutOfMemoryError
 from ecodiff.learning import streaming
 from ecodiff.learning.heal import heal
 from ecodiff.learning.learn import learn
+from ecodiff.machine import together
 from ecodiff.pipelines import denoiser_of
 from tests.checkpoints.test_folders import some_plan
 from tests.conftest import PIPELINES
@@ -83,3 +84,8 @@ def test_healing_is_refused_in_words():
     streaming.stream_(small, "cpu", large=64)
     with pytest.raises(OutOfMemoryError, match="Heal it on a larger device"):
         next(heal(small, pipe, ["red apple"]))
+
+
+def test_devices_that_work_together():
+    assert together("cuda:0 + cuda:1") == [torch.device("cuda:0"), torch.device("cuda:1")]
+    assert together("cpu") == [torch.device("cpu")]

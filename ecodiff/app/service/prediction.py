@@ -5,7 +5,6 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import nn
 
@@ -134,7 +133,7 @@ def predict(
     removed = round(checked_ratio(ratio, scores) * scores.total)
     encoders = encoder_parameters(known.name)
     gone = removed + round(text_encoders * (encoders or 0))
-    device = torch.device(machine.device())
+    device = machine.together(machine.device())[0]
     here = machine.capacity(device)
     need = needs(known.name, 4 if device.type == "cpu" and not gpu else None)
     room = gpu * 1e9 if gpu else here
@@ -159,7 +158,7 @@ def predict(
 
 def require_memory(model: str) -> None:
     """Raise BudgetError if a model cannot be learned here, not even on one trajectory at a time."""
-    device = torch.device(machine.device())
+    device = machine.together(machine.device())[0]
     here, need = machine.capacity(device), needs(model, 4 if device.type == "cpu" else None)
     if (least := need.learn_least(device.type == "cuda")) > here:
         raise BudgetError(
