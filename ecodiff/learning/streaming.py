@@ -1,9 +1,10 @@
 """Learning on a model that is larger than the device: weights come from elsewhere, layer by layer.
 
-Every layer with large weights has them on other devices that lend their memory, or in main memory. When it is called they are copied to the device, and
-the copy goes with the call; what a backward pass needs of it, autograd holds until then. With blocks
-recomputed (`Keep.blocks`) that is one block's weights at a time: they are there for the forward pass, again
-for the recomputation, and gone after their backward pass. Results are the same to the bit.
+Every layer with large weights has them on other devices that lend their memory, or in main memory. When it
+is called they are copied to the device, and the copy goes with the call; what a backward pass needs of it,
+autograd holds until then. With blocks recomputed (`Keep.blocks`) that is one block's weights at a time: they
+are there for the forward pass, again for the recomputation, and gone after their backward pass. Results are
+the same to the bit.
 
 diffusers' and accelerate's offloading hooks move the parameter itself, and a backward pass that saved it
 would find it elsewhere. So the hooks here are ecodiff's own: they put a copy in its place. A pruned copy of a
