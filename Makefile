@@ -12,7 +12,7 @@ app: .venv/app
 	.venv/bin/python app.py
 
 test: .venv/test
-	.venv/bin/python -m pytest -n 2 --dist loadfile
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/test
 	.venv/bin/ruff check .

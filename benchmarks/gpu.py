@@ -50,7 +50,10 @@ PARTS: dict[str, list[str]] = {
 }
 DRY: dict[str, list[str]] = {
     "tests": ["-m", "pytest", "-q", "-x", "tests/metrics", "-k", "turn"],
-    "learning-emoji-sdxl": ["benchmarks/learning.py", "--model", "emoji-flux", "--repeats", "1"],
+    "learning-emoji-sdxl": [
+        "benchmarks/learning.py",
+        *("--model", "emoji-flux", "--repeats", "1", "--steps", "3", "--batch", "2"),
+    ],
     "speed-emoji-sdxl": [
         "benchmarks/speed.py",
         "--model",

@@ -131,7 +131,7 @@ def main() -> None:
         measure(options)
         return
     model, pipe = opened(options)
-    counts = [model.learn_steps] if options.random else STEPS
+    counts = [model.learn_steps] if options.random or options.steps else STEPS
     found = {"model": options.model, "batch": options.batch, "device": device_name()}
     found |= {"random weights": options.random, "size": model.size}
     found |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "steps": model.learn_steps}

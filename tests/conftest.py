@@ -242,6 +242,16 @@ def latents(pipe, steps: int = 3, **options) -> torch.Tensor:
         ).images
 
 
+# Files that take minutes: they begin, so that no worker is left with one at the end.
+SLOW = ("test_elsewhere", "test_browser", "test_zerogpu", "test_devices", "test_endpoints", "test_gpu")
+SLOW += ("test_runs", "test_folders", "test_report", "test_comfyui")
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(SLOW)))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """Beside a browser test's failure: what the open pages say."""

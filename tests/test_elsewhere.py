@@ -8,11 +8,10 @@ import sys
 import pytest
 from torch.utils import backend_registration
 
-from tests.conftest import PIPELINES
 from tests.denoisers import ROWS
-from tests.pipelines import BUILDERS
+from tests.elsewhere import pipelines
 
-JOBS = [*(f"{name} pipeline" for name in PIPELINES | BUILDERS), "offloaded", *ROWS]
+JOBS = [*(f"{name} pipeline" for name in pipelines()), "offloaded", *ROWS]
 JOBS += [f"{name} streamed" for name in ("sdxl", "sd3.5", "Sana")]
 JOBS += ["sdxl lent", "sdxl surgeon", "flux-dev surgeon"]
 

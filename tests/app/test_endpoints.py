@@ -89,8 +89,8 @@ def test_the_docs_have_an_example_of_each(client):
 def test_the_main_job(client, tmp_path):
     found = client.predict("SD 1.5", False, api_name="/find_models")
     assert [row["name"] for row in found["catalogue"]] == ["sd-1.5"] and found["hub"] == []
-    predicted = client.predict("emoji-sdxl", 0.2, api_name="/predict")
-    smaller = client.predict("emoji-sdxl", 0.2, text_encoders=0.3, api_name="/predict")
+    predicted = client.predict("emoji-turbo", 0.2, api_name="/predict")
+    smaller = client.predict("emoji-turbo", 0.2, text_encoders=0.3, api_name="/predict")
     saved = predicted["bytes_pruned"] - smaller["bytes_pruned"]
     assert saved == pytest.approx(0.3 * predicted["encoders"] * 2, rel=1e-3) and saved > 100_000
     assert client.predict("sdxl", 0.2, api_name="/predict")["encoders"] is None
@@ -100,13 +100,13 @@ def test_the_main_job(client, tmp_path):
     assert client.predict("sdxl", api_name="/default_preset") == "surgeon"
     assert client.predict("flux2-dev", api_name="/default_preset") == "fast"  # surgeon would take 26 GB
     assert client.predict("flux-dev", api_name="/default_preset") == "surgeon"
-    published = client.predict("emoji-sdxl", 0.2, "ecodiff", api_name="/predict")
+    published = client.predict("emoji-turbo", 0.2, "ecodiff", api_name="/predict")
     assert published["ceiling"] < predicted["ceiling"]  # what the preset prunes, as `prune_start` does
     assert predicted["memory"]["draw"] <= predicted["memory"]["learn"] < predicted["memory"]["here"]
 
-    run = client.predict("emoji-sdxl", 0.2, "fast", 0, api_name="/prune_start")["run"]
+    run = client.predict("emoji-turbo", 0.2, "fast", 0, api_name="/prune_start")["run"]
     wait(client, run, "learning", steps=1)
-    second = client.predict("emoji-sdxl", 0.3, "fast", 1, api_name="/prune_start")
+    second = client.predict("emoji-turbo", 0.3, "fast", 1, api_name="/prune_start")
     assert second["stage"] == "queued" and second["ahead"] == 1, "one run at a time on the device"
     with pytest.raises(AppError, match="Stop it first"):
         client.predict(run, api_name="/delete")
@@ -184,7 +184,7 @@ def test_the_main_job(client, tmp_path):
     plan = ecodiff.PrunePlan.load(file)
     assert plan.digest == cuts[0]["digest"]
     for brought in (file, path):  # the plan, and the zip of the pruned model
-        again = client.predict("emoji-sdxl", [handle_file(brought)], api_name="/bring")
+        again = client.predict("emoji-turbo", [handle_file(brought)], api_name="/bring")
         assert again["stage"] == "finished" and again["preset"] == "imported"
         cut = client.predict(again["run"], again["size"], api_name="/cut")
         assert (cut["digest"], cut["ratio"]) == (plan.digest, cuts[0]["ratio"])
@@ -212,7 +212,7 @@ def test_the_main_job(client, tmp_path):
 
 
 def test_text_encoders_are_cut_too(client, tmp_path):
-    asked = {"model": "emoji-sdxl", "ratio": 0.2, "preset": "magnitude-l2", "text_encoders": 0.3}
+    asked = {"model": "emoji-turbo", "ratio": 0.2, "preset": "magnitude-l2", "text_encoders": 0.3}
     run = client.predict(**asked, api_name="/prune_start")["run"]
     wait(client, run, "finished")
     cut = client.predict(run, 0.2, api_name="/cut")
@@ -227,7 +227,7 @@ def test_text_encoders_are_cut_too(client, tmp_path):
     assert pruned == sum(
         p.numel() for e in (small.text_encoder, small.text_encoder_2) for p in e.parameters()
     )
-    brought = client.predict("emoji-sdxl", [handle_file(path)], api_name="/bring")
+    brought = client.predict("emoji-turbo", [handle_file(path)], api_name="/bring")
     found = client.predict(brought["run"], brought["size"], api_name="/cut")
     assert (found["digest"], found["text_encoders"]) == (cut["digest"], cut["text_encoders"])
     too_much = client.predict(**asked | {"text_encoders": 0.9}, api_name="/prune_start")["run"]
