@@ -4,7 +4,7 @@ import copy
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -61,8 +61,18 @@ def save(
     return write(pipe, folder, plan, card or model_card(pipe))
 
 
-def write(pipe: DiffusionPipeline, folder: str | Path, plan: PrunePlan, card: str) -> Path:
-    """Write a pipeline that was cut by `plan`, whatever its weights are stored in, as `save` does."""
+def write(
+    pipe: DiffusionPipeline,
+    folder: str | Path,
+    plan: PrunePlan,
+    card: str,
+    finish: Callable[[Path], None] = lambda folder: None,
+) -> Path:
+    """Write a pipeline that was cut by `plan`, whatever its weights are stored in, as `save` does.
+
+    Args:
+        finish: called with the written folder before it is moved to its place.
+    """
     asked = Path(folder)
     folder = asked.resolve()  # a link means what it leads to
     taken = folder.exists() and (folder.is_file() or any(folder.iterdir()))
@@ -73,6 +83,7 @@ def write(pipe: DiffusionPipeline, folder: str | Path, plan: PrunePlan, card: st
         open_in_one_dtype(partial)
         plan.save(partial / PLAN_FILE)
         (partial / "README.md").write_text(card, encoding="utf-8")
+        finish(partial)
     return asked
 
 
