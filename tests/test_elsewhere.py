@@ -13,7 +13,7 @@ from tests.elsewhere import pipelines
 
 JOBS = [*(f"{name} pipeline" for name in pipelines()), "offloaded", *ROWS]
 JOBS += [f"{name} streamed" for name in ("sdxl", "sd3.5", "Sana")]
-JOBS += ["sdxl lent", "sdxl surgeon", "flux-dev surgeon"]
+JOBS += ["sdxl lent", "sdxl rounded", "sdxl surgeon", "flux-dev surgeon"]
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),

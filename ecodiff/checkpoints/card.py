@@ -98,13 +98,14 @@ def model_card(pipe: DiffusionPipeline, facts: dict | None = None, dtype: str = 
     orders = (
         f"\n| orders measured at the run's size | {tried} (typical latent error, held out) |" if tried else ""
     )
+    rounded = f", on weights in {about['weights']}" if about.get("weights") else ""
     return f"""{front}
 # {base}, pruned with ecodiff
 
 | | |
 |---|---|
 | parameters of the {name} | {size} |{also.format(**encoders) if encoders else ""}
-| method | {about.get("method", "unknown")} |{orders}
+| method | {about.get("method", "unknown")}{rounded} |{orders}
 | prompts | {about.get("prompts", "ecodiff's")} |
 | plan | `{plan.digest}` |
 {measured}

@@ -18,7 +18,7 @@ from torch import nn
 from .. import catalog, machine
 from ..checks import without_values
 from ..errors import CheckpointError, EcodiffError, UnsupportedModelError, memory_advice
-from ..learning.streaming import stream_
+from ..learning.streaming import LARGE, stream_
 from ..machine import free_bytes, megabytes
 from ..pipelines import denoiser_of
 from ..pruning import ecodiff_sliced_v1
@@ -29,6 +29,7 @@ from .single_file import base_of, is_single_file, on_hub, open_single_file
 # diffusers reads components of a pruned folder from the module that its index names, if imported.
 sys.modules.setdefault(ecodiff_sliced_v1.NAME, ecodiff_sliced_v1)
 
+ROUNDED_FROM = 1 << 16  # bytes of a matrix that is worth rounding
 _WORDS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -37,6 +38,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | None = None,
     offload: bool = False,
+    rounded: bool = False,
 ):
     """Open a pipeline: an embedded model's name, a diffusers folder (dense or pruned), a Hub id, or a
     single .safetensors file, here or on the Hub (owner/name/file.safetensors).
@@ -49,6 +51,7 @@ def load(
             (diffusers' model offloading). Good for drawing; nothing can be learned then. Without, and where
             the largest part is too large by itself, weights come from main memory layer by layer
             (`learning.streaming`): slower, and everything can be done.
+        rounded: keep the denoiser's large weights in float8, to rank units on a smaller device.
 
     Raises:
         OutOfMemoryError: the model does not fit on the device.
@@ -61,11 +64,11 @@ def load(
     if dtype is None:
         dtype = torch.float32 if device.startswith("cpu") else working_dtype(known)
     if known.lora_of:
-        return _ready(_fused(known, dtype), device, offload)
+        return _ready(_fused(known, dtype), device, offload, rounded)
     source = known.source
     try:
         if is_single_file(source):
-            return _ready(_from_single_file(source, dtype), device, offload)
+            return _ready(_from_single_file(source, dtype), device, offload, rounded)
         index = model_index(source)
         refuse_quantised(source, index)
         components: dict[str, Any] = {}
@@ -84,7 +87,7 @@ def load(
         raise unreachable(source) from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise damaged(source, error) from None
-    return _ready(pipe, device, offload)
+    return _ready(pipe, device, offload, rounded)
 
 
 def _from_files(source: str, name: str, dtype: torch.dtype, components: dict):
@@ -125,7 +128,7 @@ def _fused(known: catalog.Model, dtype: torch.dtype):
     return pipe
 
 
-def _ready(pipe: DiffusionPipeline, device: str, offload: bool):
+def _ready(pipe: DiffusionPipeline, device: str, offload: bool, rounded: bool):
     denoiser_of(pipe)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and (missing := without_values(part, name)):
@@ -139,12 +142,12 @@ def _ready(pipe: DiffusionPipeline, device: str, offload: bool):
     with memory_advice(words):
         there, *lenders = machine.together(device)
         free = inf if there.type in ("cpu", "mps") else free_bytes(there)
-        if sum(weights) <= free:
+        if sum(weights) <= free and not rounded:
             return pipe.to(there)
-        if offload and not lenders and max(weights) <= free:
+        if offload and not lenders and not rounded and max(weights) <= free:
             pipe.enable_model_cpu_offload(device=there)
         else:
-            stream_(pipe, there, lenders=lenders)
+            stream_(pipe, there, ROUNDED_FROM if rounded else LARGE, lenders, rounded)
         return pipe
 
 

@@ -63,6 +63,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="fraction of the parameters of the text encoders to remove as well (default: none)",
     )
+    parser.add_argument(
+        "--learn-in",
+        choices=("float8",),
+        help="rank units on weights in 8 bits: half the memory; the full ones are cut and repaired",
+    )
     parser.add_argument("--seed", type=int, help="of prompts, noise and gates")
     sampling_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -93,23 +98,27 @@ def run(options: argparse.Namespace) -> int:
     from ..checkpoints.saving import folder_bytes, save
     from ..learning import distributed
     from ..learning.compensate import compensate_
+    from ..learning.streaming import is_rounded
     from ..metrics.cost import parameters
     from ..pipelines import denoiser_of
     from ..pruning.plan import PLAN_FILE
     from ..pruning.slicing import variant
 
     started = time.monotonic()
-    source = Path(options.model)
+    source, rounded = Path(options.model), options.learn_in is not None
     if (source / "run.json").is_file():
         run = _opened(source, options)
-        pipe = load(run.known)
+        pipe = load(run.known, rounded=rounded and not run.finished)
     else:
-        pipe = load(options.model)
+        pipe = load(options.model, rounded=rounded)
         run = _open_or_create(options, pipe)
     if not run.finished and not _learn(run, pipe, options):
         return 130
     if distributed.rank():
         return 0  # the first process cuts and saves
+    if is_rounded(denoiser_of(pipe)):
+        del pipe
+        pipe = load(run.known)
     shares = dict(options.units) if options.units else None
     align = True if options.align is None else options.align
     made = run.plan(options.ratio, shares, run.config.cost, align)

@@ -36,6 +36,7 @@ from .objective import Objective
 from .progress import Progress
 from .scoring import Values
 from .state import LearnState
+from .streaming import is_rounded
 from .trajectory import trajectory
 
 ERROR_OF = "error of "  # in a row of the history, before the name of an order that was measured
@@ -158,8 +159,8 @@ def _score(state: LearnState, budget: Budget, objective: Objective, kept: Progre
         raise BudgetError(f"{config.method} does not rank {in_words([missing[0].kind])}. Choose other kinds.")
     orders = {str(config.method): found} | dict(found.others)
     errors: dict[str, float] = {}
-    if found.others:
-        denoiser = denoiser_of(objective.pipe)
+    denoiser = denoiser_of(objective.pipe)
+    if found.others and not is_rounded(denoiser):  # nothing can be cut of rounded weights, and measured
         plans = {name: budget.plan(_in_order(denoiser, budget, order)) for name, order in orders.items()}
         errors = measured(objective, plans, kept)
     found = orders[min(errors, key=errors.__getitem__)] if errors else found
@@ -307,4 +308,5 @@ def _ranked(
 ) -> Scores:
     """Scores of what all units are worth, per parameter."""
     by_group = budget.by_group(values)
+    facts |= {"weights": "float8"} if is_rounded(denoiser) else {}
     return Scores.of(denoiser, by_group, budget.macs, bases, **facts, learn=asdict(budget.config))

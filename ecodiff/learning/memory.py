@@ -27,7 +27,7 @@ from ..units import PruneGroup
 from .checkpointing import ALL, NOTHING, Keep
 from .encodings import Encodings
 from .objective import Objective
-from .streaming import stream_, streamed, unstreamed
+from .streaming import ROUNDED, stream_, streamed, unstreamed
 
 Made = TypeVar("Made")
 
@@ -167,7 +167,9 @@ def activation_bytes(
     device = next(denoiser.parameters()).device
     # A copy without weights: some models keep tables that they make in their first call.
     weights = {id(t): torch.empty_like(t, device="meta") for t in denoiser.buffers()}
-    weights |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in denoiser.parameters()}
+    for p in denoiser.parameters():
+        dtype = denoiser.dtype if p.dtype == ROUNDED else p.dtype
+        weights[id(p)] = nn.Parameter(torch.empty_like(p, device="meta", dtype=dtype), False)
     own = {tensor.untyped_storage()._cdata for tensor in weights.values()}
     denoiser = unstreamed(copy.deepcopy(denoiser, weights))
     args, kwargs = moved((args, kwargs), "meta")

@@ -23,21 +23,25 @@ from .encodings import text_encoders
 
 LARGE = 1 << 20  # bytes; what is smaller stays on the device
 
+# What weights are rounded to while units are ranked: as diffusers' layerwise casting, without scales.
+ROUNDED = torch.float8_e4m3fn
+
 
 class _Brought:
     """Brings what a layer has elsewhere to the device for one call."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype  # of what it computes with
         self._away: list[list[tuple[dict, str, Tensor]]] = []
 
     def before(self, layer: nn.Module, args) -> None:
         away: list[tuple[dict, str, Tensor]] = []
         self._away.append(away)
         for table, name, tensor in _own(layer):
-            if tensor.device != self.device:
+            if tensor.device != self.device or tensor.dtype == ROUNDED:
                 away.append((table, name, tensor))
-                table[name] = _copy(tensor, self.device)
+                copied = _copy(tensor, self.device)
+                table[name] = _as(copied, self.dtype) if tensor.dtype == ROUNDED else copied
 
     def after(self, layer: nn.Module, args, output) -> None:
         for table, name, tensor in self._away.pop() if self._away else ():
@@ -60,7 +64,9 @@ class _Homes:
     """Where weights wait: on devices that lend their memory, one after the other, then in main memory."""
 
     def __init__(self, device: torch.device, lenders: Sequence[torch.device]):
-        self.device, self.left = device, {lender: free_bytes(lender) for lender in lenders}
+        self.device = device
+        # Of its own memory it lends half: the other half is what it computes in.
+        self.left = {one: free_bytes(one) // (2 if one == device else 1) for one in lenders}
 
     def take(self, tensor: Tensor) -> Tensor:
         for lender, left in self.left.items():
@@ -77,6 +83,7 @@ def stream_(
     device: str | torch.device,
     large: int = LARGE,
     lenders: Sequence[torch.device] = (),
+    rounded: bool = False,
 ) -> None:
     """Put a pipeline on a device, but for the large weights of its denoiser and text encoders.
 
@@ -86,15 +93,17 @@ def stream_(
     Args:
         large: bytes of a tensor that is not kept on the device.
         lenders: other devices, which lend what is free of their memory; they do not compute.
+        rounded: large matrices of the denoiser are kept in float8, half of 16 bits, and first of all on the
+            device itself. Units can be ranked on it; what is cut are the full weights, opened once more.
     """
     device = torch.empty(0, device=device).device  # "cuda" is the one in use
     streamed_parts = [denoiser_of(pipe), *text_encoders(pipe).values()]
     for part in pipe.components.values():
         if isinstance(part, nn.Module) and all(part is not other for other in streamed_parts):
             part.to(device)
-    homes = _Homes(device, lenders)
+    homes = _Homes(device, [*([device] if rounded else []), *lenders])
     for part in streamed_parts:
-        _stream(part, homes, large)
+        _stream(part, homes, large, rounded and part is streamed_parts[0])
 
 
 def streamed(model: nn.Module) -> bool:
@@ -113,7 +122,12 @@ def unstreamed(model: nn.Module) -> nn.Module:
     return model
 
 
-def _stream(model: nn.Module, homes: _Homes, large: int) -> None:
+def is_rounded(model: nn.Module) -> bool:
+    """True if weights of a model are in float8."""
+    return any(parameter.dtype == ROUNDED for parameter in model.parameters())
+
+
+def _stream(model: nn.Module, homes: _Homes, large: int, rounded: bool) -> None:
     if streamed(model):
         return
     device = homes.device
@@ -121,13 +135,13 @@ def _stream(model: nn.Module, homes: _Homes, large: int) -> None:
     for layer in model.modules():
         away = [part for part in _own(layer) if part[2] is not first and part[2].nbytes >= large]
         for table, name, tensor in away:
-            table[name] = homes.take(tensor)
+            table[name] = homes.take(_as(tensor, ROUNDED) if rounded and tensor.ndim > 1 else tensor)
         for table, name, tensor in _own(layer):
             if all(name != other for _, other, _ in away):
                 table[name] = _copy(tensor, device)
         if not away:
             continue
-        brought = _Brought(device)
+        brought = _Brought(device, away[0][2].dtype)
         layer.register_forward_pre_hook(brought.before, prepend=True)
         layer.register_forward_hook(brought.after, always_call=True)
     model.register_forward_pre_hook(_Settled(device), prepend=True)
@@ -150,6 +164,11 @@ def _move(layer: nn.Module, device: torch.device) -> None:
     for table, name, tensor in _own(layer):
         if tensor.device != device:
             table[name] = _copy(tensor, device)
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    made = tensor.detach().to(dtype)
+    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .. import catalog
 from ..architectures import find_groups
 from ..checks import check_calls, check_layers
-from ..errors import PlanError
+from ..errors import PlanError, UnsupportedModelError
 from ..pipelines import denoiser_name, denoiser_of
 from ..units import ALL_KINDS, BASIS, PruneGroup
 from .ecodiff_sliced_v1 import (
@@ -48,6 +48,7 @@ def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Mo
     """
     plan = plan if isinstance(plan, PrunePlan) else PrunePlan(plan)
     check(plan, denoiser)
+    _check_weights(denoiser)
     projected = project_directions_(denoiser, plan)
     turn_(denoiser, plan)
     every = find_groups(denoiser, ALL_KINDS)
@@ -69,6 +70,14 @@ def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Mo
         cut = {module for (module, _), rows in kept.items() if not rows.all()}
         _describe(denoiser, plan, groups, cut | projected)
     return denoiser
+
+
+def _check_weights(denoiser: nn.Module) -> None:
+    if any(parameter.dtype.itemsize == 1 for parameter in denoiser.parameters()):
+        raise UnsupportedModelError(
+            f"The weights of this {type(denoiser).__name__} were rounded to rank its units. Open the model "
+            "once more, in full, and cut that."
+        )
 
 
 def check(plan: PrunePlan, denoiser: nn.Module) -> None:

@@ -39,6 +39,17 @@ def last_json(out: str) -> dict:
     return json.loads(out.strip().splitlines()[-1])
 
 
+def test_units_are_ranked_in_float8_and_the_full_weights_are_cut(capsys, tmp_path):
+    command = ["prune", "emoji-turbo", "--preset", "gauss-newton", "--learn-in", "float8", "--steps", 1]
+    code, _, err = run(capsys, *command, "--no-compensate", "--out", tmp_path / "small", "--json")
+    assert code == 0, err
+    assert "gauss-newton, on weights in float8" in (tmp_path / "small" / "README.md").read_text()
+    small, dense = ecodiff.load(tmp_path / "small").unet, ecodiff.load("emoji-turbo").unet
+    for name in ("time_embedding.linear_1", "mid_block.attentions.0.proj_in"):  # no unit of theirs goes
+        weight = dense.get_submodule(name).weight
+        assert torch.equal(small.get_submodule(name).weight, weight) and weight.nbytes > 1 << 15
+
+
 def test_prune_recut_generate_compare(capsys, tmp_path):
     out = tmp_path / "small"
     command = ["prune", "emoji-sdxl", "--ratio", 0.2, "--preset", "fast", "--out", out, "--json"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ecodiff
-from ecodiff.errors import OutOfMemoryError
+from ecodiff.errors import OutOfMemoryError, UnsupportedModelError
 from ecodiff.learning import streaming
 from ecodiff.learning.heal import heal
 from ecodiff.learning.learn import learn
@@ -89,3 +89,34 @@ def test_healing_is_refused_in_words():
 def test_devices_that_work_together():
     assert together("cuda:0 + cuda:1") == [torch.device("cuda:0"), torch.device("cuda:1")]
     assert together("cpu") == [torch.device("cpu")]
+
+
+@pytest.mark.parametrize("method", ["gauss-newton", "fast", "surgeon"])
+def test_on_rounded_weights_units_are_ranked_as_on_their_values(method):
+    """The same scores as on a model whose weights are those values in full precision, bit for bit."""
+    few = {"warm_steps": 1, "batch": 2, "trajectories": 4, "inference_steps": 2, "size": 64}
+    few |= {"steps": 1} if method == "fast" else {}
+    config = ecodiff.LearnConfig.preset(method, ratio=0.2, kinds=("heads", "ffn"), **few)
+    found = []
+    for rounded in (True, False):
+        pipe = PIPELINES["flux-dev"]()
+        first = next(pipe.transformer.parameters())
+        if rounded:
+            streaming.stream_(pipe, "cpu", large=64, rounded=True)
+        else:
+            for weight in pipe.transformer.parameters():
+                if weight.ndim > 1 and weight.nbytes >= 64 and weight is not first:
+                    weight.data = weight.data.to(streaming.ROUNDED).float()
+        assert streaming.is_rounded(pipe.transformer) == rounded
+        (_, scores), *_ = reversed(list(learn(pipe, ["red apple", "blue whale"], config)))
+        found.append(scores)
+    assert found[0].metadata["weights"] == "float8" and "weights" not in found[1].metadata
+    if method != "surgeon":  # of several orders the full one measures which is best
+        for name, values in found[1].values.items():
+            assert torch.equal(found[0].values[name], values), name
+    bytes_ = sum(p.nbytes for p in pipe.transformer.parameters())
+    pipe = PIPELINES["flux-dev"]()
+    streaming.stream_(pipe, "cpu", large=64, rounded=True)
+    assert sum(p.nbytes for p in pipe.transformer.parameters()) < 0.35 * bytes_, "float32 became 8 bits"
+    with pytest.raises(UnsupportedModelError, match="rounded to rank"):
+        ecodiff.variant(pipe, found[0].plan(ratio=0.2))
