@@ -25,7 +25,8 @@ class Model:
         source: a folder, a Hub repository id, or a file in one: owner/name/file.safetensors.
         steps, guidance_scale, size: of a generated image (pixels a side; None: the pipeline's).
         learn_steps: time steps of a trajectory while learning.
-        dtype: in which its files hold the weights.
+        dtype: in which its files hold the weights, or in which it is opened, if that is half of it.
+        files: in which its files on the Hub hold the denoiser's weights, if not in `dtype`.
         licence: of the weights; a pruned checkpoint inherits it.
         gated: the Hub wants its licence accepted first.
         extra: more arguments of the pipeline's call.
@@ -47,6 +48,7 @@ class Model:
     dtype: str
     licence: str
     gated: bool = False
+    files: str = ""
     extra: dict = field(default_factory=dict)
     others_gb: float = 0.0
     denoiser: dict | None = None

@@ -107,6 +107,11 @@ def _of_the_catalogue(denoiser, known) -> tuple[dict, list[tuple[str, str]]]:
     )
     gated = ", gated: accept its licence on the Hub, and sign in there" if known.gated else ""
     rows = [("memory (estimate)", memories), ("licence", known.licence + gated)]
+    if known.files:
+        itemsize, held = {"float32": 4, "float16": 2, "bfloat16": 2}[known.files], need.denoiser
+        facts["denoiser_files"] = held // known.footprint()["itemsize"] * itemsize
+        words = f"{megabytes(facts['denoiser_files'])} for the denoiser: its files hold {known.files}"
+        rows.append(("download", f"{words}; it is opened and saved in {known.dtype}, {megabytes(held)}"))
     return facts | {"licence": known.licence, "gated": known.gated}, rows
 
 

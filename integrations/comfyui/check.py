@@ -24,11 +24,13 @@ from typing import Any
 
 import torch
 from diffusers import (
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -36,6 +38,7 @@ from safetensors.torch import load_file, save_file
 import ecodiff
 from ecodiff.checkpoints.comfyui import save_comfyui
 from ecodiff.checkpoints.gguf import KINDS, save_gguf
+from ecodiff.checkpoints.loading import empty_denoiser
 from ecodiff.checkpoints.lora import translate_lora
 from ecodiff.checkpoints.lora_saving import save_lora
 from ecodiff.pipelines import denoiser_name, denoiser_of
@@ -374,17 +377,53 @@ def compare_quantised(nodes, name: str, ratio: float, kind: str, folder: Path) -
     return {"call": difference, "bytes": file.stat().st_size / plain.stat().st_size}
 
 
+def weighed(nodes, folder: Path, ratios=(0.0, 0.2, 0.4)) -> None:
+    """Print bytes and time of a call of SD 1.5 in ComfyUI, at true size, by what was removed."""
+    unet: Any = empty_denoiser("sd-1.5").to_empty(device="cpu").eval()
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipe = StableDiffusionPipeline(
+        unet=unet, scheduler=EulerDiscreteScheduler(), requires_safety_checker=False, **parts
+    )
+    scores = Scores.unranked(unet, ("heads", "ffn", "resnet"))
+    models = {}
+    for ratio in ratios:
+        file = save_comfyui(ecodiff.variant(pipe, scores.plan(ratio=ratio)), folder / f"{ratio}.safetensors")
+        models[ratio] = nodes.load(str(file))
+    given = {"x": torch.randn(2, 4, 32, 32), "timestep": torch.tensor([500.0, 500.0])}
+    given["context"] = torch.randn(2, 77, 768)
+    seconds: dict[float, list[float]] = {ratio: [] for ratio in ratios}
+    with torch.no_grad():
+        for _ in range(5):  # in turns: what else the machine does hits all alike
+            for ratio, patcher in models.items():
+                begun = time.monotonic()
+                patcher.model.diffusion_model(given["x"], given["timestep"], context=given["context"])
+                seconds[ratio].append(time.monotonic() - begun)
+    dense = models[0.0].model_size(), min(seconds[0.0])
+    for ratio, patcher in models.items():
+        found = {"bytes": patcher.model_size() / dense[0], "seconds": min(seconds[ratio]) / dense[1]}
+        words = {name: round(value, 3) for name, value in found.items()}
+        print(json.dumps({"model": "sd-1.5, random", "ratio": ratio} | words), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("comfyui", type=Path)
     parser.add_argument("--models", nargs="+", default=["emoji-sdxl", "emoji-flux", *RANDOM])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.4, 0.8])
+    parser.add_argument(
+        "--weigh", action="store_true", help="bytes and time beside dense, SD 1.5 at true size"
+    )
     parser.add_argument("--gguf", type=Path, help="the folder of ComfyUI-GGUF")
     options = parser.parse_args()
     nodes = start(options.comfyui)
     if options.gguf:
         gguf_nodes(options.gguf)
     with tempfile.TemporaryDirectory() as folder:
+        if options.weigh:
+            weighed(nodes, Path(folder))
+            return
         for name in options.models:
             for ratio in options.ratios:
                 begun = time.monotonic()

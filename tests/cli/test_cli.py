@@ -120,6 +120,13 @@ def test_info_of_the_embedded_model(capsys):
     )
 
 
+def test_info_says_what_is_downloaded_where_that_is_more(capsys):
+    code, out, _ = run(capsys, "info", "z-image", "--json")
+    facts = last_json(out)
+    assert code == 0 and facts["denoiser_files"] == 4 * facts["params"] and "its files hold float32" in out
+    assert "denoiser_files" not in last_json(run(capsys, "info", "sd-1.5", "--json")[1])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
