@@ -115,7 +115,7 @@ def test_the_main_job(page, url, tmp_path):
     button(other, "Compare with my prompt").click()
     other.get_by_role("textbox", name="Prompt").fill("cat face")
     button(other, "Draw both").click()
-    other.get_by_text("Latent error", exact=True).wait_for(timeout=60_000)
+    other.get_by_text("Latent error", exact=True).wait_for(timeout=LEARNED)
     shot(other, "1-example")
     other.close()
     page.get_by_label("Preset").click()
@@ -172,7 +172,7 @@ def test_the_main_job(page, url, tmp_path):
     playwright.expect(page.get_by_role("spinbutton", name="Remove")).to_have_value("40")
     page.get_by_role("textbox", name="Prompt").fill("cat face")
     button(page, "Draw both").click()
-    page.get_by_text("Latent error", exact=True).wait_for(timeout=60_000)
+    page.get_by_text("Latent error", exact=True).wait_for(timeout=LEARNED)
     page.get_by_text("Speed of a step").wait_for()
     slider = page.get_by_role("slider", name="Dense or pruned")
     page.wait_for_timeout(1000)  # both images are laid out
@@ -335,10 +335,12 @@ def test_the_page_sees_a_run_through_on_zerogpu(browser, tiny_sdxl, tmp_path):
         page.goto(client.src)
         page.get_by_label("Model").first.fill(str(tmp_path / "tiny"))
         page.keyboard.press("Enter")
-        page.wait_for_timeout(4000)  # a model's preset comes after it
         page.get_by_label("Preset").click()  # one of many short steps, so that calls can be counted
         page.get_by_role("option", name="Fast").click()
-        page.wait_for_timeout(500)
+        page.wait_for_timeout(4000)
+        assert page.get_by_label("Preset").input_value() == "Fast", (
+            "the model's own came late, and took it back"
+        )
         button(page, "Prune").click()
         # Calls follow each other without a click, until there is no more quota: that is said, the run kept.
         page.get_by_text("reached its GPU limit").first.wait_for(timeout=LEARNED)

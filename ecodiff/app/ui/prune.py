@@ -98,7 +98,12 @@ def _answer(form: dict, prediction: gr.HTML, example: list) -> list:
     changes = [form[box].change for box in ("model", "ratio", "kinds", "gpu", "encoders")]
     gr.on(changes, predict, what, prediction, trigger_mode="always_last", **private)
     form["model"].change(shown_of, form["model"], example, **hidden)
-    form["model"].change(preset_of, form["model"], form["preset"], **hidden)
+    # What a person chooses while that is being looked up is not taken back.
+    best, chosen = gr.State(None), gr.State("")
+    form["preset"].input(lambda model: model, form["model"], chosen, **hidden)
+    looked_up = form["model"].change(preset_of, form["model"], best, **hidden)
+    asked = [best, form["model"], chosen]
+    looked_up.then(offered, asked, [form["preset"], chosen], queue=False, **hidden)
     # The published method prunes heads and neurons only: what will be pruned is what is ticked.
     form["preset"].change(preset_kinds, form["preset"], form["kinds"], **hidden)
     return what
@@ -197,11 +202,16 @@ def preset_kinds(preset):
 
 
 def preset_of(model):
-    """The preset that a model is best learned with; what cannot be looked at changes nothing."""
+    """The preset that a model is best learned with; None if it cannot be looked at."""
     try:
         return service.default_preset(model)
     except EcodiffError:
-        return gr.skip()
+        return None
+
+
+def offered(best, model, chosen):
+    """The best preset, unless a person has chosen one for this model meanwhile; and whose choice that was."""
+    return (gr.skip(), chosen) if best is None or chosen == model else (best, "")
 
 
 def shown_of(model):
