@@ -34,6 +34,7 @@ from ecodiff.learning.methods import METHODS
 from ecodiff.metrics.cost import parameters
 from ecodiff.metrics.fidelity import Sample, fidelity
 from ecodiff.pipelines import call_options, denoiser_of, prompt_rows
+from ecodiff.units import ALL_KINDS
 from recipes import data, evaluate
 
 HERE = Path(__file__).parent
@@ -82,11 +83,13 @@ class Recognition:
         return [{"top1": float(a), "top5": float(b)} for a, b in zip(top1, top5, strict=True)]
 
 
-def rank(method: str, pipe, model: catalog.Model, ratio: float, seed: int) -> tuple[ecodiff.Scores, int]:
-    """Scores by a method's name, and what they cost in trajectories."""
+def rank(
+    method: str, pipe, model: catalog.Model, ratio: float, seed: int, kinds: tuple[str, ...] = ()
+) -> tuple[ecodiff.Scores, int]:
+    """Scores by a method's name, and what they cost in trajectories; of ecodiff's own, of some kinds only."""
     prompts, denoiser = model.prompts("calibration"), denoiser_of(pipe)
     if method not in METHODS or method in OURS:
-        config = model.learn_config(method, ratio, seed=seed)
+        config = model.learn_config(method, ratio, seed=seed, **{"kinds": kinds} if kinds else {})
         scores = ecodiff.learn_masks(pipe, prompts, config)
         dense = min(config.steps * config.batch, config.trajectories)
         steps = config.warm_steps + config.steps
@@ -122,7 +125,7 @@ def measure(dense: list[Sample], pruned: list[Sample], recognised) -> dict[str, 
     return {name: interval([row[name] for row in rows]) for name in MEASURES if name in rows[0]}
 
 
-def variants(method: str, pipe, model, ratios, learn_ratio, calibration):
+def variants(method: str, pipe, model, ratios, learn_ratio, calibration, kinds=()):
     """(name, ratio, small, seconds, trajectories) of a method at every size."""
     start = time.perf_counter()
     if method == "obs-diff":
@@ -131,7 +134,7 @@ def variants(method: str, pipe, model, ratios, learn_ratio, calibration):
             small = obs_diff.prune(pipe, calibration, ratio)
             yield "obs-diff +", ratio, small, time.perf_counter() - start, calibration.config.trajectories
         return
-    scores, cost = rank(method, pipe, model, learn_ratio, seed=0)
+    scores, cost = rank(method, pipe, model, learn_ratio, 0, kinds)
     spent = time.perf_counter() - start
     for ratio in ratios:
         plan = scores.plan(ratio=ratio)
@@ -186,6 +189,7 @@ def results_file(name: str, options: argparse.Namespace) -> Path:
 def main() -> None:
     parser = arguments(__doc__, [0.1, 0.2, 0.3, 0.4, 0.5], 32)
     parser.add_argument("--methods", nargs="+", default=NAMES, choices=NAMES)
+    parser.add_argument("--kinds", nargs="+", choices=ALL_KINDS, default=(), help="of ecodiff's own methods")
     options = parser.parse_args()
     out = results_file("fidelity", options)
     if options.figure:
@@ -211,7 +215,8 @@ def main() -> None:
     config = CompensateConfig(**settings, size=model.size, extra=model.extra)
     calibration = Calibration(pipe, model.prompts("calibration"), config)
     for method in options.methods:
-        every = variants(method, pipe, model, options.ratios, options.learn_ratio, calibration)
+        asked = (options.ratios, options.learn_ratio, calibration, tuple(options.kinds))
+        every = variants(method, pipe, model, *asked)
         for label, ratio, small, seconds, cost in every:
             params = [parameters(denoiser_of(p)) for p in (small, pipe)]
             row = {"method": label, "ratio": ratio, "removed": 1 - params[0] / params[1]}

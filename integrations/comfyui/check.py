@@ -41,7 +41,7 @@ from ecodiff.checkpoints.gguf import KINDS, save_gguf
 from ecodiff.checkpoints.loading import empty_denoiser
 from ecodiff.checkpoints.lora import translate_lora
 from ecodiff.checkpoints.lora_saving import save_lora
-from ecodiff.pipelines import denoiser_name, denoiser_of
+from ecodiff.pipelines import denoiser_calls, denoiser_name, denoiser_of, prompt_rows
 from ecodiff.pruning.scores import Scores
 from ecodiff.pruning.slicing import plan_of
 
@@ -200,8 +200,9 @@ def _with_lora(pipe, small, patcher, folder: Path) -> float:
         small.unload_lora_weights()
 
 
-def inputs(denoiser) -> dict:
-    """Random inputs of ComfyUI's denoiser: two prompts of eight tokens, latents of 16 x 16."""
+def inputs(small) -> dict:
+    """Inputs of ComfyUI's denoiser: latents, and two prompts; random ones where there is no text encoder."""
+    denoiser = denoiser_of(small)
     noise, config = torch.Generator().manual_seed(2), denoiser.config
     unet, qwen = hasattr(denoiser, "down_blocks"), "Qwen" in type(denoiser).__name__
     channels = {"SD3": config.in_channels, "Qwe": config.out_channels, "Flu": config.in_channels // 4}
@@ -216,12 +217,18 @@ def inputs(denoiser) -> dict:
     if not qwen:
         pooled = config.projection_class_embeddings_input_dim if unet else config.pooled_projection_dim
         given["y"] = torch.randn(2, pooled, generator=noise)
+    if small.text_encoder is not None:
+        rows = prompt_rows(["red apple", "cat face"], range(2), 0, {"num_inference_steps": 2})
+        _, named = denoiser_calls(small, rows, limit=1)[0]
+        given["context"] = named["encoder_hidden_states"][-2:]
+        pooled = named["added_cond_kwargs"]["text_embeds"] if unet else named["pooled_projections"]
+        given["y"] = torch.cat([pooled[-2:], given["y"][:, pooled.shape[1] :]], dim=1)
     return given | ({"guidance": torch.tensor([3.0, 3.0])} if getattr(config, "guidance_embeds", 0) else {})
 
 
 @torch.no_grad()
 def _call(small, model) -> float:
-    given = inputs(denoiser_of(small))
+    given = inputs(small)
     theirs = theirs_of(denoiser_of(small), **given)
     return float((theirs - _output(small, model)).abs().max() / theirs.abs().max())
 
@@ -229,7 +236,7 @@ def _call(small, model) -> float:
 @torch.no_grad()
 def _output(small, model) -> torch.Tensor:
     """What ComfyUI's model makes of `inputs`."""
-    given = inputs(denoiser_of(small))
+    given = inputs(small)
     return model(given.pop("x"), given.pop("timestep"), **given)
 
 
@@ -240,18 +247,19 @@ def _sampled(small, patcher) -> float:
     from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
 
     denoiser = denoiser_of(small)
-    given = inputs(denoiser)
+    given = inputs(small)
     pooled, text = given.get("y", torch.zeros(2, 1)), given["context"]
     if hasattr(small, "unet"):  # ComfyUI embeds the sizes itself
         width = denoiser.config.addition_time_embed_dim
         patcher.model.embedder, pooled = Timestep(width), pooled[:, : -6 * width]
     conds = [[[text[i, None], {"pooled_output": pooled[i, None], "guidance": 3.0}]] for i in (1, 0)]
+    cfg = 1.0 if "guidance" in given else 3.0  # FLUX.1 dev is told its guidance
     latent = torch.zeros_like(given["x"][:1])
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
     found, own = [], patcher.model.diffusion_model
     for model in (own, _Theirs(denoiser, own)):
         patcher.model.diffusion_model = model
-        found.append(comfy.sample.sample(patcher, noise, 6, 3.0, "euler", "normal", *conds, latent, seed=0))
+        found.append(comfy.sample.sample(patcher, noise, 6, cfg, "euler", "normal", *conds, latent, seed=0))
     patcher.model.diffusion_model = own
     return float((found[0] - found[1]).abs().max() / found[1].abs().max())
 

@@ -130,7 +130,7 @@ def test_other_transformers(name, ratio, kind, inside, tmp_path):
     pipe = check.random_pipeline(name)
     small = check.pruned(pipe, ratio, kind, inside)
     model = loaded(comfyui.save_comfyui(small, tmp_path / "out"))
-    given = check.inputs(small.transformer)
+    given = check.inputs(small)
     theirs = check.theirs_of(small.transformer, **given)
     close(model(**given), theirs)
     assert (check.theirs_of(pipe.transformer, **given) - theirs).abs().max() > 0.1 * theirs.abs().max()
