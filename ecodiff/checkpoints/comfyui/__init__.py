@@ -31,7 +31,7 @@ def described(pipe: DiffusionPipeline) -> tuple[dict[str, Tensor], dict]:
     """(tensors, header) of a pruned pipeline's denoiser.
 
     Raises:
-        UnsupportedModelError: it is none of SD 1.5, SDXL and FLUX.1, or it is not pruned.
+        UnsupportedModelError: it is none of those in `layouts`, or it is not pruned.
     """
     if plan_of(denoiser_of(pipe)) is None:
         raise UnsupportedModelError(

@@ -71,8 +71,8 @@ def tensors(transformer: Any) -> dict[str, Tensor]:
     # An attention without heads gets one of zeros: it gives the output layer's bias, as it should.
     for name, tensor in list(found.items()):
         if ".attn" in name and tensor.numel() == 0:
-            of_qkv, ones = ".qkv." in name, tensor.new_zeros
-            found[name] = ones(3 * HEAD, *tensor.shape[1:]) if of_qkv else ones(len(tensor), HEAD)
+            shape = (3 * HEAD, *tensor.shape[1:]) if ".qkv." in name else (len(tensor), HEAD)
+            found[name] = tensor.new_zeros(shape)
     return found
 
 
