@@ -43,7 +43,7 @@ class MemoryPlan:
         free: bytes that may be used.
         keep: what is kept of it.
         encoders: bytes that are free as well while text encoders are away.
-        streamed: the weights come from main memory, layer by layer.
+        streamed: the weights are streamed, layer by layer (`learning.streaming`).
     """
 
     calls: int
@@ -74,7 +74,7 @@ class MemoryPlan:
         gigabytes = f"{self.needed / 1e9:.2g} GB of {self.usable / 1e9:.2g} GB that may be used"
         gigabytes += ", text encoders away" * self.keep.alone
         if self.keep.blocks:
-            weights = "weights come from main memory, " if self.streamed else ""
+            weights = "weights are streamed layer by layer, " if self.streamed else ""
             return f"{weights}every block is computed twice, {gigabytes}"
         if not self.kept:
             return f"every time step is computed twice, {gigabytes}"

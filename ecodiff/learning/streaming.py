@@ -107,7 +107,7 @@ def stream_(
 
 
 def streamed(model: nn.Module) -> bool:
-    """True if the weights of a model come from main memory."""
+    """True if the weights of a model come from elsewhere, layer by layer."""
     return any(isinstance(hook, _Settled) for hook in model._forward_pre_hooks.values())
 
 

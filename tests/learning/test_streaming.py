@@ -65,7 +65,7 @@ def test_one_block_at_a_time_and_the_same_scores(monkeypatch, method):
     told = []
     alive = stream(pipe, monkeypatch)
     (_, found), *_ = reversed(list(learn(pipe, prompts, config, on_plan=told.append)))
-    assert alive.copies > 100 and told[0].startswith("weights come from main memory, every block")
+    assert alive.copies > 100 and told[0].startswith("weights are streamed layer by layer, every block")
     for name, values in expected.values.items():
         assert torch.equal(found.values[name], values), name
     gc.collect()
