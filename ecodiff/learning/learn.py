@@ -149,6 +149,12 @@ def _advance(
 def _score(state: LearnState, budget: Budget, objective: Objective, kept: Progress | None) -> dict:
     """All of another method's scores at once, as saliency."""
     config = budget.config
+    denoiser = denoiser_of(objective.pipe)
+    if is_rounded(denoiser) and not METHODS[str(config.method)].wide:
+        raise BudgetError(
+            f"{config.method} reads the weights themselves, which were rounded here. Rank by it on the full "
+            "ones (without --learn-in)."
+        )
     if METHODS[str(config.method)].wide and distributed.count() > 1:
         raise BudgetError(f"{config.method} runs in one process: each would find directions of its own.")
     calls = [objective.call(batch) for batch in range(config.warm_steps)]
@@ -159,7 +165,6 @@ def _score(state: LearnState, budget: Budget, objective: Objective, kept: Progre
         raise BudgetError(f"{config.method} does not rank {in_words([missing[0].kind])}. Choose other kinds.")
     orders = {str(config.method): found} | dict(found.others)
     errors: dict[str, float] = {}
-    denoiser = denoiser_of(objective.pipe)
     if found.others and not is_rounded(denoiser):  # nothing can be cut of rounded weights, and measured
         plans = {name: budget.plan(_in_order(denoiser, budget, order)) for name, order in orders.items()}
         errors = measured(objective, plans, kept)

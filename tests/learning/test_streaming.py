@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ecodiff
-from ecodiff.errors import OutOfMemoryError, UnsupportedModelError
+from ecodiff.errors import BudgetError, OutOfMemoryError, UnsupportedModelError
 from ecodiff.learning import streaming
 from ecodiff.learning.heal import heal
 from ecodiff.learning.learn import learn
@@ -118,5 +118,10 @@ def test_on_rounded_weights_units_are_ranked_as_on_their_values(method):
     pipe = PIPELINES["flux-dev"]()
     streaming.stream_(pipe, "cpu", large=64, rounded=True)
     assert sum(p.nbytes for p in pipe.transformer.parameters()) < 0.35 * bytes_, "float32 became 8 bits"
+    if method == "fast":
+        for other in ("magnitude-l2", "wanda", "taylor"):
+            config = ecodiff.LearnConfig.preset(other, ratio=0.2, batch=2, inference_steps=2, size=64)
+            with pytest.raises(BudgetError, match=f"{other} reads the weights"):
+                list(learn(pipe, ["red apple"], config))
     with pytest.raises(UnsupportedModelError, match="rounded to rank"):
         ecodiff.variant(pipe, found[0].plan(ratio=0.2))
