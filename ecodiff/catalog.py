@@ -25,8 +25,7 @@ class Model:
         source: a folder, a Hub repository id, or a file in one: owner/name/file.safetensors.
         steps, guidance_scale, size: of a generated image (pixels a side; None: the pipeline's).
         learn_steps: time steps of a trajectory while learning.
-        dtype: in which its files hold the weights, or in which it is opened, if that is half of it.
-        files: in which its files on the Hub hold the denoiser's weights, if not in `dtype`.
+        dtype, files: in which it is opened; in which its files hold the denoiser, if that is another type.
         licence: of the weights; a pruned checkpoint inherits it.
         gated: the Hub wants its licence accepted first.
         extra: more arguments of the pipeline's call.

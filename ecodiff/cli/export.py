@@ -12,7 +12,7 @@ ALIASES = ("fill",)
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument("model", help="a pruned folder")
-    names = "comfyui, dense (default), diffusers, fp8, gguf-q8_0, gguf-q5_0, gguf-q4_0 or int8"
+    names = "comfyui, dense (default), diffusers, fp8, gguf-q8_0, gguf-q5_0, gguf-q4_0, int8 or nf4"
     parser.add_argument("--format", default="dense", metavar="NAME", help=names)
     lean_argument(parser)
     parser.add_argument(

@@ -149,12 +149,6 @@ def _advance(
 def _score(state: LearnState, budget: Budget, objective: Objective, kept: Progress | None) -> dict:
     """All of another method's scores at once, as saliency."""
     config = budget.config
-    denoiser = denoiser_of(objective.pipe)
-    if is_rounded(denoiser) and not METHODS[str(config.method)].wide:
-        raise BudgetError(
-            f"{config.method} reads the weights themselves, which were rounded here. Rank by it on the full "
-            "ones (without --learn-in)."
-        )
     if METHODS[str(config.method)].wide and distributed.count() > 1:
         raise BudgetError(f"{config.method} runs in one process: each would find directions of its own.")
     calls = [objective.call(batch) for batch in range(config.warm_steps)]
@@ -165,7 +159,7 @@ def _score(state: LearnState, budget: Budget, objective: Objective, kept: Progre
         raise BudgetError(f"{config.method} does not rank {in_words([missing[0].kind])}. Choose other kinds.")
     orders = {str(config.method): found} | dict(found.others)
     errors: dict[str, float] = {}
-    if found.others and not is_rounded(denoiser):  # nothing can be cut of rounded weights, and measured
+    if found.others and not is_rounded(denoiser := denoiser_of(objective.pipe)):  # which can be cut
         plans = {name: budget.plan(_in_order(denoiser, budget, order)) for name, order in orders.items()}
         errors = measured(objective, plans, kept)
     found = orders[min(errors, key=errors.__getitem__)] if errors else found
@@ -303,8 +297,7 @@ def _bases(state: LearnState, sizes: dict[str, int]) -> dict[str, tuple[Tensor, 
     found = {}
     for name in {key.rpartition(".")[0] for key in state.vectors if "." in key}:
         z, y = (state.vectors[f"{name}.{part}"] for part in PARTS)
-        size = sizes[name]
-        found[name] = (z.view(size, -1), y.view(-1, size))
+        found[name] = (z.view(sizes[name], -1), y.view(-1, sizes[name]))
     return found
 
 
@@ -312,6 +305,5 @@ def _ranked(
     denoiser: torch.nn.Module, budget: Budget, values: Tensor, bases: dict | None = None, **facts
 ) -> Scores:
     """Scores of what all units are worth, per parameter."""
-    by_group = budget.by_group(values)
-    facts |= {"weights": "float8"} if is_rounded(denoiser) else {}
-    return Scores.of(denoiser, by_group, budget.macs, bases, **facts, learn=asdict(budget.config))
+    facts |= {"learn": asdict(budget.config)} | ({"weights": "float8"} if is_rounded(denoiser) else {})
+    return Scores.of(denoiser, budget.by_group(values), budget.macs, bases, **facts)

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from ..architectures import find_groups
 from ..config import PRESETS
+from ..errors import BudgetError
 from ..pipelines import denoiser_calls, denoiser_of, moved, stream
 from ..pruning.masking import masked
 from ..units import ALL_KINDS, PRESET_KINDS, PruneGroup
 from . import choose
 from .progress import Progress
+from .streaming import is_rounded
 from .trajectory import trajectory
 
 
@@ -82,6 +84,11 @@ class Method:
             on_step: called before every denoiser call of a method that is `wide`; raise in it to stop.
             kept: where a method that is `wide` keeps what it has done.
         """
+        if not self.wide and is_rounded(denoiser_of(pipe)):
+            raise BudgetError(
+                f"{self.name} reads the weights themselves, which were rounded here. Rank by it on the full "
+                "ones (without --learn-in)."
+            )
         wide = {"prompts": prompts, "on_step": on_step, "kinds": kinds or self.kinds, "kept": kept}
         more = wide if self.wide else {}
         found = self.score(pipe, calls, seed, **more)

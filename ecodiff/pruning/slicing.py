@@ -74,10 +74,7 @@ def slice_(denoiser: nn.Module, plan: PrunePlan | Mapping[str, Tensor]) -> nn.Mo
 
 def _check_weights(denoiser: nn.Module) -> None:
     if any(parameter.dtype.itemsize == 1 for parameter in denoiser.parameters()):
-        raise UnsupportedModelError(
-            f"The weights of this {type(denoiser).__name__} were rounded to rank its units. Open the model "
-            "once more, in full, and cut that."
-        )
+        raise UnsupportedModelError("This denoiser was rounded to rank its units. Open and cut the full one.")
 
 
 def check(plan: PrunePlan, denoiser: nn.Module) -> None:

@@ -123,5 +123,5 @@ def test_on_rounded_weights_units_are_ranked_as_on_their_values(method):
             config = ecodiff.LearnConfig.preset(other, ratio=0.2, batch=2, inference_steps=2, size=64)
             with pytest.raises(BudgetError, match=f"{other} reads the weights"):
                 list(learn(pipe, ["red apple"], config))
-    with pytest.raises(UnsupportedModelError, match="rounded to rank"):
+    with pytest.raises(UnsupportedModelError, match="was rounded to rank"):
         ecodiff.variant(pipe, found[0].plan(ratio=0.2))
