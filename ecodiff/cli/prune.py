@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
     from ..pruning.slicing import variant
 
     started = time.monotonic()
-    source, rounded = Path(options.model), options.learn_in is not None
+    source, rounded = Path(options.model), bool(options.learn_in)
     if (source / "run.json").is_file():
         run = _opened(source, options)
         pipe = load(run.known, rounded=rounded and not run.finished)
@@ -128,15 +128,12 @@ def run(options: argparse.Namespace) -> int:
         print("compensating", file=sys.stderr)
         known = run.known
         # What was asked of learning holds for the repair too: the run says what that was.
-        asked = {
-            name: getattr(run.config, name) for name in ("inference_steps", "guidance_scale", "size", "extra")
-        }
-        asked = {} if run.imported else asked
+        settings = () if run.imported else ("inference_steps", "guidance_scale", "size", "extra")
+        asked = {name: getattr(run.config, name) for name in settings}
         updated = compensate_(small, pipe, run.learned_on, replace(known.compensation(), **asked))
-    dtype = disk_dtype(run.known)
     if options.drop_unused:
         small = without_unused(small, run.known)
-    out = save(small, options.out, dtype)
+    out = save(small, options.out, disk_dtype(run.known))
     dense, pruned = parameters(denoiser_of(pipe)), parameters(denoiser_of(small))
     result = {
         "run": str(run.folder),
