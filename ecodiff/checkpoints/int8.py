@@ -8,12 +8,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..errors import UnsupportedModelError
 from ..pipelines import denoiser_name, denoiser_of
-from ..pruning.components import plan_of_pipeline
 from .card import model_card
 from .export import format
-from .saving import cast, write
+from .saving import cast, pruned_by, write
 
 NOTE = """
 The denoiser's Linears are stored in 8-bit integers, one scale a row (torchao, weight only); all else is
@@ -46,9 +44,7 @@ def save_int8(
     from diffusers import TorchAoConfig
     from torchao.quantization import Int8WeightOnlyConfig
 
-    name, plan = denoiser_name(pipe), plan_of_pipeline(pipe)
-    if plan is None:
-        raise UnsupportedModelError(f"This {type(pipe).__name__} has not been pruned: prune it first.")
+    name, plan = denoiser_name(pipe), pruned_by(pipe)
     small: Any = cast(pipe, torch.bfloat16)  # a copy
     denoiser: Any = denoiser_of(small)
     how = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=emptied(denoiser) or None)

@@ -17,12 +17,10 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
 from ..pipelines import denoiser_name, denoiser_of
-from ..pruning.components import plan_of_pipeline
 from .card import model_card
 from .export import format
-from .saving import cast, write
+from .saving import cast, pruned_by, write
 
 BLOCK = 64  # weights that share a scale
 CODE = (
@@ -87,9 +85,7 @@ def save_nf4(
         CheckpointError: as `checkpoints.saving.save`.
         UnsupportedModelError: it is not pruned.
     """
-    plan = plan_of_pipeline(pipe)
-    if plan is None:
-        raise UnsupportedModelError(f"This {type(pipe).__name__} has not been pruned: prune it first.")
+    plan = pruned_by(pipe)
     small: Any = cast(pipe, torch.bfloat16)  # a copy
     denoiser: Any = denoiser_of(small)
     apart = left_alone(denoiser)

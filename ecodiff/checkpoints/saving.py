@@ -47,18 +47,24 @@ def save(
         CheckpointError: the folder holds something else, or could not be written.
     """
     check_layers(denoiser_of(pipe))
-    plan = plan_of_pipeline(pipe)
-    if plan is None:
-        raise UnsupportedModelError(
-            f"This {type(pipe).__name__} has not been pruned; save it with its own "
-            "save_pretrained, or prune it first (ecodiff.variant)."
-        )
+    plan = pruned_by(pipe)
     # A denoiser that was sliced in place changed its class after the pipeline had noted it down.
     cut = {name: getattr(pipe, name) for name in plan.text_encoders}
     pipe.register_modules(**{denoiser_name(pipe): denoiser_of(pipe)}, **cut)
     if dtype is not None and dtype != denoiser_of(pipe).dtype:
         pipe = cast(pipe, dtype)
     return write(pipe, folder, plan, card or model_card(pipe))
+
+
+def pruned_by(pipe: DiffusionPipeline) -> PrunePlan:
+    """The plan that a pipeline was cut by. Raises UnsupportedModelError if it has not been pruned."""
+    plan = plan_of_pipeline(pipe)
+    if plan is None:
+        raise UnsupportedModelError(
+            f"This {type(pipe).__name__} has not been pruned; save it with its own "
+            "save_pretrained, or prune it first (ecodiff.variant)."
+        )
+    return plan
 
 
 def write(

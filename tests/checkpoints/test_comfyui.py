@@ -43,6 +43,18 @@ MODELS = {
 }
 
 
+CUTS = pytest.mark.parametrize(
+    ("ratio", "kind", "inside"),
+    [
+        (0.4, "modulation_directions", False),
+        (0.8, "modulation_directions", False),
+        (0.4, "modulation", False),
+        (0.8, "modulation", False),
+        (0.4, "modulation_directions", True),
+    ],
+)
+
+
 def loaded(file):
     """As the node does it."""
     with safe_open(file, "pt") as opened:
@@ -83,16 +95,7 @@ def test_a_unet(ratio, inside, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("ratio", "kind", "inside"),
-    [
-        (0.4, "modulation_directions", False),
-        (0.8, "modulation_directions", False),
-        (0.4, "modulation", False),
-        (0.8, "modulation", False),
-        (0.4, "modulation_directions", True),
-    ],
-)
+@CUTS
 def test_flux(ratio, kind, inside, tmp_path):
     pipe = ecodiff.load("emoji-flux")
     small = check.pruned(pipe, ratio, kind, inside)
@@ -116,15 +119,7 @@ def test_flux(ratio, kind, inside, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("ratio", "kind", "inside"),
-    [
-        (0.4, "modulation_directions", False),
-        (0.8, "modulation_directions", False),
-        (0.4, "modulation", False),
-        (0.4, "modulation_directions", True),
-    ],
-)
+@CUTS
 @pytest.mark.parametrize("name", check.RANDOM)
 def test_other_transformers(name, ratio, kind, inside, tmp_path):
     pipe = check.random_pipeline(name)

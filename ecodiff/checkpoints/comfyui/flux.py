@@ -52,6 +52,7 @@ BLOCKS = (
 
 
 def layers(transformer: Any) -> dict[str, list[str]]:
+    """`Layout.layers`."""
     found = {new: [old] for old, new in FLUX.items()}
     for blocks, prefix, inside in BLOCKS:
         for index in range(len(getattr(transformer, blocks))):
@@ -61,6 +62,7 @@ def layers(transformer: Any) -> dict[str, list[str]]:
 
 
 def tensors(transformer: Any) -> dict[str, Tensor]:
+    """`Layout.tensors`."""
     found = joined(transformer, LAYOUT)
     modules = dict(transformer.named_modules())
     for (blocks, prefix, _), norms in zip(BLOCKS, (DOUBLE_NORMS, SINGLE_NORMS), strict=True):
@@ -93,6 +95,7 @@ def configuration(transformer: Any) -> dict:
 
 
 def header(transformer: Any) -> dict:
+    """`Layout.header`."""
     heads = {f"double_blocks.{i}": block.attn.heads for i, block in enumerate(transformer.transformer_blocks)}
     heads |= {
         f"single_blocks.{i}": block.attn.heads

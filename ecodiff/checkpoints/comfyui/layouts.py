@@ -14,4 +14,5 @@ LAYOUTS = {
 
 
 def layout_of(denoiser: nn.Module) -> Layout | None:
+    """The layout of a denoiser, dense or sliced; None of a class that has none here."""
     return LAYOUTS.get(type(denoiser).__name__.removeprefix("Sliced"))

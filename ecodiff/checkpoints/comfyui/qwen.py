@@ -10,6 +10,7 @@ from .layout import Layout, unknown, whole
 
 
 def tensors(transformer: Any) -> dict[str, Tensor]:
+    """`Layout.tensors`."""
     found: dict[str, Tensor] = {}
     for path, module in transformer.named_modules():
         found |= {f"{path}.{leaf}": tensor for leaf, tensor in whole(module).items()}
@@ -18,6 +19,7 @@ def tensors(transformer: Any) -> dict[str, Tensor]:
 
 
 def header(transformer: Any) -> dict:
+    """`Layout.header`. Raises UnsupportedModelError for models of this class that ComfyUI has otherwise."""
     config = transformer.config
     variants = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond")  # other models of this class
     if any(getattr(config, name, False) for name in variants):

@@ -58,10 +58,12 @@ def _inside(transformer: Any, layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def layers(transformer: Any) -> dict[str, list[str]]:
+    """`Layout.layers`."""
     return {new: [old] for old, new in SD3.items()} | _inside(transformer, BLOCK)
 
 
 def tensors(transformer: Any) -> dict[str, Tensor]:
+    """`Layout.tensors`."""
     found = joined(transformer, LAYOUT)
     modules = dict(transformer.named_modules())
     for new, (old,) in _inside(transformer, NORMS).items():
@@ -108,6 +110,7 @@ def configuration(transformer: Any) -> dict:
 
 
 def header(transformer: Any) -> dict:
+    """`Layout.header`."""
     heads = {}
     for index, block in enumerate(transformer.transformer_blocks):
         heads[f"joint_blocks.{index}.x_block.attn"] = max(block.attn.heads, 1)

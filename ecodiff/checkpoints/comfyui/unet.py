@@ -54,6 +54,7 @@ def names(unet: Any) -> Iterator[tuple[str, str]]:
 
 
 def layers(unet: nn.Module) -> dict[str, list[str]]:
+    """`Layout.layers`."""
     places, found = dict(names(unet)), {}
     for path, module in unet.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -64,6 +65,7 @@ def layers(unet: nn.Module) -> dict[str, list[str]]:
 
 
 def tensors(unet: nn.Module) -> dict[str, Tensor]:
+    """`Layout.tensors`."""
     places, found = dict(names(unet)), {}
     for name, tensor in unet.state_dict().items():
         place = max((old for old in places if name.startswith(f"{old}.")), key=len, default=None)
@@ -114,6 +116,7 @@ def configuration(unet: Any) -> dict:
 
 
 def header(unet: Any) -> dict:
+    """`Layout.header`."""
     sdxl = unet.config.addition_embed_type == "text_time"
     if not sdxl and unet.config.cross_attention_dim != 768:
         raise UnsupportedModelError(unknown(unet))
