@@ -22,6 +22,7 @@ the metric of all (`statistics_bytes`).
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,21 +82,30 @@ def surgeon(
     metric = {name: torch.zeros(len(layer.weight), len(layer.weight)) for name, layer in layers.items()}
     calls, recorded, kept = list(calls), list[Call](), kept or Progress()
 
+    def file(index: int) -> Path | None:
+        return kept.file(f"calls-{index}") if kept.pauses else None
+
     def record(index: int, call: dict) -> None:
-        file = kept.file(f"calls-{index}") if kept.pauses else None
-        made = load(file) if file else None
-        if made is None:
-            made = _recorded(pipe, call, on_step)
-            if file:
-                save(file, made)
+        made = _recorded(pipe, call, on_step)
+        if (place := file(index)) is not None:
+            save(place, made)
         recorded.extend(made)
 
+    def again(index: int, call: dict) -> None:
+        kept_at = file(index)
+        made = load(kept_at) if kept_at else None
+        if made is None:
+            record(index, call)
+        else:
+            recorded.extend(made)
+
     def sample(index: int, call: dict) -> dict[str, Tensor]:
+        # Recorded anew even if a killed call had done so: its generators go on from there.
         record(index, call)
         with Watched(layers, metric):
             return gauss_newton_sample(pipe, groups, call, stream("probe", seed, index), on_step=on_step)
 
-    plain, bases = sampled(pipe, groups, calls, prompts, seed, sample, kept, metric, record)
+    plain, bases = sampled(pipe, groups, calls, prompts, seed, sample, kept, metric, again)
     trajectories = sum(len(call["prompt"]) for call in calls)
     metric = {name: total / trajectories for name, total in metric.items()}
     gather = partial(gathered, denoiser, recorded, on_step=on_step)

@@ -5,7 +5,7 @@ import torch
 
 import ecodiff
 from ecodiff.errors import CheckpointError
-from ecodiff.learning import progress
+from ecodiff.learning import progress, surgeon
 from ecodiff.learning.learn import learn
 from ecodiff.learning.progress import SUMS, Paused, Progress
 from ecodiff.learning.state import LearnState
@@ -58,6 +58,34 @@ def test_killed_and_gone_on_is_the_same(tmp_path, monkeypatch, name, method):
     assert calls == whole and all(torch.equal(again.values[n], v) for n, v in expected.values.items())
     file.write_bytes(b"not a file of sums")
     assert Progress(tmp_path).load(SUMS) == (0, {})
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_killed_between_recording_and_sampling_is_the_same(tmp_path, monkeypatch, batch):
+    """A batch whose calls were recorded, and its gradients not: it draws its noise in the same order."""
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    monkeypatch.setattr("ecodiff.learning.directions.PROMPTS", 16)
+    monkeypatch.setattr("ecodiff.learning.learn.measured", lambda *orders: {})
+    pipe = PIPELINES["flux-dev"]()
+    few = {"warm_steps": 2, "batch": 1, "trajectories": 2, "inference_steps": 2, "size": 64}
+    config = ecodiff.LearnConfig.preset("surgeon", ratio=0.2, **few)
+    expected, _ = counted(pipe, config)
+    sampled, sample = [], surgeon.gauss_newton_sample
+
+    def killed(*given, **options):
+        sampled.append(0)
+        if len(sampled) == batch + 1:
+            raise Stopped
+        return sample(*given, **options)
+
+    monkeypatch.setattr(surgeon, "gauss_newton_sample", killed)
+    kept = Progress(tmp_path, seconds=1e9)  # one that may pause, and need not
+    assert counted(pipe, config, kept)[0] is None
+    assert kept.file(f"calls-{batch}").is_file() and kept.load(SUMS)[0] == batch
+    monkeypatch.setattr(surgeon, "gauss_newton_sample", sample)
+    found, _ = counted(pipe, config, Progress(tmp_path, seconds=1e9))
+    for group, values in expected.values.items():
+        assert torch.equal(found.values[group], values), group
 
 
 @pytest.mark.parametrize(("name", "method"), [("flux-dev", "surgeon"), ("sdxl", "gauss-newton")])
