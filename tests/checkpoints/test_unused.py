@@ -75,6 +75,8 @@ def test_a_download_says_what_was_left_out_of_it(tmp_path):
     plain, made, again = (service.export(run, size, False, lean=lean) for lean in (False, True, True))
     assert plain["left_out"] == {} and made["left_out"]["text_encoder"] > 3_000
     assert again == made and made["bytes"] < plain["bytes"]
+    assert "from_pretrained" in plain["code"] and made["code"], "a folder is opened by diffusers"
+    assert service.export(run, size, False, "comfyui")["code"] == "", "and this file is not"
     assert service.left_out(made["left_out"]).startswith("left out, never read: ")
 
 

@@ -32,8 +32,8 @@ def export(
         lean: leave out what the pipeline never reads of its text encoders; images are the same.
 
     Returns:
-        {"path", "name", "bytes", "sha256", "folder", "code": Python that opens it and draws, "left_out":
-        {text encoder: parameters that are never read, and are not in it}}
+        {"path", "name", "bytes", "sha256", "folder", "code": Python that opens it and draws ("" if
+        diffusers does not), "left_out": {text encoder: parameters that are never read, and are not in it}}
     """
     find_format(format)
     made, opened = plan(run, ratio), server().store.open(run)
@@ -62,9 +62,14 @@ def export(
         "folder": name,
         "bytes": path.stat().st_size,
         "sha256": digest.hexdigest(),
-        "code": snippet(opened.known, name),
+        "code": snippet(opened.known, name) if _is_pipeline(path) else "",
         "left_out": _left_out(path),
     }
+
+
+def _is_pipeline(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return f"{path.stem}/model_index.json" in archive.namelist()
 
 
 def _left_out(path: Path) -> dict[str, int]:

@@ -202,7 +202,7 @@ def files(run, percent, chosen, lean):
         "plan": gr.DownloadButton(value=service.plan_file(run, percent / 100), interactive=True),
         "model": gr.DownloadButton(f"{made['name']}", value=made["path"], interactive=True),
         "about": " · ".join(about),
-        "code": gr.Code(made["code"], visible=True),
+        "code": gr.Code(made["code"], visible=bool(made["code"])),
     }
 
 
