@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
+import gradio as gr
+
 import ecodiff
 from ecodiff import catalog
 from ecodiff.app.service import prediction
-from ecodiff.app.ui import show
+from ecodiff.app.ui import prune, show
 from ecodiff.checkpoints import loading
 from ecodiff.units import ALL_KINDS
 
@@ -43,3 +45,10 @@ def test_the_size_of_a_models_files_is_that_of_its_weights():
     parts = [name for name, entry in loading.model_index(str(source)).items() if isinstance(entry, list)]
     weights = sum(f.stat().st_size for name in parts for f in (source / name).glob("*.safetensors"))
     assert prediction.unit_costs("emoji-sdxl")[2] == weights > 10**7
+
+
+def test_a_preset_that_is_chosen_while_the_models_own_is_looked_up_stays():
+    found = prune.preset_of("emoji-flux", "fast")
+    assert prune.offered(found, "fast") == "surgeon"  # nothing was chosen meanwhile
+    assert prune.offered(found, "paper") == gr.skip()
+    assert prune.offered(prune.preset_of("no/such", "fast"), "fast") == gr.skip()

@@ -99,11 +99,9 @@ def _answer(form: dict, prediction: gr.HTML, example: list) -> list:
     gr.on(changes, predict, what, prediction, trigger_mode="always_last", **private)
     form["model"].change(shown_of, form["model"], example, **hidden)
     # What a person chooses while that is being looked up is not taken back.
-    best, chosen = gr.State(None), gr.State("")
-    form["preset"].input(lambda model: model, form["model"], chosen, **hidden)
-    looked_up = form["model"].change(preset_of, form["model"], best, **hidden)
-    asked = [best, form["model"], chosen]
-    looked_up.then(offered, asked, [form["preset"], chosen], queue=False, **hidden)
+    found = gr.State((None, None))
+    looked_up = form["model"].change(preset_of, [form["model"], form["preset"]], found, **hidden)
+    looked_up.then(offered, [found, form["preset"]], form["preset"], queue=False, **hidden)
     # The published method prunes heads and neurons only: what will be pruned is what is ticked.
     form["preset"].change(preset_kinds, form["preset"], form["kinds"], **hidden)
     return what
@@ -201,17 +199,18 @@ def preset_kinds(preset):
     return list(service.kinds_of(preset))
 
 
-def preset_of(model):
-    """The preset that a model is best learned with; None if it cannot be looked at."""
+def preset_of(model, chosen):
+    """(the preset that a model is best learned with, None if it cannot be looked at; the one chosen now)."""
     try:
-        return service.default_preset(model)
+        return service.default_preset(model), chosen
     except EcodiffError:
-        return None
+        return None, chosen
 
 
-def offered(best, model, chosen):
-    """The best preset, unless a person has chosen one for this model meanwhile; and whose choice that was."""
-    return (gr.skip(), chosen) if best is None or chosen == model else (best, "")
+def offered(found, chosen):
+    """The best preset, unless another one was chosen while it was looked up."""
+    best, before = found
+    return best if best and chosen == before else gr.skip()
 
 
 def shown_of(model):
