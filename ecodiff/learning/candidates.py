@@ -122,7 +122,7 @@ class Candidate:
     coherence: float
     price: float
     plain: Tensor = field(default_factory=lambda: torch.empty(0))
-    inside: "Directions | None" = None
+    inside: "list[Directions]" = field(default_factory=list)
 
     def __post_init__(self):
         self.left = torch.arange(self.group.size)
@@ -164,7 +164,9 @@ class Candidate:
     def _prices(self) -> Tensor:
         """Parameters that go with each unit that is left."""
         prices = torch.full((len(self.left),), self.price)
-        return prices if self.inside is None else prices - self.inside.price * self.inside.gone()
+        for inside in self.inside:
+            prices = prices - inside.price * inside.gone()
+        return prices
 
     def _costs(self) -> Tensor:
         if not self.read:

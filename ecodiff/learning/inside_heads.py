@@ -59,15 +59,20 @@ class Directions(Candidate):
     y: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @classmethod
-    def of_heads(cls, group: PruneGroup, heads: Candidate, price: float) -> "Directions":
+    def of_values(cls, group: PruneGroup, heads: Candidate, price: float) -> "Directions":
         """Turns the consumers of the heads, for all who read them."""
         pairs = zip(heads.read, group.consumers, strict=True)
         read = [(consumer, slot.index) for (consumer, _), slot in pairs]
         z, y = basis(group, read)
         for consumer, index in read:
             consumer.turn(index, z, y)
-        heads.inside = found = cls(group, read, heads.coherence, price, heads=heads, z=z, y=y)
+        found = cls(group, read, heads.coherence, price, heads=heads, z=z, y=y)
+        heads.inside.append(found)
         return found
+
+    @property
+    def modules(self) -> set[int]:
+        return self.heads.modules
 
     def refresh(self) -> None:
         heads = self.left // self.group.width

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..storage import write_json, write_tensors
 
-FORMAT = "ecodiff.progress.1"
+FORMAT = "ecodiff.progress.2"
 SUMS, CALLS = "sums", "calls.json"
 SECONDS = 20.0  # between two saves of sums; longer where saving itself takes long
 

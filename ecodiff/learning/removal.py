@@ -1,7 +1,7 @@
 """Removal one block after another, and the orders of layers that share nothing merged into one."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
 import numpy as np
@@ -20,8 +20,7 @@ class Removal:
     cost: float
     group: str
     units: Tensor
-    inside: str = ""
-    within: Tensor | None = None
+    within: dict[str, Tensor] = field(default_factory=dict)  # units by group of directions
 
 
 @torch.no_grad()
@@ -32,9 +31,9 @@ def removals(candidates: Sequence[Candidate]) -> Iterator[Removal]:
         if not len(cheapest.block):
             return
         found = Removal(cheapest.cost, cheapest.group.name, cheapest.take())
-        if isinstance(inside := cheapest.inside, Directions):
+        for inside in cheapest.inside:
             went = torch.isin(inside.left // inside.group.width, found.units)
-            found.inside, found.within = inside.group.name, inside.left[went]
+            found.within[inside.group.name] = inside.left[went]
         yield found
         for candidate in candidates:
             if candidate is cheapest or cheapest.modules & candidate.modules:
@@ -46,12 +45,14 @@ def packed(
 ) -> dict[str, Tensor]:
     """An order and the bases of directions inside heads as tensors, to be kept; of `unpacked`."""
     number = {group.name: index for index, group in enumerate(cluster)}
-    within = [removal.within if removal.within is not None else removal.units[:0] for removal in order]
+    went = [(at, name, units) for at, removal in enumerate(order) for name, units in removal.within.items()]
     found = {
         "cost": torch.tensor([removal.cost for removal in order], dtype=torch.float64),
         "group": torch.tensor([number[removal.group] for removal in order]),
-        "inside": torch.tensor([number[removal.inside] if removal.inside else -1 for removal in order]),
+        "within_at": torch.tensor([at for at, *_ in went], dtype=torch.int64),
+        "within_group": torch.tensor([number[name] for _, name, _ in went], dtype=torch.int64),
     }
+    within = [units for *_, units in went]
     for name, parts in (("units", [removal.units for removal in order]), ("within", within)):
         found[name] = torch.cat([torch.empty(0, dtype=torch.int64), *parts])
         found[f"{name}_count"] = torch.tensor([len(part) for part in parts], dtype=torch.int64)
@@ -64,14 +65,13 @@ def unpacked(
     found: Mapping[str, Tensor], cluster: Sequence[PruneGroup]
 ) -> tuple[list[Removal], dict[str, tuple[Tensor, Tensor]]]:
     """What `packed` made tensors of: an order, and (Z, Y) by group."""
-    parts = [found[name].split(found[f"{name}_count"].tolist()) for name in ("units", "within")]
-    order = []
-    numbers = (found[name].tolist() for name in ("cost", "group", "inside"))
-    for cost, group, inside, units, within in zip(*numbers, *parts, strict=True):
-        removal = Removal(cost, cluster[group].name, units)
-        if inside >= 0:
-            removal.inside, removal.within = cluster[inside].name, within
-        order.append(removal)
+    blocks, within = (found[name].split(found[f"{name}_count"].tolist()) for name in ("units", "within"))
+    costs, groups = found["cost"].tolist(), found["group"].tolist()
+    order = [
+        Removal(cost, cluster[g].name, units) for cost, g, units in zip(costs, groups, blocks, strict=True)
+    ]
+    for at, g, units in zip(found["within_at"].tolist(), found["within_group"].tolist(), within, strict=True):
+        order[at].within[cluster[g].name] = units
     names = [key.removeprefix("z|") for key in found if key.startswith("z|")]
     return order, {name: (found[f"z|{name}"], found[f"y|{name}"]) for name in names}
 
@@ -92,8 +92,8 @@ def merged(orders: Sequence[list[Removal]], sizes: Mapping[str, int]) -> dict[st
         for unit in removal.units.tolist():
             level = max(np.float32(removal.cost), np.nextafter(level, np.float32(np.inf)))
             values[removal.group][unit] = level
-        if removal.within is not None:
-            values[removal.inside][removal.within.numpy()] = np.nextafter(level, np.float32(np.inf))
+        for name, units in removal.within.items():
+            values[name][units.numpy()] = np.nextafter(level, np.float32(np.inf))
         if at + 1 < len(orders[index]):
             heappush(heads, (orders[index][at + 1].cost, index, at + 1))
     # What no removal was found for goes last.

@@ -156,7 +156,7 @@ def ordered(
             heads = [g for g in cluster if not g.inside]
             candidates = {g.name: Candidate.of(g, consumers, plain[g.name], prices[g.name]) for g in heads}
             inside = {
-                g.name: Directions.of_heads(g, candidates[g.inside], prices[g.name])
+                g.name: Directions.of_values(g, candidates[g.inside], prices[g.name])
                 for g in cluster
                 if g.inside in candidates and candidates[g.inside].read
             }

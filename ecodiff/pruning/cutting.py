@@ -20,12 +20,14 @@ def kept(scores: Any, costs: Mapping[str, float], target: float, align: bool | i
     order = [move for name in scores.values for move in moves(scores, name, costs, align)]
     order.sort(key=lambda move: move[0])
     keep = {name: torch.ones(len(v), dtype=torch.bool) for name, v in scores.values.items()}
-    holds = {heads: name for name, heads in scores.inside.items()}
+    holds: dict[str, list[str]] = {}
+    for name, heads in scores.inside.items():
+        holds.setdefault(heads, []).append(name)
     removed = 0.0
     for _, name, units in order:
         units = units[~within(scores, keep, name)[units]]  # what went with its head is gone
         cost = costs[name] * len(units) - (scores.setup(name, costs) if keep[name].all() else 0)
-        if directions := holds.get(name):
+        for directions in holds.get(name, ()):
             gone = ~keep[directions].view(len(keep[name]), -1)[units]
             cost -= costs[directions] * int(gone.sum())
         if removed + cost / 2 > target:  # stop where the size is nearest to what was asked
