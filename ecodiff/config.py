@@ -126,7 +126,8 @@ class LearnConfig(Sampling):
                 "Modulation rows and modulation directions are the same parameters: choose one."
             )
 
-        if "value_directions" in self.kinds and ("heads" not in self.kinds or not self.method):
+        inside = {"value_directions", "query_directions"} & set(self.kinds)
+        if inside and ("heads" not in self.kinds or not self.method):
             raise BudgetError(
                 "Directions inside heads are ranked together with heads, and by a scoring method (surgeon)."
             )

@@ -42,6 +42,7 @@ KINDS: dict[Kind, UnitKind] = {
         UnitKind("modulation", "modulation rows", preset=False),
         UnitKind("modulation_directions", "modulation directions", floor=1, aligned=True, preset=False),
         UnitKind("value_directions", "directions inside heads", aligned=True, preset=False),
+        UnitKind("query_directions", "directions of queries and keys", aligned=True, preset=False),
     )
 }
 ALL_KINDS: tuple[Kind, ...] = tuple(KINDS)
@@ -113,7 +114,7 @@ class PruneGroup:
     least: int = 0  # diffusers' code cannot do with fewer
     # Activations whose output all consumers read, and which is projected onto the directions that stay.
     activations: tuple[str, ...] = ()
-    # Directions of what each unit of another group gives: that group's name, and how many a unit has.
+    # Directions of what each unit of another group gives, or compares: its name, and how many a unit has.
     inside: str = ""
     width: int = 1
 

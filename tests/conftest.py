@@ -171,7 +171,7 @@ def flux(**changes) -> FluxPipeline:
     )
 
 
-def sd3() -> StableDiffusion3Pipeline:
+def sd3(qk_norm: str | None = "rms_norm") -> StableDiffusion3Pipeline:
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=1,
@@ -183,7 +183,7 @@ def sd3() -> StableDiffusion3Pipeline:
         caption_projection_dim=32,
         pooled_projection_dim=32,
         out_channels=4,
-        qk_norm="rms_norm",
+        qk_norm=qk_norm,
         dual_attention_layers=(0,),
         pos_embed_max_size=8,
     )

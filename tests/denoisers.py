@@ -62,7 +62,7 @@ ROWS: dict[str, Row] = {
         | {"num_layers": 2, "cross_attention_dim": 32, "sample_size": 8, "caption_channels": 16}
         | {"use_additional_conditions": False},
         lambda: latent_and_text(16, added_cond_kwargs={"resolution": None, "aspect_ratio": None}),
-        {"heads", "ffn", "value_directions"},
+        {"heads", "ffn", "value_directions", "query_directions"},
     ),
     "DiT": Row(
         "DiTTransformer2DModel",
@@ -72,7 +72,7 @@ ROWS: dict[str, Row] = {
             "timestep": torch.tensor([3, 500]),
             "class_labels": torch.tensor([1, 2]),
         },
-        {"heads", "ffn", "modulation", "modulation_directions", "value_directions"},
+        {"heads", "ffn", "modulation", "modulation_directions", "value_directions", "query_directions"},
     ),
     "Sana": Row(
         "SanaTransformer2DModel",
@@ -80,7 +80,7 @@ ROWS: dict[str, Row] = {
         | {"num_layers": 2, "in_channels": 4, "out_channels": 4, "caption_channels": 16, "sample_size": 8}
         | {"num_cross_attention_heads": 2, "cross_attention_head_dim": 16, "cross_attention_dim": 32},
         lambda: latent_and_text(16),
-        {"heads", "conv_ffn", "value_directions"},
+        {"heads", "conv_ffn", "value_directions", "query_directions"},
         (1e-6, "its linear attention is float32"),
     ),
     "AuraFlow": Row(
@@ -348,7 +348,7 @@ ROWS: dict[str, Row] = {
             "pooled_projections": draw(1, 16),
             "guidance": torch.tensor([6.0]).double(),
         },
-        {"heads", "ffn", "modulation", "modulation_directions", "value_directions"},
+        {"heads", "ffn", "modulation", "modulation_directions", "value_directions", "query_directions"},
     ),
     "HunyuanImage 2.1": Row(
         "HunyuanImageTransformer2DModel",
@@ -361,7 +361,7 @@ ROWS: dict[str, Row] = {
             "encoder_hidden_states": draw(1, 5, 16),
             "encoder_attention_mask": torch.ones(1, 5, dtype=torch.long),
         },
-        {"heads", "ffn", "modulation", "modulation_directions", "value_directions"},
+        {"heads", "ffn", "modulation", "modulation_directions", "value_directions", "query_directions"},
     ),
     "CogVideoX": Row(
         "CogVideoXTransformer3DModel",
@@ -447,7 +447,7 @@ ROWS: dict[str, Row] = {
             "timestep": torch.tensor([3, 500]),
             "encoder_hidden_states": draw(2, 5, 16),
         },
-        {"heads", "resnet", "value_directions"},
+        {"heads", "resnet", "value_directions", "query_directions"},
         SOFTMAX,
     ),
     "LongCat-Image": Row(
@@ -564,7 +564,7 @@ ROWS: dict[str, Row] = {
             {"sample": draw(2, 4, 16, 16), "timestep": torch.tensor([3.0, 500.0])}
             | {"encoder_hidden_states": draw(2, 5, 16), "encoder_attention_mask": torch.ones(2, 5)}
         ),
-        {"heads", "conv_ffn", "resnet", "value_directions"},
+        {"heads", "conv_ffn", "resnet", "value_directions", "query_directions"},
     ),
     "Stable Cascade": Row(
         "StableCascadeUNet",
@@ -575,7 +575,7 @@ ROWS: dict[str, Row] = {
             {"sample": draw(2, 4, 8, 8), "timestep_ratio": torch.tensor([0.1, 0.9]).double()}
             | {"clip_text_pooled": draw(2, 1, 16)}
         ),
-        {"heads", "value_directions"},
+        {"heads", "value_directions", "query_directions"},
     ),
     "DreamLite": Row(
         "DreamLiteUNetModel",
@@ -600,7 +600,7 @@ ROWS: dict[str, Row] = {
             | {"encoder_attention_mask_2": torch.ones(1, 5)}
             | {"image_embeds": torch.zeros(1, 3, 16).double()}
         ),
-        {"heads", "ffn", "modulation", "modulation_directions", "value_directions"},
+        {"heads", "ffn", "modulation", "modulation_directions", "value_directions", "query_directions"},
         idle=("blocks.1.ff_context",),
     ),
     "Motif-Video": Row(
@@ -640,7 +640,7 @@ ROWS: dict[str, Row] = {
             {"hidden_states": draw(1, 4, 2, 8, 8), "timestep": torch.tensor([500])}
             | {"encoder_hidden_states": draw(1, 5, 16)}
         ),
-        {"heads", "ffn", "value_directions"},
+        {"heads", "ffn", "value_directions", "query_directions"},
     ),
     "EasyAnimate": Row(
         "EasyAnimateTransformer3DModel",
@@ -794,7 +794,7 @@ ROWS: dict[str, Row] = {
             {"sample": draw(1, 2, 4, 8, 8), "timestep": torch.tensor([500])}
             | {"encoder_hidden_states": draw(1, 1, 16), "added_time_ids": draw(1, 3)}
         ),
-        {"heads", "ffn", "resnet", "value_directions"},
+        {"heads", "ffn", "resnet", "value_directions", "query_directions"},
     ),
     "AnimateDiff": Row(
         "UNetMotionModel",
@@ -806,7 +806,7 @@ ROWS: dict[str, Row] = {
             {"sample": draw(1, 4, 2, 8, 8), "timestep": torch.tensor([500])}
             | {"encoder_hidden_states": draw(2, 5, 16)}
         ),
-        {"heads", "ffn", "resnet", "value_directions"},
+        {"heads", "ffn", "resnet", "value_directions", "query_directions"},
     ),
     "ModelScope (3-D UNet)": Row(
         "UNet3DConditionModel",
@@ -818,7 +818,7 @@ ROWS: dict[str, Row] = {
             {"sample": draw(1, 4, 2, 8, 8), "timestep": torch.tensor([500])}
             | {"encoder_hidden_states": draw(1, 5, 16)}
         ),
-        {"heads", "ffn", "resnet", "value_directions"},
+        {"heads", "ffn", "resnet", "value_directions", "query_directions"},
     ),
     "Sana Video": Row(
         "SanaVideoTransformer3DModel",
@@ -852,7 +852,7 @@ ROWS: dict[str, Row] = {
             | {"indices_latents_history_4x": torch.arange(4)}
             | {"guidance": torch.tensor([6.0]).double()}
         ),
-        {"heads", "ffn", "modulation", "modulation_directions", "value_directions"},
+        {"heads", "ffn", "modulation", "modulation_directions", "value_directions", "query_directions"},
     ),
     "Wan Animate": Row(
         "WanAnimateTransformer3DModel",

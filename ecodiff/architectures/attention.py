@@ -23,6 +23,14 @@ STACKED = {"img_qkv_proj": 3, "txt_kv_proj": 2, "img_attn_qkv": 3, "txt_attn_qkv
 
 VALUES = ("to_v", "add_v_proj", "to_v_t", "to_value", "v_img")
 
+# Processors that compare queries and keys as they are, without rotary positions, and the Linears of both.
+UNROTATED = {
+    *("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor"),
+    *("AttnAddedKVProcessor", "AttnAddedKVProcessor2_0", "JointAttnProcessor2_0", "SanaAttnProcessor2_0"),
+}
+
+COMPARED_QUERIES, COMPARED_KEYS = ("to_q", "add_q_proj"), ("to_k", "add_k_proj")
+
 OUTPUTS = ("to_out", "to_add_out", "to_out_t", "out_layer", "img_attn_proj", "txt_attn_proj")
 
 QUERY_NORMS = ("norm_q", "norm_added_q", "q_norm", "q_rms_norm", "q_rms_norm_t")
@@ -41,7 +49,7 @@ def attention(path: str, module: Layer) -> Iterator[PruneGroup]:
     outputs = linears(module, OUTPUTS)
     if outputs and not _processor(module).startswith("LuminaAttn"):  # two share one: summed_attentions
         consumers = [f"{path}.{name}" for name in outputs]
-        yield from _with_values(module, _heads(path, module, consumers, min(outputs.values())))
+        yield from _with_directions(module, _heads(path, module, consumers, min(outputs.values())))
 
 
 def linears(module: Layer, names: Iterable[str]) -> dict[str, int]:
@@ -56,32 +64,67 @@ def linears(module: Layer, names: Iterable[str]) -> dict[str, int]:
     return found
 
 
-def _with_values(module: Layer, heads: Iterable[PruneGroup]) -> Iterator[PruneGroup]:
-    """The heads of an attention, and the directions of what each of them gives.
+def _with_directions(module: Layer, heads: Iterable[PruneGroup]) -> Iterator[PruneGroup]:
+    """The heads of an attention, and directions inside them."""
+    for group in heads:
+        yield group
+        if "__class__" not in type(module).forward.__code__.co_freevars:  # `Through` has no super()
+            yield from _values(module, group)
+            yield from _queries(module, group)
+
+
+def _values(module: Layer, heads: PruneGroup) -> Iterator[PruneGroup]:
+    """Directions of what each head gives.
 
     Attention is linear in its values, and no norm or rotation touches them: it gives the same in any basis
     of a head's values that the columns which read them are turned back from. A direction that is gone is a
     row of the value Linears and a column of the output Linears; what is between sees a zero in its place
     (`ecodiff_sliced_v1.Through`).
     """
-    for group in heads:
-        yield group
-        producers = [slot for slot in group.producers if slot.module.rpartition(".")[2] in VALUES]
-        if not producers or isinstance(getattr(module, "to_gate", None), nn.Linear):  # by feature
-            continue
-        if "__class__" in type(module).forward.__code__.co_freevars:  # super() of what `Through` is not
-            continue
-        width = producers[0].index.shape[1]
-        shared = group.consumers[0].index.view(group.size, -1, width).transpose(1, 2).flatten(0, 1)
-        yield PruneGroup(
-            name=f"{group.name}.values",
-            kind="value_directions",
-            size=group.size * width,
-            consumers=tuple(Slot(slot.module, "in", shared) for slot in group.consumers),
-            producers=tuple(Slot(slot.module, "out", units(group.size * width)) for slot in producers),
-            inside=group.name,
-            width=width,
-        )
+    producers = _named(heads, VALUES)
+    if not producers or isinstance(getattr(module, "to_gate", None), nn.Linear):  # by feature
+        return
+    width = producers[0].index.shape[1]
+    shared = heads.consumers[0].index.view(heads.size, -1, width).transpose(1, 2).flatten(0, 1)
+    yield PruneGroup(
+        name=f"{heads.name}.values",
+        kind="value_directions",
+        size=heads.size * width,
+        consumers=tuple(Slot(slot.module, "in", shared) for slot in heads.consumers),
+        producers=tuple(Slot(slot.module, "out", units(heads.size * width)) for slot in producers),
+        inside=heads.name,
+        width=width,
+    )
+
+
+def _queries(module: Layer, heads: PruneGroup) -> Iterator[PruneGroup]:
+    """Directions of what each head compares.
+
+    Of queries and keys only products are read, q . k = (Z q) . (Y^T k) if Z^T Y^T = 1: a direction that is
+    gone is a row of both. Not where a norm or a rotation stands between.
+    """
+    queries, keys = _named(heads, COMPARED_QUERIES), _named(heads, COMPARED_KEYS)
+    norms = [getattr(module, name, None) for name in (*QUERY_NORMS, *KEY_NORMS)]
+    if _processor(module) not in UNROTATED or not queries or not keys or any(norms):
+        return
+    width = keys[0].index.shape[1]
+    if any(slot.index.shape[1] != width for slot in queries):
+        return
+    own = units(heads.size * width)
+    yield PruneGroup(
+        name=f"{heads.name}.queries",
+        kind="query_directions",
+        size=heads.size * width,
+        consumers=tuple(Slot(slot.module, "out", own) for slot in keys),
+        producers=tuple(Slot(slot.module, "out", own) for slot in queries),
+        inside=heads.name,
+        width=width,
+    )
+
+
+def _named(group: PruneGroup, names: Iterable[str]) -> list[Slot]:
+    """Producers whose modules have one of `names`."""
+    return [slot for slot in group.producers if slot.module.rpartition(".")[2] in names]
 
 
 def _heads(path: str, module: Layer, consumers: list[str], width: int) -> Iterator[PruneGroup]:
@@ -229,7 +272,7 @@ def single_stream(path: str, module: Layer) -> Iterator[PruneGroup]:
     hidden = out.in_features - inner
     if not inner or mlp.out_features not in (hidden, 2 * hidden):
         return
-    yield from _with_values(attn, _heads(f"{path}.attn", attn, [f"{path}.proj_out"], inner))
+    yield from _with_directions(attn, _heads(f"{path}.attn", attn, [f"{path}.proj_out"], inner))
     if not hidden:  # it was emptied
         return
     yield PruneGroup(

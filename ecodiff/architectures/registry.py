@@ -95,7 +95,7 @@ def _all_groups(denoiser: nn.Module) -> list[PruneGroup]:
         groups += [group for adapter in WHOLE for group in adapter(denoiser)]
         groups = [group for group in groups if group.size]  # what was emptied has nothing left to give
         if type(denoiser).__name__.endswith(HEADS_OF_THE_CONFIG):
-            groups = [group for group in groups if group.kind not in ("heads", "value_directions")]
+            groups = [group for group in groups if group.kind != "heads" and not group.inside]
         _FOUND[denoiser] = now, groups
     return groups
 

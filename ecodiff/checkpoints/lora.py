@@ -175,7 +175,7 @@ class _Cut:
         for group in (g for g in groups if g.inside):
             z, y = parts(group, plan)
             for slot in group.slots:
-                turn = (slot.axis, slot.index, y if slot.axis == "in" else z)
+                turn = (slot.axis, slot.index, z if slot in group.producers else y)
                 self._turns.setdefault(slot.module, []).append(turn)
 
     def rows(self, layer: str, axis: str, size: int) -> Tensor:

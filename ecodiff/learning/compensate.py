@@ -118,7 +118,7 @@ def _turns(dense: nn.Module, plan: PrunePlan) -> dict[str, list[tuple[Tensor, Te
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for group in find_groups(dense, ALL_KINDS):
         if group.inside and group.name in plan.bases:
-            for slot in group.consumers:
+            for slot in (slot for slot in group.consumers if slot.axis == "in"):
                 z = parts(group, plan)[0].to(_device(dense))
                 found.setdefault(slot.module, []).append((slot.index, z))
     return found

@@ -23,6 +23,7 @@ the metric of all (`statistics_bytes`).
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,12 +38,12 @@ from .calibration import Call, Statistics, load, save, seen
 from .candidates import Candidate, Consumer, place, solved
 from .directions import sampled
 from .gauss_newton import gauss_newton_sample
-from .inside_heads import Directions
+from .inside_heads import Compared, Directions
 from .progress import Progress
 from .removal import Removal, merged, packed, removals, unpacked
 from .scoring import Values, method
 
-SURGEON_KINDS = (*PRESET_KINDS, "modulation_directions", "value_directions")
+SURGEON_KINDS = (*PRESET_KINDS, "modulation_directions", "value_directions", "query_directions")
 TURN = 4 << 30  # bytes of covariances that are gathered at a time
 CALLS = 6  # denoiser calls of each batch that A is gathered over, evenly spread
 
@@ -80,6 +81,8 @@ def surgeon(
     groups = [group for group in every if not group.inside]
     layers = readers(denoiser, groups)
     metric = {name: torch.zeros(len(layer.weight), len(layer.weight)) for name, layer in layers.items()}
+    compared = Compared(denoiser, [group for group in every if group.kind == "query_directions"])
+    gated = [*groups, *compared.groups]
     calls, recorded, kept = list(calls), list[Call](), kept or Progress()
 
     def file(index: int) -> Path | None:
@@ -102,17 +105,17 @@ def surgeon(
     def sample(index: int, call: dict) -> dict[str, Tensor]:
         # Recorded anew even if a killed call had done so: its generators go on from there.
         record(index, call)
-        with Watched(layers, metric):
-            return gauss_newton_sample(pipe, groups, call, stream("probe", seed, index), on_step=on_step)
+        with Watched(layers, metric), compared:
+            return gauss_newton_sample(pipe, gated, call, stream("probe", seed, index), on_step=on_step)
 
-    plain, bases = sampled(pipe, groups, calls, prompts, seed, sample, kept, metric, again)
+    plain, bases = sampled(pipe, gated, calls, prompts, seed, sample, kept, metric | compared.sums, again)
     trajectories = sum(len(call["prompt"]) for call in calls)
     metric = {name: total / trajectories for name, total in metric.items()}
     gather = partial(gathered, denoiser, recorded, on_step=on_step)
-    orders, found_inside = ordered(denoiser, every, layers, metric, plain, gather, kept)
-    bases |= found_inside
+    queries = compared.found(trajectories)
+    orders, inside = ordered(denoiser, every, layers, metric, plain, gather, kept, queries)
     found = Values(merged(orders, {g.name: g.size for g in every}))
-    found.bases = bases
+    found.bases = bases | inside
     found.others = {"gauss-newton": _diagonal(denoiser, every, plain, bases)}
     return found
 
@@ -126,6 +129,7 @@ def ordered(
     plain: Mapping[str, Tensor],
     gather: Callable[[Sequence[str]], dict[str, Statistics]],
     kept: Progress | None = None,
+    queries: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
 ) -> tuple[list[list[Removal]], dict[str, tuple[Tensor, Tensor]]]:
     """The order of each cluster of a model's groups, and (Z, Y) of directions inside its heads.
 
@@ -135,6 +139,7 @@ def ordered(
         plain: what units cost unrepaired, by the exact gradients of their gates.
         gather: what some of the layers read.
         kept: where each cluster's order is kept.
+        queries: C and M of what heads compare, by group of directions (`inside_heads`).
 
     Raises:
         Paused: the time of this call is up.
@@ -155,11 +160,14 @@ def ordered(
             prices = {g.name: float(max(1, unit_parameters(model, g))) for g in cluster}
             heads = [g for g in cluster if not g.inside]
             candidates = {g.name: Candidate.of(g, consumers, plain[g.name], prices[g.name]) for g in heads}
-            inside = {
-                g.name: Directions.of_values(g, candidates[g.inside], prices[g.name])
-                for g in cluster
-                if g.inside in candidates and candidates[g.inside].read
-            }
+            inside = {}
+            for group in (g for g in cluster if g.inside in candidates and candidates[g.inside].read):
+                of = group, candidates[group.inside], prices[group.name]
+                inside[group.name] = (
+                    Directions.of_queries(*of, queries[group.name], plain[group.name])
+                    if group.name in queries
+                    else Directions.of_values(*of)
+                )
             order = list(removals([*candidates.values(), *inside.values()]))
             part = found[cluster[0].name] = packed(order, cluster, inside)
             kept.keep(f"order-{cluster[0].name}", part)
@@ -179,7 +187,7 @@ def _diagonal(
     found = Values({g.name: plain[g.name] / unit_parameters(denoiser, g) for g in groups if not g.inside})
     last = 10 * max(float(values.max()) for values in found.values())
     found.update({g.name: torch.full((g.size,), last) for g in groups if g.inside})
-    found.bases = {name: basis for name, basis in bases.items() if name in plain}
+    found.bases = dict(bases)
     return found
 
 
@@ -200,7 +208,8 @@ def clusters(groups: Sequence[PruneGroup], layers: Mapping[str, Any]) -> list[li
     """Groups that have consumers in common, together: removals in one cluster change no prices in another."""
     found: list[tuple[set[str], list[PruneGroup]]] = []
     for group in groups:
-        names, members = set(_read_by([group], layers)), [group]
+        # What is inside heads goes with them, whoever reads it.
+        names, members = {*_read_by([group], layers), group.inside or group.name}, [group]
         for other in [cluster for cluster in found if cluster[0] & names]:
             found.remove(other)
             names, members = names | other[0], other[1] + members

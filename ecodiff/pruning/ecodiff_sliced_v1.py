@@ -25,8 +25,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 NAME = "ecodiff_sliced_v1"
-FORMAT = 3  # of models cut inside their heads; 2 of those with a shared projection; 1 of all others
+# 4: of models cut inside their queries and keys; 3: inside what heads give; 2: of those with a shared
+# projection; 1: of all others.
+FORMAT = 4
 BASIS = "modulation_basis"
+DIRECTIONS = {"values": "directions", "queries": "query_directions"}  # buffers, entries of a description
 
 
 class EmptiedAttnProcessor:
@@ -294,7 +297,8 @@ def see_through(module: nn.Module, child: str, axis: str, index: torch.Tensor, w
 
 def see_all_(module: nn.Module) -> None:
     """Undo `see_through`, of a module whose children are whole again."""
-    for name in (*map(_index_of, module.partly), "values_project", "values_lift"):
+    buffers = [f"{name}_{part}" for name in DIRECTIONS for part in ("project", "lift")]
+    for name in (*map(_index_of, module.partly), *buffers):
         module._buffers.pop(name, None)
     module.__class__ = type(module).__mro__[1]
     del module.partly
@@ -324,7 +328,7 @@ def apply(model: nn.Module, description: dict) -> None:
 
     The description comes from a file, so it is checked: it can only make what exists smaller.
     """
-    if description.get("format") not in (1, 2, FORMAT):
+    if description.get("format") not in range(1, FORMAT + 1):
         raise ValueError(
             f"This model was pruned with format {description.get('format')!r} of ecodiff's files; "
             f"this file knows 1 to {FORMAT}. Use the newer ecodiff."
@@ -379,17 +383,18 @@ def _apply_partly(modules: dict, description: dict) -> None:
             if not isinstance(linear, nn.Linear) or len(index) != size:
                 raise ValueError(f"{path}.{child} does not have {len(index)} of {bits[0]} features.")
             see_through(modules[path], child, axis, index, bits[0])
-    for path, (count, width) in description.get("directions", {}).items():
-        given = [m.out_features for m in modules[path].modules() if isinstance(m, nn.Linear)]
-        if type(width) is not int or not 0 < width <= 1 << 16 or count not in given:
-            raise ValueError(f"{path} does not give {count} directions.")
-        set_directions(modules[path], *torch.empty(2, count, width))
+    for name, entry in DIRECTIONS.items():
+        for path, (count, width) in description.get(entry, {}).items():
+            given = [m.out_features for m in modules[path].modules() if isinstance(m, nn.Linear)]
+            if type(width) is not int or not 0 < width <= 1 << 16 or count not in given:
+                raise ValueError(f"{path} does not give {count} directions.")
+            set_directions(modules[path], name, *torch.empty(2, count, width))
 
 
-def set_directions(attention: nn.Module, project: torch.Tensor, lift: torch.Tensor) -> None:
+def set_directions(attention: nn.Module, name: str, project: torch.Tensor, lift: torch.Tensor) -> None:
     """Keep the directions that are left, (count, width) each, for adapters of the dense layers."""
-    attention.register_buffer("values_project", project)
-    attention.register_buffer("values_lift", lift)
+    attention.register_buffer(f"{name}_project", project)
+    attention.register_buffer(f"{name}_lift", lift)
 
 
 def set_features(module: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
 A head gives sum a v over tokens, linear in its values v = W_v s, and W_o reads it. With any Z, Y of a head's
 width, Y Z = 1, (W_o Y) (Z W_v) changes nothing. Rows of Z W_v, and the columns of W_o Y that read them, are
-cut like any others; what is between, which knows heads of one width, sees zeros where they were.
+cut like any others; what is between, which knows heads of one width, sees zeros where they were. In the same
+way the scores (W_q s) . (W_k c) are those of Z W_q and Y^T W_k, and rows of both are cut.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 
 from ..architectures import find_groups
 from ..units import ALL_KINDS, PruneGroup
-from .ecodiff_sliced_v1 import FORMAT, features_of, see_all_, see_through, set_directions, set_features
+from .ecodiff_sliced_v1 import (
+    DIRECTIONS,
+    FORMAT,
+    features_of,
+    see_all_,
+    see_through,
+    set_directions,
+    set_features,
+)
 from .plan import PrunePlan, packed_rows
 
 
@@ -60,14 +69,15 @@ def turn_(denoiser: nn.Module, plan: PrunePlan) -> None:
         if not group.inside or group.name not in plan.bases:
             continue
         z, y = parts(group, plan)
-        for slot in group.producers:
+        for slot in (*group.producers, *group.consumers):
             linear: Any = denoiser.get_submodule(slot.module)
-            _set(linear, "weight", turned(_exact(linear.weight), slot.index, z))
+            part = z if slot in group.producers else y
+            if slot.axis == "in":
+                _set(linear, "weight", turned(_exact(linear.weight).T, slot.index, part).T)
+                continue
+            _set(linear, "weight", turned(_exact(linear.weight), slot.index, part))
             if linear.bias is not None:
-                _set(linear, "bias", turned(_exact(linear.bias)[:, None], slot.index, z)[:, 0])
-        for slot in group.consumers:
-            linear = denoiser.get_submodule(slot.module)
-            _set(linear, "weight", turned(_exact(linear.weight).T, slot.index, y).T)
+                _set(linear, "bias", turned(_exact(linear.bias)[:, None], slot.index, part)[:, 0])
 
 
 def _exact(parameter: Tensor) -> Tensor:
@@ -125,7 +135,8 @@ def narrow_(
         if group.name in plan and not plan[group.name].all() and now.any():
             attention: Any = denoiser.get_submodule(group.inside)
             like: Any = denoiser.get_submodule(group.producers[0].module).weight
-            set_directions(attention, *(part[now].to(like.device, like.dtype) for part in parts(group, plan)))
+            z, y = (part[now].to(like.device, like.dtype) for part in parts(group, plan))
+            set_directions(attention, group.name.rpartition(".")[2], z, y)
 
 
 def _owner(group: PruneGroup, module: str) -> tuple[str, str]:
@@ -146,29 +157,32 @@ def bases_of(denoiser: nn.Module, plan: Mapping[str, Tensor]) -> dict[str, tuple
     """(Z, Y) by group of directions, of a denoiser that was cut by `plan`, of heads that are left."""
     found = {}
     for path, module in denoiser.named_modules():
-        project: Any = getattr(module, "values_project", None)
-        if project is None or project.device.type == "meta":
-            continue
-        keep, heads = plan[f"{path}.values"], plan.get(path)
-        width = project.shape[1]
-        alive = keep if heads is None else keep & heads.repeat_interleave(width)
-        z, y = (torch.eye(width).repeat(len(keep) // width, 1) for _ in range(2))
-        z[alive], y[alive] = project.float().cpu(), module.values_lift.float().cpu()
-        found[f"{path}.values"] = z[keep], y[keep].T.contiguous()
+        for name in DIRECTIONS:
+            project: Any = getattr(module, f"{name}_project", None)
+            if project is None or project.device.type == "meta":
+                continue
+            keep, heads = plan[f"{path}.{name}"], plan.get(path)
+            width = project.shape[1]
+            alive = keep if heads is None else keep & heads.repeat_interleave(width)
+            z, y = (torch.eye(width).repeat(len(keep) // width, 1) for _ in range(2))
+            z[alive], y[alive] = project.float().cpu(), getattr(module, f"{name}_lift").float().cpu()
+            found[f"{path}.{name}"] = z[keep], y[keep].T.contiguous()
     return found
 
 
 def described(denoiser: nn.Module) -> dict[str, Any]:
     """What `ecodiff_sliced_v1.apply` is told of layers that were cut inside their heads."""
     partly: dict[str, dict] = {}
-    directions: dict[str, list[int]] = {}
+    directions: dict[str, dict[str, list[int]]] = {}
     for path, module in denoiser.named_modules():
         for child, (axis, _) in getattr(module, "partly", {}).items():
             rows = packed_rows(*features_of(module, child))
             partly.setdefault(path, {})[child] = [axis, rows]
-        if hasattr(module, "values_project"):
-            directions[path] = list(module.values_project.shape)
-    return {"format": FORMAT, "partly": partly, "directions": directions} if partly else {}
+        for name, entry in DIRECTIONS.items():
+            if hasattr(module, f"{name}_project"):
+                directions.setdefault(entry, {})[path] = list(getattr(module, f"{name}_project").shape)
+    version = FORMAT if DIRECTIONS["queries"] in directions else 3
+    return {"format": version, "partly": partly, **directions} if partly else {}
 
 
 def fill_heads_(denoiser: nn.Module) -> nn.Module:

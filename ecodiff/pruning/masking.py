@@ -78,12 +78,12 @@ def masked(denoiser: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
             continue
         if group.inside:
             within = projection(group, masks)  # type: ignore[arg-type]
-            handles += [
-                denoiser.get_submodule(slot.module).register_forward_pre_hook(
-                    partial(_turn_input, slot.index, within)
-                )
-                for slot in group.consumers
-            ]
+            for slot in group.consumers:
+                module = denoiser.get_submodule(slot.module)
+                if slot.axis == "in":
+                    handles.append(module.register_forward_pre_hook(partial(_turn_input, slot.index, within)))
+                else:
+                    handles.append(module.register_forward_hook(partial(_turn_output, slot.index, within)))
         else:
             onto = partial(_project_input, *bases[group.name])
             names = {slot.module for slot in group.consumers}
@@ -130,9 +130,18 @@ def _project_input(project: Tensor, lift: Tensor, module: nn.Module, inputs: tup
 
 def _turn_input(index: Tensor, within: Tensor, module: nn.Module, inputs: tuple) -> tuple:
     """What is left of what heads give of which only some directions stay."""
-    x = inputs[0]
-    rows = turned(x.flatten(0, -2).T, index, within.to(x.device)).T
-    return (rows.view(x.shape), *inputs[1:])
+    return (_turned(inputs[0], index, within), *inputs[1:])
+
+
+def _turn_output(index: Tensor, within: Tensor, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    """What is left of keys of which only some directions are compared: q . (Y Z)^T k = (Z q) . (Y^T k)."""
+    across = within.unflatten(0, (-1, within.shape[1])).mT.flatten(0, 1)
+    return _turned(output, index, across)
+
+
+def _turned(x: Tensor, index: Tensor, parts: Tensor) -> Tensor:
+    """`turned` of features along the last axis."""
+    return turned(x.flatten(0, -2).T, index, parts.to(x.device)).T.view(x.shape)
 
 
 def _multiply_output(factor: Tensor, module: Any, inputs: tuple, output: Tensor) -> Tensor:

@@ -97,7 +97,8 @@ def pruned(pipe, ratio: float, modulation: str = "modulation_directions", inside
         modulation: the kind of its units that goes: directions, or rows ("modulation").
         inside: directions inside heads go as well.
     """
-    kinds = ("heads", "ffn", "resnet", modulation, *(["value_directions"] if inside else []))
+    within = ("value_directions", "query_directions") if inside else ()
+    kinds = ("heads", "ffn", "resnet", modulation, *within)
     noise, denoiser = torch.Generator().manual_seed(0), denoiser_of(pipe)
     groups = [group for group in ecodiff.find_groups(denoiser, kinds) if group.kind in kinds]
     values = {group.name: torch.rand(group.size, generator=noise) for group in groups}

@@ -24,7 +24,7 @@ def test_layers_are_named_by_their_groups():
         (
             "sdxl",
             {"Heads": 70, "Heads, cross-attention": 70, "FFN neurons": 70, "ResNet channels": 17}
-            | {"Directions inside heads": 140},
+            | {"Directions inside heads": 140, "Directions of queries and keys": 140},
         ),
     ):
         groups = ecodiff.find_groups(loading.empty_denoiser(model), ALL_KINDS)

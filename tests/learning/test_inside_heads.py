@@ -10,7 +10,7 @@ from ecodiff.errors import BudgetError
 from ecodiff.learning import learn as learning
 from ecodiff.learning import surgeon
 from ecodiff.learning.candidates import Consumer
-from ecodiff.learning.inside_heads import basis
+from ecodiff.learning.inside_heads import Compared, basis, turns
 from ecodiff.learning.learn import learn
 from ecodiff.metrics.cost import parameters
 from ecodiff.pipelines import denoiser_of
@@ -53,9 +53,40 @@ def test_the_basis_decorrelates_a_heads_features_and_prices_each_alone():
     torch.testing.assert_close(reader.inverse @ reader.moment, torch.eye(12), atol=1e-2, rtol=0)
 
 
+def test_queries_and_keys_are_turned_exactly_and_each_direction_costs_what_it_costs_alone():
+    generator = torch.Generator().manual_seed(0)
+    heads, width = 3, 4
+    q, k, g = (torch.randn(500, heads * width, generator=generator) * torch.arange(1, 13) for _ in range(3))
+    own = units(heads * width)
+    model = torch.nn.ModuleDict({"q": torch.nn.Linear(12, 12, bias=False)})
+    model["q"].weight.data = torch.eye(12)
+    compared = Slot("k", "out", own), Slot("q", "out", own)
+    group = PruneGroup(
+        "a.queries", "query_directions", 12, compared[:1], compared[1:], inside="a", width=width
+    )
+    with (sums := Compared(model, [group])):
+        (model["q"](q.view(5, 100, 12)) * g.view(5, 100, 12)).sum().backward()
+    moment, metric = sums.found(trajectories=5)["a.queries"]
+    z, y, costs = turns(moment, metric)
+    for head in range(heads):
+        at = slice(head * width, (head + 1) * width)
+        torch.testing.assert_close(moment[head], q[:, at].T @ q[:, at] / 500)
+        torch.testing.assert_close(metric[head], g[:, at].T @ g[:, at] / 5)
+        torch.testing.assert_close(
+            (q[:, at] @ z[at].T) @ (k[:, at] @ y[at].T).T, q[:, at] @ k[:, at].T, rtol=1e-3, atol=1e-1
+        )
+        torch.testing.assert_close(z[at] @ moment[head] @ z[at].T, torch.eye(width), atol=2e-3, rtol=0)
+        for j in range(width):  # all but direction j of the queries stays
+            lost = torch.outer(y[at][j], z[at][j])
+            alone = torch.trace(metric[head] @ lost @ moment[head] @ lost.T)
+            torch.testing.assert_close(costs[at][j], alone, rtol=1e-2, atol=1e-3 * float(costs[at].max()))
+
+
 def test_every_size_counts_to_the_parameter_and_no_head_is_left_without_a_direction(ranked):
     pipe, scores = ranked
-    assert "value_directions" in scores.kinds.values()
+    held = {group.kind for group in ecodiff.find_groups(denoiser_of(pipe), surgeon.SURGEON_KINDS)}
+    assert set(scores.kinds.values()) == held and "value_directions" in held
+    assert ("query_directions" in held) == hasattr(pipe, "unet")
     for ratio in (0.1, 0.3, 0.5, 0.8):
         plan = scores.plan(ratio=ratio * scores.ceiling)
         small = ecodiff.variant(pipe, plan)

@@ -3,14 +3,15 @@ import torch
 from torch.utils._pytree import tree_map
 
 import ecodiff
-from ecodiff.errors import PlanError
+from ecodiff.errors import PlanError, UnsupportedModelError
 from ecodiff.metrics.cost import parameters
 from ecodiff.pipelines import denoiser_calls, denoiser_of
 from ecodiff.pruning.heads import left
 from ecodiff.pruning.scores import Scores
 from ecodiff.pruning.slicing import plan_of
 from ecodiff.units import ALL_KINDS, KINDS, PRESET_KINDS
-from tests.conftest import PROMPT, latents, short
+from tests.checkpoints.test_folders import some_plan
+from tests.conftest import PROMPT, latents, sd3, short
 
 GENERATOR = torch.Generator().manual_seed(3)
 
@@ -125,6 +126,23 @@ def test_slicing_twice_is_slicing_once(pipe):
     again, wanted = (plan_of(denoiser_of(each)) for each in (twice, once))
     assert wanted.digest == both.digest
     assert all(torch.equal(left(group, again), left(group, wanted)) for group in groups)
+
+
+@torch.no_grad()
+def test_queries_and_keys_of_image_and_text_lose_the_same_directions_and_none_behind_norms(tmp_path):
+    pipe = sd3(qk_norm=None)
+    pipe.set_progress_bar_config(disable=True)
+    groups = ecodiff.find_groups(denoiser_of(pipe), ["query_directions"])
+    assert {slot.module.rpartition(".")[2] for g in groups for slot in g.producers} == {"to_q", "add_q_proj"}
+    plan = some_plan(pipe)
+    small = ecodiff.variant(pipe, ecodiff.PrunePlan({g.name: plan[g.name] for g in groups}, {}, plan.bases))
+    with ecodiff.masked(denoiser_of(pipe), plan_of(denoiser_of(small))):
+        masked = latents(pipe)
+    torch.testing.assert_close(latents(small), masked, rtol=1e-3, atol=1e-3 * float(masked.abs().max()))
+    loaded = ecodiff.load(ecodiff.save(small, tmp_path / "small"))
+    torch.testing.assert_close(latents(loaded), latents(small), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UnsupportedModelError):
+        ecodiff.find_groups(denoiser_of(sd3()), ["query_directions"])
 
 
 def test_an_attention_that_was_cut_inside_its_heads_is_left_alone_after_that(pipe):
