@@ -333,8 +333,10 @@ def test_the_page_sees_a_run_through_on_zerogpu(browser, tiny_sdxl, tmp_path):
     with space(tmp_path, QUOTA="4", **ONE_STEP) as (client, asked):
         page = visitor.new_page()
         page.goto(client.src)
+        page.get_by_text("Can be removed at most").wait_for()
         page.get_by_label("Model").first.fill(str(tmp_path / "tiny"))
         page.keyboard.press("Enter")
+        playwright.expect(page.get_by_role("listbox")).to_have_count(0)  # it lies over what is below it
         page.get_by_label("Preset").click()  # one of many short steps, so that calls can be counted
         page.get_by_role("option", name="Fast").click()
         page.wait_for_timeout(4000)
