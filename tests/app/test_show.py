@@ -48,7 +48,7 @@ def test_the_size_of_a_models_files_is_that_of_its_weights():
 
 
 def test_a_preset_that_is_chosen_while_the_models_own_is_looked_up_stays():
-    found = prune.preset_of("emoji-flux", "fast")
-    assert prune.offered(found, "fast") == "surgeon"  # nothing was chosen meanwhile
-    assert prune.offered(found, "paper") == gr.skip()
-    assert prune.offered(prune.preset_of("no/such", "fast"), "fast") == gr.skip()
+    best = prune.preset_of("emoji-flux")
+    assert prune.offered(best, "emoji-flux", chosen_for="emoji-sdxl") == "surgeon"
+    assert prune.offered(best, "emoji-flux", chosen_for="emoji-flux") == gr.skip()
+    assert prune.offered(prune.preset_of("no/such"), "no/such", "") == gr.skip()

@@ -98,10 +98,13 @@ def _answer(form: dict, prediction: gr.HTML, example: list) -> list:
     changes = [form[box].change for box in ("model", "ratio", "kinds", "gpu", "encoders")]
     gr.on(changes, predict, what, prediction, trigger_mode="always_last", **private)
     form["model"].change(shown_of, form["model"], example, **hidden)
-    # What a person chooses while that is being looked up is not taken back.
-    found = gr.State((None, None))
-    looked_up = form["model"].change(preset_of, [form["model"], form["preset"]], found, **hidden)
-    looked_up.then(offered, [found, form["preset"]], form["preset"], queue=False, **hidden)
+    # What a person chooses for a model is not taken back by its own preset that comes late. That it was
+    # chosen is noted by the browser at once: events wait for each other on their way to the server.
+    best, chosen_for = gr.State(None), gr.Textbox(visible="hidden")
+    form["preset"].input(None, form["model"], chosen_for, js="model => model", **private)
+    looked_up = form["model"].change(preset_of, form["model"], best, **hidden)
+    asked = [best, form["model"], chosen_for]
+    looked_up.then(offered, asked, form["preset"], queue=False, **hidden)
     # The published method prunes heads and neurons only: what will be pruned is what is ticked.
     form["preset"].change(preset_kinds, form["preset"], form["kinds"], **hidden)
     return what
@@ -199,18 +202,17 @@ def preset_kinds(preset):
     return list(service.kinds_of(preset))
 
 
-def preset_of(model, chosen):
-    """(the preset that a model is best learned with, None if it cannot be looked at; the one chosen now)."""
+def preset_of(model):
+    """The preset that a model is best learned with; None if it cannot be looked at."""
     try:
-        return service.default_preset(model), chosen
+        return service.default_preset(model)
     except EcodiffError:
-        return None, chosen
+        return None
 
 
-def offered(found, chosen):
-    """The best preset, unless another one was chosen while it was looked up."""
-    best, before = found
-    return best if best and chosen == before else gr.skip()
+def offered(best, model, chosen_for):
+    """The best preset, unless one was chosen for this model."""
+    return best if best and model != chosen_for else gr.skip()
 
 
 def shown_of(model):
