@@ -1,7 +1,9 @@
 """Several devices, and devices that are too small."""
 
+import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,16 +38,32 @@ def drawing() -> devices.Device:
     return server.server().devices.drawing
 
 
-def learned(run: Run) -> None:
-    server.server().worker._learn(worker.Job(run), drawing())
-
-
-@pytest.fixture
-def run(store) -> Run:
+def new_run(store) -> Run:
     """Of the smallest model, short."""
     known = catalog.find("emoji-turbo")
     config = known.learn_config("fast", 0.2, warm_steps=1, steps=1, batch=2, trajectories=2)
     return Run.create(store.new_folder(), known.name, config, known.prompts("calibration"))
+
+
+@pytest.fixture
+def run(store) -> Run:
+    return new_run(store)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a run that has learned."""
+    server.use(server.Server(tmp_path_factory.mktemp("learned")))
+    run = new_run(server.server().store)
+    server.server().worker._learn(worker.Job(run), drawing())
+    server.use(None)
+    return run.folder
+
+
+@pytest.fixture
+def learned(finished, store) -> Run:
+    """A run that has learned, of the test's own store."""
+    return Run.open(shutil.copytree(finished, store.new_folder(), dirs_exist_ok=True))
 
 
 def test_all_gpus_are_used_unless_others_are_named(monkeypatch):
@@ -153,8 +171,8 @@ def test_a_run_that_is_stopped_while_its_pictures_are_drawn_stops(run, monkeypat
     assert job.stage == "finished"
 
 
-def test_whoever_does_not_wait_for_an_image_ends_the_work(run, monkeypatch):
-    learned(run)
+def test_whoever_does_not_wait_for_an_image_ends_the_work(learned, monkeypatch):
+    run = learned
     real, drawn = fidelity.generate, []
 
     def counted(*args, **kwargs):
@@ -173,8 +191,8 @@ def test_whoever_does_not_wait_for_an_image_ends_the_work(run, monkeypatch):
     assert len(drawn) == 3 + 3 + 3
 
 
-def test_images_that_do_not_fit_free_what_others_left(run, monkeypatch):
-    learned(run)
+def test_images_that_do_not_fit_free_what_others_left(learned, monkeypatch):
+    run = learned
     list(service.compare(run.id, 0.2, PROMPT, compensate=False))
     assert drawing()._variants
     real = fidelity.generate
@@ -195,7 +213,7 @@ def test_compensation_that_does_not_fit_leaves_a_finished_run(run, monkeypatch):
 
 def test_the_first_images_wait_for_nothing(run, monkeypatch):
     """Once a run is finished, what compensation needs is gathered, for any size, before anybody asks."""
-    learned(run)
+    server.server().worker._learn(worker.Job(run), drawing())
     monkeypatch.setattr(calibration.Calibration, "gather", out_of_memory)
     small = drawing().pruned(run.model, run.plan(0.2))
     assert drawing().pruned(run.model, run.plan(0.2), kept=run.folder / "variants") is small
@@ -250,7 +268,6 @@ def test_a_failure_after_the_end_is_no_failed_run(run, monkeypatch):
 
 
 @pytest.mark.parametrize("steps", [0, -3, 101, 5000])
-def test_time_steps_have_a_limit_at_the_service(run, steps):
-    learned(run)
+def test_time_steps_have_a_limit_at_the_service(learned, steps):
     with pytest.raises(BudgetError, match="1 to 100"):
-        next(service.compare(run.id, 0.2, PROMPT, steps=steps))
+        next(service.compare(learned.id, 0.2, PROMPT, steps=steps))

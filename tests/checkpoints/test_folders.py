@@ -16,7 +16,7 @@ from ecodiff.pipelines import denoiser_of
 from ecodiff.pruning.plan import PLAN_FILE
 from ecodiff.pruning.slicing import plan_of
 from ecodiff.units import ALL_KINDS
-from tests.conftest import PROMPT, latents, short
+from tests.conftest import PIPELINES, PROMPT, latents, short
 
 PLAIN = """
 import sys
@@ -105,7 +105,9 @@ def test_reloads_bit_exactly_both_ways_and_again(pipe, tmp_path):
     assert suffixes <= {".safetensors", ".json", ".py", ".md", ".txt"}, "no pickles"
 
 
-def test_a_model_opened_by_remote_code_can_be_sent_to_a_process_that_is_spawned(pipe, tmp_path):
+@pytest.mark.parametrize("kind", ["sdxl", "flux-dev"])
+def test_a_model_opened_by_remote_code_can_be_sent_to_a_process_that_is_spawned(kind, tmp_path):
+    pipe = PIPELINES[kind]()
     small = ecodiff.variant(pipe, some_plan(pipe))
     folder = ecodiff.save(small, tmp_path / "small")
     script = [sys.executable, "-c", SPAWNED.format(folder=folder)]
