@@ -3,8 +3,9 @@
     python benchmarks/inside_heads.py
 
 One double and one single block of FLUX.1 (1,024 image tokens and 512 of text), or one transformer block of
-SDXL's widest level (1,024 tokens and 77 of text), dense and with half of the directions of every head gone,
-called in turn. Prints MACs and time of a call, both relative to the dense model.
+SDXL's widest level (1,024 tokens and 77 of text), dense and with half of the directions of every head gone
+(of its values; of queries and keys, which FLUX.1 rotates; of all), called in turn. Prints MACs and time of
+a call, both relative to the dense model.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from ecodiff.metrics.cost import module_macs
 from ecodiff.pruning.slicing import shared_copy
 
 TOKENS, TEXT = 1024, 512
+VALUES, QUERIES = "value_directions", "query_directions"
 
 
 class Blocks(nn.Module):
@@ -56,9 +58,9 @@ def sdxl(device: str, dtype: torch.dtype):
 
 
 @torch.no_grad()
-def compared(model: nn.Module, given: dict, pairs: int) -> dict:
-    """MACs and time of a call with half of all directions inside heads, relative to the dense call."""
-    groups = ecodiff.find_groups(model, ["value_directions"])
+def compared(model: nn.Module, given: dict, pairs: int, kinds: tuple[str, ...]) -> dict:
+    """MACs and time of a call with half of all directions of these kinds, relative to the dense call."""
+    groups = ecodiff.find_groups(model, kinds)
     small = ecodiff.slice_(shared_copy(model), {g.name: torch.arange(g.size) % 2 > 0 for g in groups})
     macs = [module_macs(each, (), given)[""] for each in (model, small)]
     device, ratios = next(model.parameters()).device, []
@@ -82,10 +84,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=12)
     options = parser.parse_args()
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    for name, build in (("FLUX.1", flux), ("SDXL", sdxl)):
-        found = compared(*build(options.device, dtype), options.pairs)
+    cases = [("FLUX.1", flux, (VALUES,))]
+    cases += [("SDXL", sdxl, kinds) for kinds in ((VALUES,), (QUERIES,), (VALUES, QUERIES))]
+    for name, build, kinds in cases:
+        found = compared(*build(options.device, dtype), options.pairs, kinds)
         rounded = {key: round(value, 3) for key, value in found.items()}
-        print(json.dumps({"model": name, "device": device_name()} | rounded), flush=True)
+        about = {"model": name, "kinds": kinds, "device": device_name()}
+        print(json.dumps(about | rounded), flush=True)
 
 
 if __name__ == "__main__":
