@@ -180,7 +180,7 @@ class ScatteredLinear(nn.Linear):
 
     def forward(self, x):
         output = x.new_zeros(*x.shape[:-1], self.width)
-        return output.index_copy(-1, self.rows, super().forward(x).to(x.dtype))
+        return output.index_copy_(-1, self.rows, super().forward(x).to(x.dtype))
 
 
 def scatter(linear: nn.Linear, rows: torch.Tensor, width: int) -> None:
@@ -257,7 +257,7 @@ class Through:
 
         def spread(x, *args):
             output = child(x, *args)
-            return output.new_zeros(*output.shape[:-1], width).index_copy(-1, index, output)
+            return output.new_zeros(*output.shape[:-1], width).index_copy_(-1, index, output)
 
         return spread
 
