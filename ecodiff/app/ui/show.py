@@ -261,7 +261,9 @@ def benchmark(found: dict) -> str:
 
 def latent_error(value: float) -> str:
     """Two digits, and no exponent."""
-    return f"{value:.3f}" if value >= 0.1 else f"{value:.2g}" if value >= 1e-4 else f"{value:.5f}"
+    if value >= 1e-4:
+        return f"{value:.3f}" if value >= 0.1 else f"{value:.2g}"
+    return f"{value:.6f}" if 0 < value < 1e-5 else f"{value:.5f}"
 
 
 def healing(found: dict) -> str:
