@@ -133,7 +133,7 @@ def test_a_run_in_many_calls_whose_workers_are_killed(model, reference, tmp_path
 
 def test_a_ranking_in_one_step_goes_on_call_after_call(model, tmp_path):
     """The default preset: statistics, orders and their errors, a few parts a call; one worker is lost."""
-    with space(tmp_path, CHUNK_SECONDS="2") as (client, asked):
+    with space(tmp_path, CHUNK_SECONDS="4") as (client, asked):
         preset = client.predict(model, api_name="/default_preset")
         run = client.predict(model, 0.2, preset, api_name="/prune_start")["run"]
         shares = []
