@@ -8,9 +8,9 @@ Y Z = 1, the features of Z x are uncorrelated, and dropping feature j, not repai
 In that basis (`pruning.heads`) a direction is a feature of its consumers like any other: it competes with
 whole heads and neurons at one price, and what is left takes over from it.
 
-Of what heads compare, C is E[q q^T] of a head's queries, M the metric of the queries themselves, and Y^T turns
-the keys. The directions that stay are then the best approximation of the queries by as many (in the metric M):
-nothing has to take over from those that go, and costs stay S_j^2.
+Of what heads compare, C is E[q q^T] of a head's queries, M the metric of the queries themselves, and Y^T
+turns the keys. The directions that stay are then the best approximation of the queries by as many (in the
+metric M): nothing has to take over from those that go, and costs stay S_j^2.
 """
 
 from collections.abc import Sequence

@@ -131,7 +131,12 @@ def _form() -> dict[str, gr.components.Component]:
         PRESETS, value=service.default_preset("emoji-sdxl"), label="Preset", info="How its units are ranked"
     )
     with gr.Accordion("Advanced", open=False):
-        kinds = gr.CheckboxGroup(KINDS, value=preset_kinds(preset.value), label="Units to prune")
+        kinds = gr.CheckboxGroup(
+            KINDS,
+            value=preset_kinds(preset.value),
+            label="Units to prune",
+            info="With directions the error is smaller; without, a small model is faster",
+        )
         method = gr.Dropdown(
             [("As the preset says", ""), *service.methods()],
             value="",
