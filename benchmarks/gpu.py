@@ -66,6 +66,7 @@ DRY: dict[str, list[str]] = {
     "ordering": ["benchmarks/ordering.py", "--layers", "512x128"],
     "streaming-flux": ["benchmarks/streaming.py", "--repeats", "1"],
     "memory-sdxl": ["benchmarks/gpu.py", "--memory", "emoji-sdxl"],
+    "memory-flux": ["benchmarks/gpu.py", "--memory", "emoji-flux"],
 }
 
 

@@ -60,8 +60,9 @@ def find_groups(denoiser: nn.Module, kinds: Iterable[Kind] = PUBLISHED_KINDS) ->
     Args:
         denoiser: `pipe.unet` or `pipe.transformer`, on any device (also "meta").
         kinds: which units to look for: "heads", "ffn" and "conv_ffn" are the paper's; "resnet" (inner
-            channels of a UNet's ResNets), "modulation" (rows of AdaLN) and "modulation_directions"
-            (of what all AdaLN layers read) are not.
+            channels of a UNet's ResNets), "modulation" (rows of AdaLN), "modulation_directions" (of
+            what all AdaLN layers read), "value_directions" and "query_directions" (inside heads, of
+            what they give and of what they compare) are not.
 
     Raises:
         UnsupportedModelError: nothing was recognised.

@@ -15,7 +15,7 @@ def test_all_that_a_gpu_is_to_measure_runs_dry_and_goes_on_where_it_was(tmp_path
     parts = {name: found for name, found in parts.items() if "part" in found}  # others keep results too
     ended = {name: (found["ended"], found.get("errors", "")[-500:]) for name, found in parts.items()}
     assert done.returncode == 0 and len(parts) >= 6, (ended, done.stderr[-1000:])
-    for name in ("ordering", "memory-sdxl", "streaming-flux"):
+    for name in ("ordering", "memory-sdxl", "memory-flux", "streaming-flux"):
         assert parts[name]["figures"], name
     assert parts["streaming-flux"]["figures"][0]["same"], "streamed, it finds something else"
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
