@@ -30,6 +30,8 @@ NAME = "ecodiff_sliced_v1"
 FORMAT = 4
 BASIS = "modulation_basis"
 DIRECTIONS = {"values": "directions", "queries": "query_directions"}  # buffers, entries of a description
+QUERIES = ("to_q", "add_q_proj")
+AROUND_HEADS = (*QUERIES, "to_k", "add_k_proj", "to_v", "add_v_proj", "to_out.0", "to_add_out")
 
 
 class EmptiedAttnProcessor:
@@ -232,7 +234,8 @@ class Through:
     """A module as its own code sees it while some of its children give or read fewer features than they did.
 
     What such a child gives is spread over all features there were, zeros between; of what it is to read it
-    gets those that are left. The child itself, and what is added to it (LoRA), knows nothing of it.
+    gets those that are left. The child itself, and what is added to it (LoRA), knows nothing of it. Heads all
+    of whose children are cut are only as wide as what is left of them (`lay_out`).
     """
 
     def __init__(self, module):
@@ -250,13 +253,23 @@ class Through:
         return found
 
     def child(self, child, name):
-        axis, width = self.module.partly[name]
-        index = getattr(self.module, _index_of(name))
+        axis, width, _ = self.module.partly[name]
+        index, (before, now) = getattr(self.module, _index_of(name)), self.module.head_widths
+        width = width // before * now
         if axis == "in":
-            return lambda x, *args: child(x.index_select(-1, index), *args)
+            if len(index) == width:
+                return child
+            # On a CPU index_select takes some twenty times as long in the last dimension.
+            return lambda x, *args: child(x.gather(-1, index.expand(*x.shape[:-1], -1)), *args)
+        # Scores are divided by the root of the heads' width, which is another one now.
+        factor = (now / before) ** 0.5 if name in QUERIES else 1
 
         def spread(x, *args):
             output = child(x, *args)
+            if factor != 1:
+                output = output * factor
+            if len(index) == width:
+                return output
             return output.new_zeros(*output.shape[:-1], width).index_copy_(-1, index, output)
 
         return spread
@@ -291,8 +304,35 @@ def see_through(module: nn.Module, child: str, axis: str, index: torch.Tensor, w
     """Let `module` see its `child` as wide as `width`, of which it gives ("out") or reads ("in") `index`."""
     if not hasattr(module, "partly"):
         module.__class__, module.partly = partly_class(type(module)), {}
-    module.partly[child] = (axis, width)
-    module.register_buffer(_index_of(child), index, persistent=False)
+        module.scale_of_all = getattr(module, "scale", None)
+    module.partly[child] = (axis, width, index.cpu())
+    lay_out(module, index.device)
+
+
+def lay_out(module: nn.Module, device: torch.device) -> None:
+    """Give what is left of each head its place in heads that are as narrow as all of a module's can be."""
+    before, now = module.head_widths = head_widths(module)
+    if before > now:
+        module.scale = now**-0.5  # of processors that do not leave it to torch
+        fit_processor(module)
+    for child, (_, _, index) in module.partly.items():
+        if now < before:
+            heads = index // before
+            index = heads * now + torch.arange(len(index)) - torch.searchsorted(heads, heads)
+        module.register_buffer(_index_of(child), index.to(device), persistent=False)
+
+
+def head_widths(module: nn.Module) -> tuple:
+    """How wide an attention's heads were and have to be, in eights; 1 and 1 if not all around them is cut."""
+    children, heads = dict(module.named_modules()), getattr(module, "heads", 0)
+    around = {name for name in AROUND_HEADS if isinstance(children.get(name), nn.Linear)}
+    if not heads or "to_q" not in around or not around <= module.partly.keys():
+        return 1, 1
+    width = module.partly["to_q"][1] // heads
+    if module.scale_of_all != width**-0.5 or any(module.partly[n][1] != heads * width for n in around):
+        return 1, 1
+    most = max(int(torch.bincount(module.partly[name][2] // width).max()) for name in around)
+    return width, min(width, -(-most // 8) * 8)
 
 
 def see_all_(module: nn.Module) -> None:
@@ -301,12 +341,15 @@ def see_all_(module: nn.Module) -> None:
     for name in (*map(_index_of, module.partly), *buffers):
         module._buffers.pop(name, None)
     module.__class__ = type(module).__mro__[1]
-    del module.partly
+    if module.scale_of_all is not None:
+        module.scale = module.scale_of_all
+    del module.partly, module.scale_of_all, module.head_widths
 
 
 def features_of(module: nn.Module, child: str) -> tuple:
     """Which features of how many a child that is cut inside the heads gives or reads: (index, width)."""
-    return getattr(module, _index_of(child)).cpu(), module.partly[child][1]
+    _, width, index = module.partly[child]
+    return index, width
 
 
 def places(bits: list) -> list:

@@ -115,7 +115,7 @@ def narrow_(
         (slot.module, slot.axis): _owner(group, slot.module) for group in groups for slot in group.slots
     }
     for path, module in denoiser.named_modules():
-        for child, (axis, _) in getattr(module, "partly", {}).items():
+        for child, (axis, *_) in getattr(module, "partly", {}).items():
             places[f"{path}.{child}", axis] = path, child
     for place, (owner, child) in places.items():
         if place not in kept:
@@ -175,7 +175,7 @@ def described(denoiser: nn.Module) -> dict[str, Any]:
     partly: dict[str, dict] = {}
     directions: dict[str, dict[str, list[int]]] = {}
     for path, module in denoiser.named_modules():
-        for child, (axis, _) in getattr(module, "partly", {}).items():
+        for child, (axis, *_) in getattr(module, "partly", {}).items():
             rows = packed_rows(*features_of(module, child))
             partly.setdefault(path, {})[child] = [axis, rows]
         for name, entry in DIRECTIONS.items():
@@ -191,7 +191,7 @@ def fill_heads_(denoiser: nn.Module) -> nn.Module:
     For formats that know heads of one width only. New parameters are made, as by slicing.
     """
     for _, module in list(denoiser.named_modules()):
-        for child, (axis, width) in getattr(module, "partly", {}).items():
+        for child, (axis, width, _) in getattr(module, "partly", {}).items():
             index, linear = features_of(module, child)[0], module.get_submodule(child)
             for name, old in list(linear.named_parameters(recurse=False)):
                 if name == "bias" and axis == "in":
