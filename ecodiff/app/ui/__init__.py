@@ -60,7 +60,12 @@ def _wire(demo: gr.Blocks, tabs: gr.Tabs, browser: Browser, built: dict[str, Tab
     p["see"].click(placed(compare.come, named), asked, arrived, **PRIVATE)
     demo.load(prune.predict, p["what"], p["predicted"], **PRIVATE)
     demo.load(prune.shown_of, p["what"][0], p["shown"], **PRIVATE)
-    demo.load(placed(compare.follow, named), runs, [tabs, runs, *c["settings"], c["linked"]], **PRIVATE)
+    demo.load(
+        placed(compare.follow, named),
+        runs,
+        [tabs, runs, named["draw"], *c["settings"], c["linked"]],
+        **PRIVATE,
+    )
     opened = built["library"].parts["opened"]
     p["look"].click(prune.example_run, p["what"][0], opened, **PRIVATE)
     turned = opened.change(prune.turn_to, opened, [tabs, current, p["size"]], **PRIVATE)

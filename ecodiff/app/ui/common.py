@@ -185,7 +185,8 @@ def lock_size(run: str | None) -> dict:
 
 
 def choose(runs: list[str], current: str, chosen: str | None) -> dict[str, dict]:
-    """Updates of a dropdown of runs ("run") and of the text for when there is none ("empty").
+    """Updates of a dropdown of runs ("run"), of the text for when there is none ("empty"), and of the button
+    that draws what is chosen ("draw").
 
     What was chosen stays chosen; else it is what was pruned last.
     """
@@ -193,4 +194,8 @@ def choose(runs: list[str], current: str, chosen: str | None) -> dict[str, dict]
     ids = [value for _, value in found]
     newest = ids[0] if ids else None
     value = chosen if chosen in ids else current if current in ids else newest
-    return {"run": gr.update(choices=found, value=value), "empty": gr.update(visible=not found)}
+    return {
+        "run": gr.update(choices=found, value=value),
+        "empty": gr.update(visible=not found),
+        "draw": gr.update(interactive=bool(found)),
+    }

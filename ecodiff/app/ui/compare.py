@@ -78,7 +78,7 @@ def build(browser: Browser) -> Tab:
     drawn_with = gr.State([])  # settings of each image of the gallery
     drawn = {"slider": slider, "figures": figures, "history": history, "copy": copy, "drawn_with": drawn_with}
     settings = list(form.values())
-    parts = _wire(browser, form, empty)
+    parts = _wire(browser, form, empty, draw)
     asked, outputs, private = (
         [*settings, history, drawn_with],
         [*drawn.values()],
@@ -94,7 +94,7 @@ def build(browser: Browser) -> Tab:
     picked, hidden = gr.State(-1), private | {"show_progress": "hidden"}
     history.select(pick, None, [picked, back], **hidden)
     back.click(placed(send_back, form), [drawn_with, picked], settings, **hidden)
-    outputs = [form["run"], empty, form["steps"], form["guidance"]]
+    outputs = [form["run"], empty, draw, form["steps"], form["guidance"]]
     inputs = [browser.runs, browser.current, form["run"]]
     return Tab(placed(refresh, parts["named"]), inputs, outputs, parts)
 
@@ -112,17 +112,17 @@ def _form() -> tuple[dict[str, gr.components.Component], gr.Button, gr.Button, g
         steps = lenient(gr.Slider(1, 100, value=known.steps, step=1, label="Time steps"))
         guidance = lenient(gr.Slider(0, 15, value=known.guidance_scale, step=0.5, label="Guidance scale"))
     with gr.Row():
-        draw = gr.Button("Draw both", variant="primary", size="lg", scale=3)
+        draw = gr.Button("Draw both", variant="primary", size="lg", scale=3, interactive=False)
         stop = gr.Button("Stop", size="lg", scale=1, min_width=80)
     gr.Examples(EXAMPLES, prompt, label="Try")
     boxes = (run, ratio, prompt, seed, steps, guidance, compensate)
     return dict(zip(SETTINGS, boxes, strict=True)), draw, stop, another
 
 
-def _wire(browser: Browser, form: dict, empty: gr.Markdown) -> dict:
+def _wire(browser: Browser, form: dict, empty: gr.Markdown, draw: gr.Button) -> dict:
     """Settings follow the run that is chosen. Returns what the page itself is wired to."""
     hidden = {"api_visibility": "private", "show_progress": "hidden"}
-    named = form | {"empty": empty, "runs": browser.runs, "linked": gr.State(0)}
+    named = form | {"empty": empty, "draw": draw, "runs": browser.runs, "linked": gr.State(0)}
     run = form["run"]
     # Not on every change: a link brings settings of its own.
     run.input(placed(told(defaults), named), run, [form["steps"], form["guidance"]], **hidden)
@@ -202,6 +202,7 @@ def follow(runs, request: gr.Request):
         "tabs": gr.Tabs(selected="compare"),
         "runs": runs,
         "run": gr.Dropdown(choices(runs, scored=True), value=run),
+        "draw": gr.Button(interactive=True),
         "ratio": int(_number(query, "size", 1, 90, 20)),
         "prompt": query.get("prompt", EXAMPLES[0])[:400],
         "seed": int(_number(query, "seed", 0, 2**31 - 1, 0)),

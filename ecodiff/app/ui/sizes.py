@@ -33,7 +33,7 @@ def build(browser: Browser) -> Tab:
             count = lenient(gr.Slider(1, service.MAX_PROMPTS, value=6, step=1, label="Prompts"))
             compensate = gr.Checkbox(True, label="Repair weights")
             with gr.Row():
-                draw = gr.Button("Draw them", variant="primary", size="lg")
+                draw = gr.Button("Draw them", variant="primary", size="lg", interactive=False)
                 stop = gr.Button("Stop", size="lg")
         with gr.Column(scale=3, min_width=300):
             figures = gr.HTML()
@@ -51,12 +51,12 @@ def build(browser: Browser) -> Tab:
     )
     private = {"api_visibility": "private"}
     asked = [run, ratios, count, compensate]
-    named = {"figures": figures, "plot": plot, "gallery": gallery, "run": run, "empty": empty}
+    named = {"figures": figures, "plot": plot, "gallery": gallery, "run": run, "empty": empty, "draw": draw}
     found = [figures, plot, gallery]
     drawing = draw.click(placed(survey, named), asked, found, show_progress="minimal", **private)
     stop.click(None, cancels=drawing, **private)
 
-    return Tab(placed(choose, named), [runs, current, run], [run, empty])
+    return Tab(placed(choose, named), [runs, current, run], [run, empty, draw])
 
 
 @told
