@@ -11,6 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from .config import CompensateConfig, HealConfig, LearnConfig
+from .model_files import CAUTIOUS, distilled, few_steps, json_of, licence
 from .storage import PLAN_FILE, read_header
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -187,23 +188,6 @@ def _base_of_file(name: str) -> str:
     return next((source for source in found if source), "")
 
 
-# Of a model that nothing is known of.
-CAUTIOUS: dict[str, Any] = {"steps": 30, "guidance_scale": 5.0, "learn_steps": 12}
-# What distilled models are called, as far as they say so.
-_STEPS = r"(?<!\d)([1-9])[-_ ]?steps?(?![a-z])"
-_FEW = re.compile(rf"(?:turbo|lightning|hyper|schnell|lcm|dmd2?|sprint)(?![a-z])|{_STEPS}", re.IGNORECASE)
-
-
-def few_steps(name: str) -> dict:
-    """Steps and guidance of a model that is called like a distilled one; {} of any other."""
-    last = name.rpartition("/")[2]
-    if not _FEW.search(last):
-        return {}
-    told = re.search(_STEPS, last, re.IGNORECASE)
-    steps = int(told[1]) if told else 4
-    return {"steps": steps, "guidance_scale": 0.0, "learn_steps": steps}
-
-
 def _cached(name: str) -> Path | None:
     """Where the Hub's cache has what was read of a repository."""
     if name.count("/") != 1:
@@ -256,55 +240,16 @@ def _folder(folder: Path, name: str) -> Model:
         if model.embedded and _same(Path(model.source), folder):
             return replace(model, **called, prompts_folder=model.source)
     prompts = str(folder) if (folder / "prompts" / "calibration.txt").is_file() else ""
-    settings = CAUTIOUS | few_steps(name) | _distilled(folder)
-    settings |= {"size": None, "dtype": "float16", "licence": _licence(folder), "prompts_folder": prompts}
+    settings = CAUTIOUS | few_steps(name) | distilled(folder)
+    settings |= {"size": None, "dtype": "float16", "licence": licence(folder), "prompts_folder": prompts}
     return Model(**called, **settings)
-
-
-def _json(file: Path) -> dict:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _same(one: Path, other: Path) -> bool:
     """True if two folders hold the same pipeline with the same schedule, whatever their weights are."""
 
     def told(file: Path) -> dict:
-        return {k: v for k, v in _json(file).items() if not k.startswith("_") or k == "_class_name"}
+        return {k: v for k, v in json_of(file).items() if not k.startswith("_") or k == "_class_name"}
 
     configs = ("scheduler/scheduler_config.json", "unet/config.json", "transformer/config.json")
     return all(told(one / file) == told(other / file) for file in ("model_index.json", *configs))
-
-
-def _distilled(folder: Path) -> dict:
-    """Steps and guidance of a folder that was distilled to few steps, by its own files; {} of any other."""
-    index, scheduler = (
-        _json(folder / "model_index.json"),
-        _json(folder / "scheduler" / "scheduler_config.json"),
-    )
-    transformer = _json(folder / "transformer" / "config.json")
-    few = {"steps": 4, "guidance_scale": 0.0, "learn_steps": 4}
-    if index.get("is_distilled"):  # FLUX.2 klein
-        return few | {"guidance_scale": 1.0}
-    if str(scheduler.get("_class_name", "")).startswith(("LCM", "TCD", "FlowMatchLCM")):
-        return few
-    if scheduler.get("_class_name") == "EulerAncestralDiscreteScheduler" and (
-        scheduler.get("timestep_spacing") == "trailing"
-    ):  # SDXL and SD Turbo
-        return few
-    if transformer.get("_class_name") == "FluxTransformer2DModel" and not transformer.get("guidance_embeds"):
-        return few  # FLUX.1 schnell
-    return {}
-
-
-def _licence(folder: Path) -> str:
-    """The licence that a folder's model card names; "other" without one."""
-    try:
-        front = (folder / "README.md").read_text(encoding="utf-8").split("---")[1]
-    except (OSError, ValueError, IndexError):
-        return "other"
-    lines = (line.partition(":") for line in front.splitlines())
-    return next((value.strip().strip('"') for key, _, value in lines if key.strip() == "license"), "other")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .. import catalog
 from ..errors import CheckpointError
+from ..model_files import few_steps
 from .sign_in import NETWORK_ERRORS, PROBE_SECONDS, hub_token, unreachable
 
 MAX_HEADER = 100 << 20  # bytes, as safetensors itself allows
@@ -258,7 +259,7 @@ def _schedule(pipe: Any, source: str, names: dict) -> None:
     if "v_pred" in names:  # a marker that trainers of SDXL write
         changes |= {"prediction_type": "v_prediction"}
         changes |= {"rescale_betas_zero_snr": True} if "ztsnr" in names else {}
-    if catalog.few_steps(source) and hasattr(pipe, "unet"):
+    if few_steps(source) and hasattr(pipe, "unet"):
         changes |= {"timestep_spacing": "trailing"}
     if changes:
         pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, **changes)
