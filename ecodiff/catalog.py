@@ -11,7 +11,8 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from .config import CompensateConfig, HealConfig, LearnConfig
-from .model_files import CAUTIOUS, distilled, few_steps, json_of, licence
+from .model_files import CAUTIOUS, distilled, few_steps, json_of, licence, one_frame
+from .pipelines import DENOISERS, SECOND_DENOISERS
 from .storage import PLAN_FILE, read_header
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -23,6 +24,7 @@ class Model:
 
     Attributes:
         name: what a person picks or types.
+        component: the denoiser that is pruned, if the pipeline has two and it is not the first.
         source: a folder, a Hub repository id, or a file in one: owner/name/file.safetensors.
         steps, guidance_scale, size: of a generated image (pixels a side; None: the pipeline's).
         learn_steps: time steps of a trajectory while learning.
@@ -56,6 +58,7 @@ class Model:
     prompts_folder: str = ""
     lora_of: str = ""
     scheduler: dict = field(default_factory=dict)
+    component: str = ""
 
     @property
     def embedded(self) -> bool:
@@ -149,14 +152,19 @@ def find(name: "str | Path | Model") -> Model:
 
     A name is resolved once, where it comes in; a Model is what it is.
 
+    "#transformer_2" behind a name is the second denoiser of a pipeline that has two (Wan 2.2 A14B).
+
     A folder's settings are those of the model that it was pruned from or is a copy of, a single file's those
     of the model that it is a variant of; else they are read off its own files. A folder that is called like
     a model of the catalogue is the folder.
     """
     if isinstance(name, Model):
         return name
+    whole, _, component = str(name).strip().rpartition("#")
+    if component in (*DENOISERS, *SECOND_DENOISERS) and not (Path(str(name)) / "model_index.json").is_file():
+        return _of_component(find(whole), component)
     name = _repository(str(name).strip())
-    by_source = {model.source: model for model in MODELS.values()}
+    by_source = {model.source: model for model in MODELS.values() if not model.component}
     if name in by_source:
         return by_source[name]
     if (Path(name) / "model_index.json").is_file():
@@ -172,6 +180,15 @@ def find(name: "str | Path | Model") -> Model:
     if base := by_source.get(_base_of_file(name)):
         return replace(base, name=name, source=name, title=name, licence="other", gated=False, **few)
     return Model(name, name, name, **CAUTIOUS | few, size=None, dtype="float16", licence="other")
+
+
+def _of_component(model: Model, component: str) -> Model:
+    """The same model, of whose denoisers `component` is pruned."""
+    for known in MODELS.values():
+        if (known.source, known.component) == (model.source, component):
+            return known
+    base = find(f"{find(model.base).source}#{component}").name if model.base else ""
+    return replace(model, name=f"{model.source}#{component}", component=component, base=base)
 
 
 _READERS: list[Callable[[str], str]] = []
@@ -242,6 +259,7 @@ def _folder(folder: Path, name: str) -> Model:
     prompts = str(folder) if (folder / "prompts" / "calibration.txt").is_file() else ""
     settings = CAUTIOUS | few_steps(name) | distilled(folder)
     settings |= {"size": None, "dtype": "float16", "licence": licence(folder), "prompts_folder": prompts}
+    settings["extra"] = one_frame(folder)
     return Model(**called, **settings)
 
 

@@ -1,9 +1,13 @@
 """How a model is used that the catalogue does not know: what its name and its own files say."""
 
+import inspect
 import json
 import re
 from pathlib import Path
 from typing import Any
+
+import diffusers
+from diffusers import DiffusionPipeline
 
 # Of a model that nothing is known of.
 CAUTIOUS: dict[str, Any] = {"steps": 30, "guidance_scale": 5.0, "learn_steps": 12}
@@ -50,6 +54,15 @@ def distilled(folder: Path) -> dict:
     if transformer.get("_class_name") == "FluxTransformer2DModel" and not transformer.get("guidance_embeds"):
         return few  # FLUX.1 schnell
     return {}
+
+
+def one_frame(folder: Path) -> dict:
+    """With what a folder's pipeline draws one frame, if it draws clips: ecodiff learns from images."""
+    cls = getattr(diffusers, str(json_of(folder / "model_index.json").get("_class_name")), None)
+    if not (isinstance(cls, type) and issubclass(cls, DiffusionPipeline)):
+        return {}
+    takes = inspect.signature(cls.__call__).parameters
+    return {name: 1 for name in ("num_frames", "video_length") if name in takes}
 
 
 def licence(folder: Path) -> str:

@@ -13,25 +13,47 @@ from torch.utils._pytree import tree_map
 
 from .errors import UnsupportedModelError
 
+DENOISERS = ("unet", "transformer")
+# Beside it in some pipelines: of the time steps with little noise (Wan 2.2 A14B), of calls without a prompt.
+SECOND_DENOISERS = ("transformer_2", "unconditional_transformer")
+
 
 def denoiser_name(pipe: DiffusionPipeline) -> str:
-    """The name of the pipeline's denoiser component: "unet" or "transformer".
+    """The name of the component that is pruned: "unet" or "transformer", if no other was chosen.
 
     Raises:
         UnsupportedModelError: the pipeline has neither.
     """
-    for name in ("unet", "transformer"):
-        if isinstance(getattr(pipe, name, None), nn.Module):
+    for name in (getattr(pipe, "chosen_denoiser", ""), *DENOISERS):
+        if name and isinstance(getattr(pipe, name, None), nn.Module):
             return name
     raise UnsupportedModelError(
         f"{type(pipe).__name__} has no `unet` and no `transformer`; ecodiff prunes those."
     )
 
 
+def choose_denoiser(pipe: DiffusionPipeline, name: str) -> None:
+    """Let `name` be what is pruned of a pipeline that has two denoisers. The other one stays as it is.
+
+    Raises:
+        UnsupportedModelError: it has no such denoiser.
+    """
+    if name not in (*DENOISERS, *SECOND_DENOISERS) or not isinstance(getattr(pipe, name, None), nn.Module):
+        raise UnsupportedModelError(f"This {type(pipe).__name__} has no denoiser that is called {name!r}.")
+    pipe.chosen_denoiser = name
+
+
 def denoiser_of(pipe: DiffusionPipeline) -> ModelMixin:
-    """`pipe.unet` or `pipe.transformer`; if it is compiled, the model under the wrapper."""
+    """The component that is pruned; if it is compiled, the model under the wrapper."""
     denoiser = getattr(pipe, denoiser_name(pipe))
     return getattr(denoiser, "_orig_mod", denoiser)
+
+
+def other_denoisers(pipe: DiffusionPipeline) -> list[ModelMixin]:
+    """Denoisers that work in the same trajectories and are not pruned."""
+    names = [name for name in (*DENOISERS, *SECOND_DENOISERS) if name != denoiser_name(pipe)]
+    found = [getattr(pipe, name, None) for name in names]
+    return [getattr(part, "_orig_mod", part) for part in found if isinstance(part, nn.Module)]
 
 
 def call_options(

@@ -102,8 +102,9 @@ def chroma() -> ChromaPipeline:
     )
 
 
-def wan(tokens: bool = False) -> WanPipeline:
-    """Wan 2.1's; with `tokens` Wan 2.2 5B's, which is told the time step of every token."""
+def wan(tokens: bool = False, two: bool = False) -> WanPipeline:
+    """Wan 2.1's; with `tokens` Wan 2.2 5B's, which is told the time step of every token; with `two` denoisers
+    Wan 2.2 A14B's."""
     config = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     vae = AutoencoderKLWan(
         base_dim=4,
@@ -120,6 +121,8 @@ def wan(tokens: bool = False) -> WanPipeline:
         scheduler=flow(),
         transformer=tiny(WanTransformer3DModel, "Wan 2.1"),
         expand_timesteps=tokens,
+        transformer_2=tiny(WanTransformer3DModel, "Wan 2.1", num_layers=3) if two else None,
+        boundary_ratio=0.7 if two else None,
     )
 
 

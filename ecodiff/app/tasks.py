@@ -24,7 +24,7 @@ from ..errors import EcodiffError, OutOfMemoryError, RunError, memory_advice
 from ..learning import calibration
 from ..metrics.cost import speedup
 from ..metrics.fidelity import Sample, generate
-from ..pipelines import call_options, prompt_rows
+from ..pipelines import call_options, denoiser_name, prompt_rows
 from ..pruning.plan import PrunePlan
 from ..runs.folder import Run
 from ..runs.healing import heal_run, healed
@@ -200,8 +200,9 @@ class DrawLoras:
             small = device.pruned(self.model, self.plan, True, Path(self.kept), prompts=self.prompts)
             pipes = device.dense(self.model), small
             for pipe, file in zip(pipes, self.files, strict=True):
+                second = {"load_into_transformer_2": True} if denoiser_name(pipe) == "transformer_2" else {}
                 try:
-                    pipe.load_lora_weights(file)
+                    pipe.load_lora_weights(file, **second)
                     yield generate(pipe, self.prompt, self.seed, **self.options)
                 except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
                     words = str(error).splitlines() or [type(error).__name__]

@@ -22,6 +22,8 @@ def snippet(known: catalog.Model, folder: str, dtype: str = "") -> str:
     asked = {"num_inference_steps": known.steps, "guidance_scale": known.guidance_scale}
     asked |= {"height": known.size, "width": known.size} | known.extra
     options = "".join(f", {name}={value!r}" for name, value in asked.items() if value is not None)
+    draws_clips = {"num_frames", "video_length"} & known.extra.keys()
+    image = ', output_type="pil").frames[0][0]' if draws_clips else ").images[0]"
     chosen = f'torch.{known.dtype} if device == "cuda" else torch.float32'
     return f"""import torch
 from diffusers import DiffusionPipeline
@@ -30,7 +32,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = {f"torch.{dtype}" if dtype else chosen}
 pipe = DiffusionPipeline.from_pretrained("{folder}", torch_dtype=dtype, trust_remote_code=True)
 pipe.to(device)
-image = pipe("a red apple"{options}).images[0]
+image = pipe("a red apple"{options}{image}
 image.save("image.png")"""
 
 

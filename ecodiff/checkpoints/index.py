@@ -11,6 +11,7 @@ from huggingface_hub.file_download import get_hf_file_metadata
 
 from .. import catalog
 from ..errors import CheckpointError, ModelNotFoundError
+from ..pipelines import DENOISERS, SECOND_DENOISERS
 from .sign_in import NETWORK_ERRORS, PROBE_SECONDS, hub_token, unreachable
 
 _FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".zip", ".json")
@@ -78,7 +79,7 @@ def probe(repo: str) -> None:
 
 def refuse_quantised(source: str, index: dict) -> None:
     """Raise CheckpointError if the denoiser in a folder is stored quantised."""
-    for name in ("unet", "transformer"):
+    for name in (*DENOISERS, *SECOND_DENOISERS):
         file = Path(source) / name / "config.json"
         if name in index and file.is_file():
             found = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")

@@ -20,7 +20,7 @@ from ..checks import without_values
 from ..errors import CheckpointError, EcodiffError, UnsupportedModelError, memory_advice
 from ..learning.streaming import LARGE, stream_
 from ..machine import free_bytes, megabytes
-from ..pipelines import denoiser_of
+from ..pipelines import DENOISERS, choose_denoiser, denoiser_of
 from ..pruning import ecodiff_sliced_v1
 from .index import damaged, model_index, refuse_quantised
 from .sign_in import NETWORK_ERRORS, PROBE_SECONDS, hub_token, unreachable
@@ -42,6 +42,8 @@ def load(
 ):
     """Open a pipeline: an embedded model's name, a diffusers folder (dense or pruned), a Hub id, or a
     single .safetensors file, here or on the Hub (owner/name/file.safetensors).
+
+    With "#transformer_2" behind it, the second of its two denoisers is what is pruned.
 
     Args:
         dtype: None: float32 on a CPU, else `working_dtype`.
@@ -87,6 +89,8 @@ def load(
         raise unreachable(source) from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise damaged(source, error) from None
+    if known.component:
+        choose_denoiser(pipe, known.component)
     return _ready(pipe, device, offload, rounded)
 
 
@@ -176,9 +180,11 @@ def empty_denoiser(model: str | catalog.Model) -> nn.Module:
     index = model_index(source)
     _fetch_settings(source)
     refuse_quantised(source, index)
-    name = next((n for n in ("unet", "transformer") if index.get(n, [None])[0]), None)
+    names = [known.component] if known.component else DENOISERS
+    name = next((n for n in names if index.get(n, [None])[0]), None)
     if name is None:
-        raise UnsupportedModelError(f"{source} has no `unet` and no `transformer` to prune.")
+        missing = " and no ".join(f"`{name}`" for name in names)
+        raise UnsupportedModelError(f"{source} has no {missing} to prune.")
     library, cls_name = index[name]
     module = ecodiff_sliced_v1 if library == ecodiff_sliced_v1.NAME else diffusers
     cls: Any = getattr(module, str(cls_name), None)
@@ -215,13 +221,13 @@ def classes(model: str | catalog.Model) -> tuple[Any, str]:
     pipeline = getattr(diffusers, str(index.get("_class_name")), None)
     if not (isinstance(pipeline, type) and issubclass(pipeline, DiffusionPipeline)):
         raise UnsupportedModelError(f"{source} is a {index.get('_class_name')}, not diffusers' own.")
-    return pipeline, "unet" if index.get("unet", [None])[0] else "transformer"
+    return pipeline, known.component or ("unet" if index.get("unet", [None])[0] else "transformer")
 
 
 def disk_dtype(model: str | catalog.Model) -> torch.dtype:
     """In which type a model's files hold the denoiser's weights, or `working_dtype` if they are not here."""
     known = catalog.find(model)
-    for name in ("unet", "transformer"):
+    for name in [known.component] if known.component else DENOISERS:
         files = (Path(known.source) / name).glob("*.safetensors")
         for file in sorted(files, key=lambda file: not {".fp16", ".bf16"} & set(file.suffixes)):
             with safe_open(file, framework="pt") as weights:

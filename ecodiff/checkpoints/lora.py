@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..architectures import find_groups
 from ..errors import CheckpointError, PlanError
-from ..pipelines import denoiser_name, denoiser_of
+from ..pipelines import DENOISERS, denoiser_name, denoiser_of
 from ..pruning.components import plan_of_pipeline
 from ..pruning.heads import parts, turned
 from ..pruning.plan import PrunePlan
@@ -104,6 +104,7 @@ def translate(
     Args:
         small: the pruned denoiser with its weights, which a DoRA needs, and those of `dense`.
     """
+    name = name if name in DENOISERS else "transformer"  # files call a second one like the first
     tensors, lost, lengths = _read(Path(lora), pipeline, name, plan, dense)
     if lengths and small is None:
         raise CheckpointError(

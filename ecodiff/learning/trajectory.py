@@ -7,7 +7,8 @@ beyond the latents themselves.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline
@@ -18,6 +19,7 @@ from ..pipelines import (
     denoiser_of,
     frozen,
     latent_call,
+    other_denoisers,
     quiet,
     replaced_forward,
 )
@@ -83,9 +85,26 @@ def trajectory(
         block_by_block(denoiser, keep.blocks or streamed(denoiser)),
         replaced_forward(denoiser, kept_or_recomputed),
         attention_with_fast_backward(denoiser),
+        other_denoisers_recomputed(pipe, keep),
         torch.enable_grad(),
     ):
         yield run
+
+
+@contextmanager
+def other_denoisers_recomputed(pipe: DiffusionPipeline, keep: Keep) -> Iterator[None]:
+    """Recompute calls of denoisers that are not pruned too, where gradients flow through them."""
+
+    def call(own: Callable, *args, **kwargs):
+        if keep == ALL or not torch.is_grad_enabled():
+            return own(*args, **kwargs)
+        return recomputed(own, [], args, kwargs)
+
+    with ExitStack() as stack:
+        for model in other_denoisers(pipe):
+            stack.enter_context(block_by_block(model, keep.blocks or streamed(model)))
+            stack.enter_context(replaced_forward(model, partial(call, model.forward)))
+        yield
 
 
 @contextmanager

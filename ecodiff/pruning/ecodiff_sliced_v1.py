@@ -318,7 +318,8 @@ def lay_out(module: nn.Module, device: torch.device) -> None:
     for child, (_, _, index) in module.partly.items():
         if now < before:
             heads = index // before
-            index = heads * now + torch.arange(len(index)) - torch.searchsorted(heads, heads)
+            number = torch.arange(len(index), device=index.device)
+            index = heads * now + number - torch.searchsorted(heads, heads)
         module.register_buffer(_index_of(child), index.to(device), persistent=False)
 
 
@@ -362,8 +363,8 @@ def places(bits: list) -> list:
 
 
 def unpacked(bits: list) -> torch.Tensor:
-    """The same as a tensor."""
-    return torch.tensor(places(bits), dtype=torch.long)
+    """The same as a tensor, which is real for a model on the meta device too."""
+    return torch.tensor(places(bits), dtype=torch.long, device="cpu")
 
 
 def apply(model: nn.Module, description: dict) -> None:

@@ -287,7 +287,8 @@ def variant(pipe: DiffusionPipeline, plan: PrunePlan | Mapping[str, Tensor]):
     check_calls(dense)
     plan = plan if isinstance(plan, PrunePlan) else PrunePlan(plan)
     if "model" not in plan.metadata and (source := pipe.config.get("_name_or_path")):
-        known = catalog.find(source)
+        chosen = getattr(pipe, "chosen_denoiser", "")
+        known = catalog.find(f"{source}#{chosen}" if chosen else source)
         plan = PrunePlan(plan, plan.metadata | {"model": known.base or known.name})
     pruned = {name: slice_(shared_copy(dense), plan.part())}
     for encoder in plan.text_encoders:

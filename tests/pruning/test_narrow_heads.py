@@ -103,5 +103,8 @@ def test_a_saved_model_has_narrow_heads_again(tmp_path):
     small.save_pretrained(tmp_path / "small")
     loaded = type(small).from_pretrained(tmp_path / "small")
     assert {n: m.head_widths for n, m in loaded.named_modules() if hasattr(m, "head_widths")} == widths
+    with torch.device("meta"):
+        empty = type(small).from_config(type(small).load_config(tmp_path / "small"))
+    assert {n: m.head_widths for n, m in empty.named_modules() if hasattr(m, "head_widths")} == widths
     given = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 3, 32)
     torch.testing.assert_close(loaded(*given)[0], small(*given)[0])
