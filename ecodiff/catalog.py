@@ -38,6 +38,7 @@ class Model:
         prompts_folder: where its prompts are; "": those that are for all models.
         lora_of: `source` is a LoRA, to be fused into this model of the catalogue.
         scheduler: its class and settings, if they are not those of its files.
+        parts: components that its repository leaves to others, and those.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Model:
     lora_of: str = ""
     scheduler: dict = field(default_factory=dict)
     component: str = ""
+    parts: dict[str, str] = field(default_factory=dict)
 
     @property
     def embedded(self) -> bool:
@@ -245,7 +247,7 @@ def _repository(name: str) -> str:
 
 def _folder(folder: Path, name: str) -> Model:
     """A folder as a model."""
-    called: dict[str, Any] = {"name": name, "source": name, "title": name}
+    called: dict[str, Any] = {"name": name, "source": name, "title": name, "parts": {}}
     cut = read_header(folder / PLAN_FILE).get("metadata")
     base = json.loads(cut).get("model") if cut else None
     if base and base != name:

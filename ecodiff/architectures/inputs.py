@@ -3,7 +3,9 @@
 Of classes that are not here, nothing is known without a pipeline. Text lengths are the pipelines' own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +36,32 @@ def meta_call(denoiser: nn.Module, size: int, rows: int) -> dict | None:
     given = builder(denoiser.config, size, rows)
     dtype = next(denoiser.parameters()).dtype
     return {name: _cast(value, dtype) for name, value in given.items()}
+
+
+@contextmanager
+def evenly_routed(denoiser: nn.Module) -> Iterator[None]:
+    """Let experts (HiDream's) be called on the meta device: as if each got an equal share of the tokens."""
+    meta = next(denoiser.parameters()).device.type == "meta"
+    routed: list[Any] = [m for m in denoiser.modules() if meta and hasattr(m, "moe_infer")]
+    for module in routed:
+        module.forward = partial(_evenly, module)
+    before = denoiser.training
+    denoiser.training = before or bool(routed)  # otherwise it reads the images' sizes off a tensor
+    try:
+        yield
+    finally:
+        denoiser.training = before
+        for module in routed:
+            del module.forward
+
+
+def _evenly(module: Any, x: Tensor) -> Tensor:
+    _, weights, _ = module.gate(x)
+    tokens = x.flatten(0, -2).repeat_interleave(module.num_activated_experts, dim=0)
+    shares = tokens.tensor_split(len(module.experts))
+    found = torch.cat([expert(share) for expert, share in zip(module.experts, shares, strict=True)])
+    found = (found.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1)
+    return found.view(x.shape) + module.shared_experts(x)
 
 
 def _cast(value, dtype: torch.dtype):
@@ -155,6 +183,18 @@ def _lumina(config, size: int, rows: int) -> dict:
         "encoder_hidden_states": _empty(rows, text, config.cap_feat_dim),
         "encoder_attention_mask": torch.empty(rows, text, device="meta", dtype=torch.bool).as_subclass(_Ones),
         "timestep": _empty(rows),
+    }
+
+
+@_called("HiDreamImageTransformer2DModel")
+def _hidream(config, size: int, rows: int) -> dict:
+    text, llama = 128, max(config.llama_layers) + 1
+    return {
+        "hidden_states": _empty(rows, config.in_channels, size // 8, size // 8),
+        "timesteps": _empty(rows),
+        "encoder_hidden_states_t5": _empty(rows, text, config.caption_channels[0]),
+        "encoder_hidden_states_llama3": _empty(llama, rows, text, config.caption_channels[1]),
+        "pooled_embeds": _empty(rows, config.text_emb_dim),
     }
 
 

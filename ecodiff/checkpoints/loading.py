@@ -14,10 +14,11 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import catalog, machine
 from ..checks import without_values
-from ..errors import CheckpointError, EcodiffError, UnsupportedModelError, memory_advice
+from ..errors import CheckpointError, EcodiffError, ModelNotFoundError, UnsupportedModelError, memory_advice
 from ..learning.streaming import LARGE, stream_
 from ..machine import free_bytes, megabytes
 from ..pipelines import DENOISERS, choose_denoiser, denoiser_of
@@ -80,6 +81,7 @@ def load(
             elif isinstance(entry, list) and entry[0] == ecodiff_sliced_v1.NAME:
                 cls = getattr(ecodiff_sliced_v1, str(entry[1]))
                 components[name] = cls.from_pretrained(source, subfolder=name, dtype=dtype, token=hub_token())
+        components |= {name: _part(source, name, other, dtype) for name, other in known.parts.items()}
         pipe = _from_files(source, str(index.get("_class_name")), dtype, components)
     except EcodiffError:
         raise
@@ -113,6 +115,20 @@ def _from_files(source: str, name: str, dtype: torch.dtype, components: dict):
             plain = error if variant is None else plain
     assert plain is not None
     raise plain
+
+
+def _part(source: str, name: str, repository: str, dtype: torch.dtype) -> Any:
+    """A text encoder, or its tokenizer, that a model reads and its own repository does not hold."""
+    try:
+        if name.startswith("tokenizer"):
+            return AutoTokenizer.from_pretrained(repository, token=hub_token())
+        return AutoModelForCausalLM.from_pretrained(repository, dtype=dtype, token=hub_token())
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ModelNotFoundError(
+            f"{source} reads {repository} as its {name}, which could not be opened: {reason} If it asks for "
+            "it, accept its licence on the Hub, and sign in (hf auth login)."
+        ) from None
 
 
 def _fused(known: catalog.Model, dtype: torch.dtype):

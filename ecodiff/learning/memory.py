@@ -19,6 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ..architectures.inputs import evenly_routed
 from ..errors import exhausted
 from ..machine import free_bytes, release
 from ..pipelines import denoiser_calls, denoiser_of, moved
@@ -191,7 +192,8 @@ def activation_bytes(
 
     def call(watched: _Kept) -> None:
         attention = _Fused() if device.type != "cpu" else nullcontext()
-        with torch.enable_grad(), masked(denoiser, masks), attention, watched.watching():
+        routed = evenly_routed(denoiser)
+        with torch.enable_grad(), masked(denoiser, masks), attention, routed, watched.watching():
             denoiser(*args, **kwargs)
 
     call(kept)

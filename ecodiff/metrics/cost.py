@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..architectures import find_groups
+from ..architectures.inputs import evenly_routed
 from ..machine import wait_for
 from ..pipelines import denoiser_calls, denoiser_of, frozen, moved
 from ..units import ALL_KINDS, PruneGroup
@@ -84,7 +85,8 @@ def macs_by_unit(
 def module_macs(denoiser: nn.Module, args: tuple, kwargs: dict) -> dict[str, int]:
     """Multiply-accumulates of every module in one call, what is inside it included; "" is the whole."""
     # As matrix products: of a fused attention on a CPU the counter knows nothing.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    math = sdpa_kernel(SDPBackend.MATH)
+    with math, evenly_routed(denoiser), FlopCounterMode(display=False) as counter:
         denoiser(*args, **kwargs)
     root = type(denoiser).__name__
     counts = {name: sum(found.values()) // 2 for name, found in counter.get_flop_counts().items()}

@@ -107,7 +107,9 @@ def test_diffusers_opens_it(model, tmp_path, monkeypatch):
     for key, weight in rounded.named_parameters():
         if f"{key}.absmax" in tensors:
             weight.data = unpacked(tensors, key).bfloat16()
-    rows = prompt_rows(["red apple", "cat face"], range(2), 0, {"num_inference_steps": 2})
+    rows = prompt_rows(
+        ["red apple", "cat face"], range(2), 0, {"num_inference_steps": 2, "height": 64, "width": 64}
+    )
     args, kwargs = tree_map(
         lambda leaf: leaf.bfloat16() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf,
         denoiser_calls(small, rows, limit=1)[0],
