@@ -1,4 +1,4 @@
-"""SD 3 and Qwen-Image as ComfyUI builds them, written here so that the node can be tested without ComfyUI.
+"""SD 3, Qwen-Image and Z-Image as ComfyUI builds them, written here so that the node can be tested alone.
 
 The same checks against the real ComfyUI: integrations/comfyui/check.py.
 """
@@ -13,12 +13,12 @@ HEAD = 64
 
 
 class RMS(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, eps=1e-6):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
+        self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, 1e-6)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def norm(x):
@@ -58,6 +58,19 @@ class SelfAttention(nn.Module):
 
 def attended(parts):
     return attend(*(part.transpose(1, 2) for part in parts))
+
+
+def angles(places, axes, theta):
+    """Cosines and sines of rotary positions (tokens, axes), for (count, tokens, heads, features)."""
+    each = [places[:, i, None] / theta ** (torch.arange(0, axis, 2) / axis) for i, axis in enumerate(axes)]
+    found = torch.cat(each, 1)[None, :, None]
+    return found.cos(), found.sin()
+
+
+def turned(x, rotary):
+    cos, sin = rotary
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
 class Stream(nn.Module):
@@ -157,13 +170,7 @@ class Attention(nn.Module):
             q, k, v = (getattr(self, name)(x).unflatten(-1, (self.heads, -1)) for name in names)
             parts.append((getattr(self, norms[0])(q), getattr(self, norms[1])(k), v))
         q, k, v = (torch.cat(pair, 1) for pair in zip(*parts, strict=True))
-        cos, sin = image_rotary_emb
-
-        def turned(x):
-            a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-            return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-
-        out = attended([turned(q), turned(k), v])
+        out = attended([turned(q, image_rotary_emb), turned(k, image_rotary_emb), v])
         text, image = out.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], 1)
         return self.to_out[0](image), self.to_add_out(text)
 
@@ -232,12 +239,7 @@ class QwenImage(nn.Module):
         image = torch.stack([torch.zeros(height, width), *torch.meshgrid(rows, columns, indexing="ij")], -1)
         text = torch.arange(start, start + tokens)[:, None].expand(-1, 3)
         places = torch.cat([text, image.flatten(0, 1)]).float()
-        angles = [
-            places[:, i, None] / 10000 ** (torch.arange(0, axis, 2) / axis)
-            for i, axis in enumerate(self.axes)
-        ]
-        angles = torch.cat(angles, 1)[None, :, None]
-        return angles.cos(), angles.sin()
+        return angles(places, self.axes, 10000)
 
     def forward(self, x, timestep, context):
         (count, channels, _, height, width), shape = x.shape, x.shape
@@ -253,3 +255,100 @@ class QwenImage(nn.Module):
         out = self.proj_out(modulate(image, shift, scale))
         out = out.view(count, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return out.reshape(shape)
+
+
+class JointAttention(nn.Module):
+    def __init__(self, width, heads, op):
+        super().__init__()
+        self.n_local_heads = self.n_local_kv_heads = self.n_kv_heads = heads
+        self.head_dim = width // heads
+        self.qkv, self.out = op.Linear(width, 3 * width, bias=False), op.Linear(width, width, bias=False)
+        self.q_norm, self.k_norm = RMS(self.head_dim, 1e-5), RMS(self.head_dim, 1e-5)
+
+    def forward(self, x, rotary):
+        parts = self.qkv(x).split(self.n_local_heads * self.head_dim, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.n_local_heads, self.head_dim)) for part in parts)
+        return self.out(attended([turned(self.q_norm(q), rotary), turned(self.k_norm(k), rotary), v]))
+
+
+class GatedFeedForward(nn.Module):
+    def __init__(self, width, hidden, op):
+        super().__init__()
+        self.w1, self.w3 = (op.Linear(width, hidden, bias=False) for _ in range(2))
+        self.w2 = op.Linear(hidden, width, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class ZImageBlock(nn.Module):
+    def __init__(self, width, heads, hidden, op, modulated=True):
+        super().__init__()
+        self.attention = JointAttention(width, heads, op)
+        self.feed_forward = GatedFeedForward(width, hidden, op)
+        for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
+            setattr(self, name, RMS(width, 1e-5))
+        if modulated:
+            self.adaLN_modulation = nn.Sequential(op.Linear(256, 4 * width))
+
+    def forward(self, x, rotary, c=None):
+        scale, gate, scale_2, gate_2 = (1.0,) * 4
+        if c is not None:
+            parts = self.adaLN_modulation(c)[:, None].chunk(4, dim=-1)
+            scale, gate, scale_2, gate_2 = 1 + parts[0], parts[1].tanh(), 1 + parts[2], parts[3].tanh()
+        x = x + gate * self.attention_norm2(self.attention(self.attention_norm1(x) * scale, rotary))
+        return x + gate_2 * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * scale_2))
+
+
+class NextDiT(nn.Module):
+    """Z-Image, as ComfyUI builds it of Lumina 2's layers."""
+
+    def __init__(self, config, op):
+        super().__init__()
+        width, self.axes, self.theta = config["dim"], config["axes_dims"], config["rope_theta"]
+        self.time_scale, self.multiple = config["time_scale"], config["pad_tokens_multiple"]
+        hidden = -(-int(config["ffn_dim_multiplier"] * width) // 256) * 256
+        sizes = width, config["n_heads"], hidden, op
+        self.x_embedder = op.Linear(4 * config["in_channels"], width)
+        self.t_embedder = nn.Module()
+        middle = min(width, 1024)
+        self.t_embedder.mlp = nn.Sequential(op.Linear(256, middle), nn.SiLU(), op.Linear(middle, 256))
+        text = config["cap_feat_dim"]
+        self.cap_embedder = nn.Sequential(RMS(text, 1e-5), op.Linear(text, width))
+        few, many = range(config["n_refiner_layers"]), range(config["n_layers"])
+        self.noise_refiner = nn.ModuleList(ZImageBlock(*sizes) for _ in few)
+        self.context_refiner = nn.ModuleList(ZImageBlock(*sizes, modulated=False) for _ in few)
+        self.layers = nn.ModuleList(ZImageBlock(*sizes) for _ in many)
+        self.final_layer = nn.Module()
+        self.final_layer.linear = op.Linear(width, 4 * config["in_channels"])
+        self.final_layer.adaLN_modulation = nn.Sequential(nn.SiLU(), op.Linear(256, width))
+        self.x_pad_token, self.cap_pad_token = (nn.Parameter(torch.empty(1, width)) for _ in range(2))
+
+    def padded(self, x, token, places):
+        missing = -x.shape[1] % self.multiple
+        x = torch.cat([x, token.expand(len(x), missing, -1)], 1)
+        return x, torch.cat([places, places.new_zeros(x.shape[1] - len(places), 3)])
+
+    def forward(self, x, timestep, context):
+        count, height, width = len(x), x.shape[-2] // 2, x.shape[-1] // 2
+        c = self.t_embedder.mlp(sinusoid(1 - timestep, 256, self.time_scale))
+        text, _ = self.padded(self.cap_embedder(context), self.cap_pad_token, torch.zeros(0, 3))
+        places = torch.zeros(text.shape[1], 3)
+        places[:, 0] = torch.arange(text.shape[1]) + 1
+        x = x.view(count, -1, height, 2, width, 2).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        grid = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        at = torch.stack([torch.full((height, width), text.shape[1] + 1), *grid], -1).flatten(0, 1).float()
+        tokens = height * width
+        x, at = self.padded(self.x_embedder(x), self.x_pad_token, at)
+        own, other = (angles(p, self.axes, self.theta) for p in (at, places))
+        for block in self.noise_refiner:
+            x = block(x, own, c)
+        for block in self.context_refiner:
+            text = block(text, other)
+        both, every = torch.cat([text, x], 1), angles(torch.cat([places, at]), self.axes, self.theta)
+        for block in self.layers:
+            both = block(both, every, c)
+        x = norm(both[:, text.shape[1] :][:, :tokens])
+        x = self.final_layer.linear(x * (1 + self.final_layer.adaLN_modulation(c)[:, None]))
+        x = x.view(count, height, width, 2, 2, -1)
+        return -torch.einsum("nhwpqc->nchpwq", x).flatten(4, 5).flatten(2, 3)

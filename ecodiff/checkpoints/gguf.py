@@ -30,6 +30,7 @@ ARCHITECTURES = {
     "Flux": "flux",
     "FluxSchnell": "flux",
     "QwenImage": "qwen_image",
+    "ZImage": "lumina2",
 }
 SHAPE = "comfy.gguf.orig_shape."
 SMALL = 1024  # values; up to here a tensor stays in 32 bits, as ComfyUI-GGUF's converter leaves it
@@ -38,13 +39,13 @@ KEPT = (
     *("img_in.", "txt_in.", "time_in.", "vector_in.", "guidance_in.", "final_layer."),
     *("time_embed.", "label_emb.", "input_blocks.0.0.", "out.2."),
     *("x_embedder.", "context_embedder.", "t_embedder.", "y_embedder.", "pos_embed"),
-    *("time_text_embed.", "norm_out.", "proj_out.", BASIS),
+    *("time_text_embed.", "norm_out.", "proj_out.", "cap_embedder.", BASIS),
 )
 
 
 def kind_of(name: str, tensor: Tensor, kind: str) -> str:
     """How a tensor is stored: F32, F16, or `kind`, one of `KINDS`."""
-    if tensor.ndim < 2 or tensor.numel() <= SMALL:
+    if tensor.ndim < 2 or tensor.numel() <= SMALL or name.endswith("_pad_token"):
         return "F32"
     if not name.startswith(KEPT) and tensor.numel() % BLOCK == 0:
         return kind

@@ -31,6 +31,8 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -45,7 +47,9 @@ from ecodiff.pipelines import denoiser_calls, denoiser_name, denoiser_of, prompt
 from ecodiff.pruning.scores import Scores
 from ecodiff.pruning.slicing import plan_of
 
-RANDOM = ("sd3", "qwen")  # small models of random weights
+LAYERS = ("attn", "ff", "proj_mlp", "attention", "feed_forward")  # that the LoRA is on
+RANDOM = ("sd3", "qwen", "z-image")  # small models of random weights
+SHORT = {"num_inference_steps": 2, "height": 64, "width": 64}  # a run of a pipeline
 OPTIONAL = ("torchvision", "torchaudio", "av", "kornia", "spandrel", "alembic", "scipy")
 
 
@@ -136,6 +140,11 @@ def random_pipeline(name: str):
         )
         pipeline: Any = partial(StableDiffusion3Pipeline, text_encoder_3=None, tokenizer_3=None)
         pipeline = partial(pipeline, text_encoder_2=None, tokenizer_2=None)
+    elif name == "z-image":
+        transformer = ZImageTransformer2DModel(
+            dim=1024, n_heads=8, n_kv_heads=8, n_layers=3, n_refiner_layers=1, cap_feat_dim=64
+        )
+        pipeline = ZImagePipeline
     else:
         transformer = QwenImageTransformer2DModel(
             num_layers=4,
@@ -180,7 +189,7 @@ def _with_lora(pipe, small, patcher, folder: Path) -> float:
     denoiser, noise = denoiser_of(pipe), torch.Generator().manual_seed(1)
     tensors, name = {}, denoiser_name(pipe)
     for path, module in denoiser.named_modules():
-        if isinstance(module, torch.nn.Linear) and any(part in path for part in ("attn", "ff", "proj_mlp")):
+        if isinstance(module, torch.nn.Linear) and any(part in path for part in LAYERS):
             out, features = module.weight.shape
             for side, shape in (("A", (4, features)), ("B", (out, 4))):
                 values = torch.randn(shape, generator=noise)
@@ -206,20 +215,22 @@ def inputs(small) -> dict:
     denoiser = denoiser_of(small)
     noise, config = torch.Generator().manual_seed(2), denoiser.config
     unet, qwen = hasattr(denoiser, "down_blocks"), "Qwen" in type(denoiser).__name__
-    channels = {"SD3": config.in_channels, "Qwe": config.out_channels, "Flu": config.in_channels // 4}
+    channels = {"Qwe": getattr(config, "out_channels", 0), "Flu": config.in_channels // 4}
     shape = (channels.get(type(denoiser).__name__.removeprefix("Sliced")[:3], config.in_channels),)
     shape += (1, 16, 16) if qwen else (16, 16)
     given = {
         "x": torch.randn(2, *shape, generator=noise),
         "timestep": torch.tensor([0.7, 0.2]) * (1000 if unet or "SD3" in type(denoiser).__name__ else 1),
     }
-    width = config.cross_attention_dim if unet else config.joint_attention_dim
+    z_image = "ZImage" in type(denoiser).__name__
+    width = "cross_attention_dim" if unet else "cap_feat_dim" if z_image else "joint_attention_dim"
+    width = config[width]
     given["context"] = torch.randn(2, 8, width, generator=noise)
-    if not qwen:
+    if not qwen and not z_image:
         pooled = config.projection_class_embeddings_input_dim if unet else config.pooled_projection_dim
         given["y"] = torch.randn(2, pooled, generator=noise)
     if small.text_encoder is not None:
-        rows = prompt_rows(["red apple", "cat face"], range(2), 0, {"num_inference_steps": 2})
+        rows = prompt_rows(["red apple", "cat face"], range(2), 0, SHORT)
         _, named = denoiser_calls(small, rows, limit=1)[0]
         given["context"] = named["encoder_hidden_states"][-2:]
         pooled = named["added_cond_kwargs"]["text_embeds"] if unet else named["pooled_projections"]
@@ -238,6 +249,8 @@ def _call(small, model) -> float:
 def _output(small, model) -> torch.Tensor:
     """What ComfyUI's model makes of `inputs`."""
     given = inputs(small)
+    if hasattr(model, "noise_refiner"):
+        given["num_tokens"] = given["context"].shape[1]
     return model(given.pop("x"), given.pop("timestep"), **given)
 
 
@@ -253,7 +266,10 @@ def _sampled(small, patcher) -> float:
     if hasattr(small, "unet"):  # ComfyUI embeds the sizes itself
         width = denoiser.config.addition_time_embed_dim
         patcher.model.embedder, pooled = Timestep(width), pooled[:, : -6 * width]
-    conds = [[[text[i, None], {"pooled_output": pooled[i, None], "guidance": 3.0}]] for i in (1, 0)]
+    known: dict[str, Any] = {"guidance": 3.0}
+    if hasattr(patcher.model.diffusion_model, "noise_refiner"):  # Z-Image counts its text's tokens by it
+        known["attention_mask"] = torch.ones(text[:1].shape[:2])
+    conds = [[[text[i, None], {"pooled_output": pooled[i, None], **known}]] for i in (1, 0)]
     cfg = 1.0 if "guidance" in given else 3.0  # FLUX.1 dev is told its guidance
     latent = torch.zeros_like(given["x"][:1])
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
@@ -276,7 +292,7 @@ class _Theirs(torch.nn.Module):
         if hasattr(own, "img_in"):
             self.img_in = own.img_in
 
-    def forward(self, x, timestep, context=None, y=None, guidance=None, **kwargs):
+    def forward(self, x, timestep, context=None, *args, y=None, guidance=None, **kwargs):
         return theirs_of(self.denoiser[0], x, timestep, context, y, guidance)
 
 
@@ -284,6 +300,7 @@ def theirs_of(denoiser, x, timestep, context, y=None, guidance=None):
     """diffusers' denoiser, called as ComfyUI calls its own."""
     name = type(denoiser).__name__.removeprefix("Sliced")
     call = {"FluxTransformer2DModel": _flux, "SD3Transformer2DModel": _sd3, "UNet2DConditionModel": _unet}
+    call["ZImageTransformer2DModel"] = _z_image
     return call.get(name, _qwen)(denoiser, x, timestep, context, y, guidance)
 
 
@@ -318,6 +335,11 @@ def _flux(denoiser, x, timestep, context, y, guidance):
 
 def _sd3(denoiser, x, timestep, context, y, guidance):
     return denoiser(x, context, y, timestep, return_dict=False)[0]
+
+
+def _z_image(denoiser, x, timestep, context, y, guidance):
+    images = denoiser(list(x[:, :, None]), 1 - timestep, list(context), return_dict=False)[0]
+    return -torch.stack(list(images)).squeeze(2)
 
 
 def _qwen(denoiser, x, timestep, context, y, guidance):
@@ -433,7 +455,12 @@ def main() -> None:
         if options.weigh:
             weighed(nodes, Path(folder))
             return
+        import comfy.supported_models
+
         for name in options.models:
+            if name == "z-image" and not hasattr(comfy.supported_models, "ZImage"):
+                print("z-image: this ComfyUI is older than it")
+                continue
             for ratio in options.ratios:
                 begun = time.monotonic()
                 found = compare(nodes, name, ratio, Path(folder))

@@ -67,6 +67,8 @@ def fit(model: nn.Module, heads: dict) -> None:
         module = model.get_submodule(path)
         if hasattr(module, "to_q"):
             module.heads = count
+        elif hasattr(module, "n_local_heads"):  # Z-Image
+            module.n_local_heads = module.n_local_kv_heads = module.n_kv_heads = count
         else:
             module.num_heads = count
         if hasattr(module, "linear1"):  # a single block of FLUX: its attention and its MLP share two layers
@@ -87,6 +89,9 @@ def _emptied(base: type) -> type:
     def joint(self, hidden_states, encoder_hidden_states, **kwargs):
         return self.to_out[0](hidden_states[..., :0]), self.to_add_out(encoder_hidden_states[..., :0])
 
+    def fused(self, x, *args, **kwargs):
+        return self.out(x[..., :0])
+
     def single(self, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options=None):
         mod, _ = self.modulation(vec)
         hidden = self.mlp_act(self.linear1((1 + mod.scale) * self.pre_norm(x) + mod.shift))
@@ -105,7 +110,8 @@ def _emptied(base: type) -> type:
             done.append(x)
         return tuple(done)
 
-    forwards = {"CrossAttention": attention, "Attention": joint, "SingleStreamBlock": single}
+    forwards = {"CrossAttention": attention, "Attention": joint, "JointAttention": fused}
+    forwards["SingleStreamBlock"] = single
     forward = forwards.get(base.__name__, double)
     return type(f"Emptied{base.__name__}", (base,), {"forward": forward})
 

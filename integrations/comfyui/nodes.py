@@ -19,7 +19,7 @@ from .layers import BASIS, fit, project, shaped
 
 HEADER = "ecodiff_comfyui"
 FOLDERS = ("diffusion_models", "unet_gguf")  # of folder_paths
-KNOWN = ("SD15", "SDXL", "SD3", "Flux", "FluxSchnell", "QwenImage")  # of comfy.supported_models
+KNOWN = ("SD15", "SDXL", "SD3", "Flux", "FluxSchnell", "QwenImage", "ZImage")  # of comfy.supported_models
 
 
 def described(metadata: dict | None, file: str) -> dict:
@@ -61,7 +61,10 @@ def load(file: str):
     read = read_gguf if quantised else partial(comfy.utils.load_torch_file, return_metadata=True)
     tensors, metadata = read(file)
     about = described(metadata, file)
-    config = getattr(comfy.supported_models, about["model"])(dict(about["config"]))
+    known = getattr(comfy.supported_models, about["model"], None)
+    if known is None:
+        raise ValueError(f"This ComfyUI does not know {about['model']} yet: update it.")
+    config = known(dict(about["config"]))
 
     management = comfy.model_management
     device, parameters = management.get_torch_device(), comfy.utils.calculate_parameters(tensors)

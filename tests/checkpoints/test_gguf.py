@@ -95,7 +95,9 @@ def test_the_layers_of_the_node_take_weights_that_come_late(tmp_path):
     layers.project(model, operations, features, rank, torch.float32, "cpu")
     model.load_state_dict(tensors, strict=False)
     layers.fit(model, header["heads"])
-    rows = prompt_rows(["red apple", "cat face"], range(2), 0, {"num_inference_steps": 2})
+    rows = prompt_rows(
+        ["red apple", "cat face"], range(2), 0, {"num_inference_steps": 2, "height": 64, "width": 64}
+    )
     _, kwargs = denoiser_calls(small, rows, limit=1)[0]
     names = ("hidden_states", "img_ids", "encoder_hidden_states", "txt_ids", "timestep")
     drawn = model.eval()(*(kwargs[name] for name in (*names, "pooled_projections", "guidance")))

@@ -49,7 +49,8 @@ def described(pipe: DiffusionPipeline) -> tuple[dict[str, Tensor], dict]:
 
 @format(
     "comfyui",
-    "one file for ecodiff's ComfyUI node (SD 1.5, SDXL, SD 3, FLUX.1, Qwen-Image): small and fast there too",
+    "one file for ecodiff's ComfyUI node (SD 1.5, SDXL, SD 3, FLUX.1, Qwen-Image, Z-Image): small and fast "
+    "there too",
 )
 def save_comfyui(
     pipe: DiffusionPipeline, out: str | Path, dtype: torch.dtype | None = None, card: str = ""

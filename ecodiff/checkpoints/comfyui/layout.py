@@ -55,6 +55,6 @@ def unknown(denoiser: nn.Module) -> str:
     """Why a denoiser has no layout, in words."""
     name = type(denoiser).__name__.removeprefix("Sliced")
     return (
-        f"ecodiff's ComfyUI node knows SD 1.5, SDXL, SD 3, FLUX.1 and Qwen-Image, not {name} of this kind. "
-        "Export it as a dense-shaped model (--format dense), which ComfyUI opens by itself."
+        f"ecodiff's ComfyUI node knows SD 1.5, SDXL, SD 3, FLUX.1, Qwen-Image and Z-Image, not this "
+        f"{name}. Export it as a dense-shaped model (--format dense), which ComfyUI opens by itself."
     )

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from . import flux, qwen, sd3, unet
+from . import flux, qwen, sd3, unet, zimage
 from .layout import Layout
 
 LAYOUTS = {
@@ -10,6 +10,7 @@ LAYOUTS = {
     "FluxTransformer2DModel": flux.LAYOUT,
     "SD3Transformer2DModel": sd3.LAYOUT,
     "QwenImageTransformer2DModel": qwen.LAYOUT,
+    "ZImageTransformer2DModel": zimage.LAYOUT,
 }
 
 
