@@ -29,8 +29,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cost",
-        choices=("params", "macs"),
-        help="what the ratio is of: parameters (default), or multiply-accumulates of a call",
+        choices=("params", "macs", "ms"),
+        help="what the ratio is of: parameters (default), MACs of a call, or its milliseconds on this "
+        "machine, by the times of its layers",
     )
     parser.add_argument(
         "--preset",
@@ -121,7 +122,8 @@ def run(options: argparse.Namespace) -> int:
         pipe = load(run.known)
     shares = dict(options.units) if options.units else None
     align = True if options.align is None else options.align
-    made = run.plan(options.ratio, shares, run.config.cost, align)
+    times = _milliseconds(run, pipe) if run.config.cost == "ms" else None
+    made = run.plan(options.ratio, shares, run.config.cost, align, times)
     small = variant(pipe, made)
     updated = {}
     if options.compensate:
@@ -154,6 +156,19 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _milliseconds(run: "Run", pipe) -> "tuple[dict[str, float], float]":
+    """What a unit of each ranked group takes of a call here, and a whole call."""
+    from ..architectures import find_groups
+    from ..metrics.cost import unit_milliseconds
+    from ..pipelines import call_options, denoiser_of, prompt_rows
+    from ..units import ALL_KINDS
+
+    config, ranked = run.config, run.scores().values
+    options = call_options(pipe, config.inference_steps, config.guidance_scale, config.size, config.extra)
+    groups = [group for group in find_groups(denoiser_of(pipe), ALL_KINDS) if group.name in ranked]
+    return unit_milliseconds(pipe, prompt_rows(run.learned_on, [0], 0, options), groups)
+
+
 def _rows(result: dict, made: "PrunePlan", updated: dict[str, bool]) -> list[tuple[str, str]]:
     """What was done, for people."""
     from ..checkpoints.card import compared
@@ -161,7 +176,6 @@ def _rows(result: dict, made: "PrunePlan", updated: dict[str, bool]) -> list[tup
 
     tried = compared(made.metadata.get("orders", {}))
     units = sum(int((~keep).sum()) for keep in made.values()), sum(len(k) for k in made.values())
-    encoders = result["text_encoders"]
     encoders = result["text_encoders"]
     return [
         ("parameters", f"{_fewer(result)} of the denoiser removed)"),

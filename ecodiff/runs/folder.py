@@ -138,6 +138,7 @@ class Run:
         units: Mapping[str, float] | None = None,
         cost: str = "params",
         align: bool | int = True,
+        milliseconds: tuple[Mapping[str, float], float] | None = None,
     ) -> PrunePlan:
         """What stays at a size. Milliseconds: nothing is learned again.
 
@@ -145,7 +146,8 @@ class Run:
             ratio: fraction of the denoiser's parameters to remove; None: what the run was learned for,
                 or the size of its plan.
             units: in place of it, of each kind the fraction of its units to remove.
-            cost: what the ratio is of: "params", or of a run that counted them "macs".
+            cost: what the ratio is of: "params", of a run that counted them "macs", or "ms".
+            milliseconds: of a unit, by group, and of a whole call (`metrics.cost.unit_milliseconds`).
             align: as `Scores.plan` takes it.
 
         Raises:
@@ -166,7 +168,9 @@ class Run:
         if not (self.folder / "scores.safetensors").exists():
             raise RunError("This run has no scores yet. Let it learn for a few steps first.")
         scores, size = self.scores(), self.config.ratio if ratio is None else ratio
-        if cost == "macs" and not units:
+        if cost == "ms" and milliseconds and not units:
+            plan = scores.plan(ratio=size, costs=milliseconds, align=align)
+        elif cost == "macs" and not units:
             plan = scores.plan(macs=round((1 - size) * scores.total_macs), align=align)
         else:
             plan = scores.plan(units=units) if units else scores.plan(ratio=size, align=align)

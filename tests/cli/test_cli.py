@@ -14,6 +14,7 @@ from ecodiff import catalog, cli, config
 from ecodiff.config import CompensateConfig
 from ecodiff.pruning.slicing import plan_of
 from ecodiff.runs import loop
+from ecodiff.runs.folder import Run
 from tests.checkpoints.test_folders import some_plan
 from tests.checkpoints.test_lora import peft_file
 
@@ -230,3 +231,21 @@ def test_lora_and_export(tiny_sdxl, tmp_path, capsys):
     assert filled.unet.num_parameters() == tiny_sdxl.unet.num_parameters()
     assert cli.main(["fill", str(small), "--out", str(tmp_path / "filled")]) == 1
     assert "exists" in capsys.readouterr().err
+
+
+def test_a_cut_by_milliseconds_counts_what_layers_take_here(tiny_sdxl, tmp_path, capsys):
+    tiny_sdxl.save_pretrained(tmp_path / "tiny")
+    asked = ["--preset", "magnitude-l2", "--size", "16", "--steps", "2", "--no-compensate", "--json"]
+    model, out = str(tmp_path / "tiny"), str(tmp_path / "small")
+    code, text, err = run(capsys, "prune", model, "--cost", "ms", "--ratio", "0.03", "--out", out, *asked)
+    assert code == 0, err
+    found = last_json(text)
+    made = Run.open(Path(found["run"]))
+    assert made.config.cost == "ms" and found["params_pruned"] < found["params_dense"]
+    scores = made.scores()
+    for kind in set(scores.kinds.values()):  # as if nothing but units of this kind took time
+        times = {name: float(of == kind) for name, of in scores.kinds.items()}
+        units = sum(len(scores.values[name]) for name, of in scores.kinds.items() if of == kind)
+        plan = made.plan(0.3, cost="ms", milliseconds=(times, units))
+        gone = sum(int((~plan[name]).sum()) for name in times if times[name])
+        assert gone == pytest.approx(0.3 * units, abs=8), kind
