@@ -30,8 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cost",
         choices=("params", "macs", "ms"),
-        help="what the ratio is of: parameters (default), MACs of a call, or its milliseconds on this "
-        "machine, by the times of its layers",
+        help="what the ratio is of: parameters (default), MACs of a call, or its milliseconds here",
     )
     parser.add_argument(
         "--preset",
