@@ -121,8 +121,7 @@ def run(options: argparse.Namespace) -> int:
         pipe = load(run.known)
     shares = dict(options.units) if options.units else None
     align = True if options.align is None else options.align
-    times = _milliseconds(run, pipe) if run.config.cost == "ms" else None
-    made = run.plan(options.ratio, shares, run.config.cost, align, times)
+    made = run.plan(options.ratio, shares, run.config.cost, align, _milliseconds(run, pipe))
     small = variant(pipe, made)
     updated = {}
     if options.compensate:
@@ -155,14 +154,17 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _milliseconds(run: "Run", pipe) -> "tuple[dict[str, float], float]":
-    """What a unit of each ranked group takes of a call here, and a whole call."""
+def _milliseconds(run: "Run", pipe) -> "tuple[dict[str, float], float] | None":
+    """What a unit of each ranked group takes of a call here, and a whole call; of a run that counts that."""
     from ..architectures import find_groups
     from ..metrics.cost import unit_milliseconds
     from ..pipelines import call_options, denoiser_of, prompt_rows
     from ..units import ALL_KINDS
 
-    config, ranked = run.config, run.scores().values
+    config = run.config
+    if config.cost != "ms":
+        return None
+    ranked = run.scores().values
     options = call_options(pipe, config.inference_steps, config.guidance_scale, config.size, config.extra)
     groups = [group for group in find_groups(denoiser_of(pipe), ALL_KINDS) if group.name in ranked]
     return unit_milliseconds(pipe, prompt_rows(run.learned_on, [0], 0, options), groups)
