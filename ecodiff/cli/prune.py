@@ -154,7 +154,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _milliseconds(run: "Run", pipe) -> "tuple[dict[str, float], float] | None":
+def _milliseconds(run: "Run", pipe) -> tuple[dict[str, float], float] | None:
     """What a unit of each ranked group takes of a call here, and a whole call; of a run that counts that."""
     from ..architectures import find_groups
     from ..metrics.cost import unit_milliseconds
