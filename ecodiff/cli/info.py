@@ -105,7 +105,8 @@ def _of_the_catalogue(denoiser, known) -> tuple[dict, list[tuple[str, str]]]:
     memories += (
         f"{megabytes(need.learn)} to learn, {megabytes(need.learn_streamed)} with weights in main memory"
     )
-    gated = ", gated: accept its licence on the Hub, and sign in there" if known.gated else ""
+    others = f", reads {', '.join(sorted(set(known.parts.values())))} too" if known.parts else ""
+    gated = f"{others}, gated: accept its licence on the Hub, and sign in there" if known.gated else others
     rows = [("memory (estimate)", memories), ("licence", known.licence + gated)]
     if known.files:
         itemsize, held = {"float32": 4, "float16": 2, "bfloat16": 2}[known.files], need.denoiser

@@ -57,6 +57,14 @@ def test_on_a_space_everybody_needs_rights_of_his_own(stand_in, tmp_path):
             begin("hf_bob")
         with pytest.raises(AppError, match="is gated"):  # and its shapes
             client.predict(GATED, 0.2, token="hf_bob", api_name="/predict")
+        llama = catalog.MODELS["hidream-i1"].parts["text_encoder_4"]  # its own repository is everybody's
+        for repository in (catalog.MODELS["hidream-i1"].source, llama):
+            stand_in.repos[repository], stand_in.private[repository] = {"README.md": b""}, False
+        stand_in.gated[llama] = {"ann"}
+        with pytest.raises(AppError, match=f"{llama} is gated"):
+            client.predict("hidream-i1", 0.2, "fast", token="hf_bob", api_name="/prune_start")
+        with pytest.raises(AppError, match="Could not get HiDream-ai"):
+            client.predict("hidream-i1", 0.2, "fast", token="hf_ann", api_name="/prune_start")
         stand_in.gone = True
         with pytest.raises(AppError, match="The connection to the Hub failed"):
             begin("hf_bob")

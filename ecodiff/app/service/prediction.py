@@ -73,7 +73,8 @@ def permitted_model(model: str, token: str) -> catalog.Model:
     public = known.embedded or Path(known.source).exists()
     public = public or (known.name in catalog.MODELS and not known.gated)
     if os.environ.get("SPACE_ID") and not public:
-        hub.require_access(known.repository, token)
+        for repository in dict.fromkeys((known.repository, *known.parts.values())):
+            hub.require_access(repository, token)
     return known
 
 
@@ -117,12 +118,11 @@ def predict(
         {"params_dense", "params_pruned", "bytes_dense", "bytes_pruned", "bytes_of": "pipeline", or "denoiser"
         where nothing is known of the rest, "encoders": parameters of the text encoders, None where the model
         is not on this machine and they were not counted, "ceiling": share of the parameters that can go at
-        most, "units": what holds those, in words, "licence", "gated",
+        most, "units": what holds those, in words, "licence", "gated", "reads": repositories of other parts,
         "supported": what the conformance suite passes of this architecture, "memory": {"draw": pruned,
         everything on the device, "learn", "streamed": with weights in main memory, "here"}, bytes: estimates,
-        and what the device has, "fits": as
-        `learning.footprint.fits` says, with "gpu", "left_alone": {class: parameters
-        that no unit holds}}
+        and what the device has, "fits": as `learning.footprint.fits` says, with "gpu", "left_alone":
+        {class: parameters that no unit holds}}
     """
     shapes_are_known = catalog.find(model).name in catalog.MODELS  # to everybody, gated or not
     known = known_model(model) if shapes_are_known else permitted_model(model, token)
@@ -148,6 +148,7 @@ def predict(
         "units": scores.kinds_in_words.replace(" or ", ", "),
         "licence": known.licence,
         "gated": known.gated,
+        "reads": sorted(set(known.parts.values())),
         "supported": catalog.supported(type(denoiser).__name__),
         "memory": {"draw": need.pruned(ratio).draw, "here": here}
         | {"learn": need.learn, "streamed": need.learn_streamed},

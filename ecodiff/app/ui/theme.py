@@ -46,6 +46,8 @@ CSS = """
 /* Where the keyboard is: Gradio hides it on most of its inputs. */
 .gradio-container :is(button, input, textarea, a, [role="region"]):focus-visible {
   outline: 2px solid var(--primary-600) !important; outline-offset: 2px !important; }
+/* A name that is longer than its box ends before the arrow. */
+.gradio-container .secondary-wrap input { padding-right: 32px; text-overflow: ellipsis; }
 #history, #history .grid-wrap { height: auto !important; min-height: 0 !important; }
 #history .grid-container { grid-template-columns: repeat(auto-fill, 104px) !important; }
 #history .thumbnail-item { aspect-ratio: 1; }
