@@ -11,7 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from .config import CompensateConfig, HealConfig, LearnConfig
-from .model_files import CAUTIOUS, distilled, few_steps, json_of, licence, one_frame
+from .model_files import CAUTIOUS, few_steps, json_of, licence, one_frame, settings_of
 from .pipelines import DENOISERS, SECOND_DENOISERS
 from .storage import PLAN_FILE, read_header
 
@@ -259,7 +259,7 @@ def _folder(folder: Path, name: str) -> Model:
         if model.embedded and _same(Path(model.source), folder):
             return replace(model, **called, prompts_folder=model.source)
     prompts = str(folder) if (folder / "prompts" / "calibration.txt").is_file() else ""
-    settings = CAUTIOUS | few_steps(name) | distilled(folder)
+    settings = settings_of(name, folder)
     settings |= {"size": None, "dtype": "float16", "licence": licence(folder), "prompts_folder": prompts}
     settings["extra"] = one_frame(folder)
     return Model(**called, **settings)

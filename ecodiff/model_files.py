@@ -65,11 +65,37 @@ def one_frame(folder: Path) -> dict:
     return {name: 1 for name in ("num_frames", "video_length") if name in takes}
 
 
+def _card(folder: Path) -> str:
+    try:
+        return (folder / "README.md").read_text(encoding="utf-8")[:100_000]
+    except (OSError, ValueError):
+        return ""
+
+
 def licence(folder: Path) -> str:
     """The licence that a folder's model card names; "other" without one."""
-    try:
-        front = (folder / "README.md").read_text(encoding="utf-8").split("---")[1]
-    except (OSError, ValueError, IndexError):
-        return "other"
+    front = _card(folder).partition("---")[2].partition("---")[0]
     lines = (line.partition(":") for line in front.splitlines())
     return next((value.strip().strip('"') for key, _, value in lines if key.strip() == "license"), "other")
+
+
+def told_by_card(folder: Path) -> dict:
+    """Steps and guidance of the first example in a folder's model card that gives both; {} of any other."""
+    number = r"\s*=\s*(\d+(?:\.\d+)?)"
+    for call in re.split(r"[()]", _card(folder)):
+        steps, guidance = (
+            re.search(name + number, call) for name in ("num_inference_steps", r"\bguidance_scale")
+        )
+        if steps and guidance and 1 <= (count := round(float(steps[1]))) <= 100 and float(guidance[1]) <= 30:
+            few = {"learn_steps": count} if count <= CAUTIOUS["learn_steps"] else {}
+            return {"steps": count, "guidance_scale": float(guidance[1])} | few
+    return {}
+
+
+def settings_of(name: str, folder: Path) -> dict:
+    """How many steps and what guidance a folder is drawn with: its card's, if that goes with what its name
+    and its schedule say of distillation; else theirs; else cautious ones."""
+    few, told = few_steps(name) | distilled(folder), told_by_card(folder)
+    if few and told.get("steps", 0) > CAUTIOUS["learn_steps"]:  # an example of another model, its teacher
+        told = {}
+    return CAUTIOUS | few | told

@@ -116,3 +116,37 @@ def test_a_distilled_folder_is_known_by_its_own_files(tmp_path, scheduler, trans
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"_class_name": "Some"}))
     found = catalog.find(tmp_path)
     assert (found.steps, found.learn_steps, found.guidance_scale) == (4, 4, guidance)
+
+
+CALL = """---
+license: mit
+---
+```python
+image = pipe(
+    "a cat (red)", {}
+    generator=torch.Generator("cpu").manual_seed(0)
+).images[0]
+```
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "steps", "learned_with", "guidance"),
+    [
+        ("tuned", "num_inference_steps=8, guidance_scale=1.5,", 8, 8, 1.5),
+        ("tuned", "guidance_scale = 3.5, num_inference_steps = 40,", 40, 12, 3.5),
+        ("some-turbo", "num_inference_steps=2, guidance_scale=0.0,", 2, 2, 0.0),
+        ("some-turbo", "num_inference_steps=30, guidance_scale=7.5,", 4, 4, 0.0),  # its teacher's example
+        ("tuned", "num_inference_steps=steps, guidance_scale=7.5,", 30, 12, 5.0),
+        ("tuned", "num_inference_steps=5000, guidance_scale=7.5,", 30, 12, 5.0),
+        ("tuned", "num_inference_steps=20,", 30, 12, 5.0),
+    ],
+)
+def test_an_unknown_model_is_drawn_as_its_card_does(tmp_path, name, arguments, steps, learned_with, guidance):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "model_index.json").write_text('{"_class_name": "Some"}')
+    (folder / "README.md").write_text(CALL.format(arguments))
+    found = catalog.find(folder)
+    assert (found.steps, found.learn_steps, found.guidance_scale) == (steps, learned_with, guidance)
+    assert found.licence == "mit"
