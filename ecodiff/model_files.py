@@ -81,7 +81,7 @@ def licence(folder: Path) -> str:
 
 def told_by_card(folder: Path) -> dict:
     """Steps and guidance of the first example in a folder's model card that gives both; {} of any other."""
-    number = r"\s*=\s*(\d+(?:\.\d+)?)"
+    number = r"\s*=\s*(\d{1,4}(?:\.\d{1,4})?)"
     for call in re.split(r"[()]", _card(folder)):
         steps, guidance = (
             re.search(name + number, call) for name in ("num_inference_steps", r"\bguidance_scale")

@@ -140,6 +140,7 @@ image = pipe(
         ("tuned", "num_inference_steps=steps, guidance_scale=7.5,", 30, 12, 5.0),
         ("tuned", "num_inference_steps=5000, guidance_scale=7.5,", 30, 12, 5.0),
         ("tuned", "num_inference_steps=20,", 30, 12, 5.0),
+        ("tuned", f"num_inference_steps={'9' * 400}, guidance_scale={'9' * 400},", 30, 12, 5.0),
     ],
 )
 def test_an_unknown_model_is_drawn_as_its_card_does(tmp_path, name, arguments, steps, learned_with, guidance):
