@@ -122,7 +122,8 @@ def _part(source: str, name: str, repository: str, dtype: torch.dtype) -> Any:
     try:
         if name.startswith("tokenizer"):
             return AutoTokenizer.from_pretrained(repository, token=hub_token())
-        return AutoModelForCausalLM.from_pretrained(repository, dtype=dtype, token=hub_token())
+        options = {"dtype": dtype, "use_safetensors": True, "token": hub_token()}
+        return AutoModelForCausalLM.from_pretrained(repository, **options)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ModelNotFoundError(

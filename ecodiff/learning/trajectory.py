@@ -45,8 +45,8 @@ def trajectory(
         pipe: a pipeline with `output_type="latent"`. Its weights get no gradient in here, but `trained`.
         checkpoint: keep only the latents and recompute each step in the backward pass. Without,
             memory grows with the number of steps. A `Keep` is between the two, or beyond.
-        on_step: called before every denoiser call, recomputations included; what it raises ends
-            the run. This is where a stop flag or a deadline is looked at.
+        on_step: called before every call of the denoiser that is pruned, recomputations included; what it
+            raises ends the run. This is where a stop flag or a deadline is looked at.
         trained: weights of the denoiser that gradients flow to.
 
     Example:

@@ -182,7 +182,8 @@ class ScatteredLinear(nn.Linear):
 
     def forward(self, x):
         output = x.new_zeros(*x.shape[:-1], self.width)
-        return output.index_copy_(-1, self.rows, super().forward(x).to(x.dtype))
+        # Indices are real on the meta device too, which knows no other device in one operation.
+        return output.index_copy_(-1, self.rows.to(x.device), super().forward(x).to(x.dtype))
 
 
 def scatter(linear: nn.Linear, rows: torch.Tensor, width: int) -> None:
@@ -270,7 +271,8 @@ class Through:
                 output = output * factor
             if len(index) == width:
                 return output
-            return output.new_zeros(*output.shape[:-1], width).index_copy_(-1, index, output)
+            where = index.to(output.device)  # see ScatteredLinear
+            return output.new_zeros(*output.shape[:-1], width).index_copy_(-1, where, output)
 
         return spread
 

@@ -106,5 +106,7 @@ def test_a_saved_model_has_narrow_heads_again(tmp_path):
     with torch.device("meta"):
         empty = type(small).from_config(type(small).load_config(tmp_path / "small"))
     assert {n: m.head_widths for n, m in empty.named_modules() if hasattr(m, "head_widths")} == widths
+    on_meta = (torch.empty(*shape, device="meta") for shape in ((1, 4, 8, 8), (1,), (1, 3, 32)))
+    assert empty(*on_meta)[0].shape == (1, 4, 8, 8), "and can be counted there"
     given = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 3, 32)
     torch.testing.assert_close(loaded(*given)[0], small(*given)[0])
