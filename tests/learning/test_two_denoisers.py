@@ -137,7 +137,7 @@ def test_a_lora_is_cut_for_the_second_and_loaded_into_it(folder, tmp_path):
 def test_the_command_line_takes_the_name_behind_a_folder(folder, tmp_path, capsys):
     assert main(["info", f"{folder}#{SECOND}"]) == 0
     shown = capsys.readouterr().out
-    assert f"{parameters(wan(two=True).transformer_2):,}" in shown or "#transformer_2" in shown
+    assert f" {parameters(wan(two=True).transformer_2):,}\n" in shown
     assert main(["info", f"{folder}#unconditional_transformer"]) != 0
     assert "unconditional_transformer" in capsys.readouterr().err
 
