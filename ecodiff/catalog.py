@@ -67,6 +67,11 @@ class Model:
         return Path(self.source).parent == EMBEDDED
 
     @property
+    def denoisers(self) -> tuple[str, ...]:
+        """What the component that is pruned may be called."""
+        return (self.component,) if self.component else DENOISERS
+
+    @property
     def repository(self) -> str:
         """That of a source on the Hub, also of a file in it."""
         return "/".join(self.source.split("/")[:2])
@@ -261,7 +266,7 @@ def _folder(folder: Path, name: str) -> Model:
     prompts = str(folder) if (folder / "prompts" / "calibration.txt").is_file() else ""
     settings = settings_of(name, folder)
     settings |= {"size": None, "dtype": "float16", "licence": licence(folder), "prompts_folder": prompts}
-    settings["extra"] = one_frame(folder)
+    settings |= {"extra": one_frame(folder)}
     return Model(**called, **settings)
 
 

@@ -18,18 +18,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ecodiff"
 # From the ground up: a room imports from rooms above itself in this list, and from itself.
 ROOMS = (
-    *(
-        "_moved",
-        "errors",
-        "units",
-        "storage",
-        "machine",
-        "config",
-        "pipelines",
-        "checks",
-        "model_files",
-        "catalog",
-    ),
+    *("_moved", "errors", "units", "storage", "machine", "config"),
+    *("pipelines", "checks", "model_files", "catalog"),
     *("architectures", "pruning", "metrics", "learning", "checkpoints", "runs"),
     *("__init__", "cli", "app", "__main__"),
 )

@@ -23,6 +23,7 @@ from huggingface_hub.file_download import get_hf_file_metadata
 from .. import catalog
 from ..checks import needs_an_image
 from ..errors import CheckpointError
+from ..pipelines import DENOISERS
 from ..pruning.plan import PLAN_FILE, PrunePlan
 from ..storage import MAX_FILE_BYTES, in_short
 from .card import front_matter
@@ -124,7 +125,7 @@ def prunable(pipeline: str) -> bool:
     if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)) or needs_an_image(cls):
         return False
     parts = inspect.signature(cls).parameters
-    kinds = [parts[name].annotation for name in ("unet", "transformer") if name in parts]
+    kinds = [parts[name].annotation for name in DENOISERS if name in parts]
     return any(catalog.supported(one.__name__) for kind in kinds for one in get_args(kind) or (kind,))
 
 

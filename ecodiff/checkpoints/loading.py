@@ -21,7 +21,7 @@ from ..checks import without_values
 from ..errors import CheckpointError, EcodiffError, ModelNotFoundError, UnsupportedModelError, memory_advice
 from ..learning.streaming import LARGE, stream_
 from ..machine import free_bytes, megabytes
-from ..pipelines import DENOISERS, choose_denoiser, denoiser_of
+from ..pipelines import choose_denoiser, denoiser_of
 from ..pruning import ecodiff_sliced_v1
 from .index import damaged, model_index, refuse_quantised
 from .sign_in import NETWORK_ERRORS, PROBE_SECONDS, hub_token, unreachable
@@ -197,10 +197,9 @@ def empty_denoiser(model: str | catalog.Model) -> nn.Module:
     index = model_index(source)
     _fetch_settings(source)
     refuse_quantised(source, index)
-    names = [known.component] if known.component else DENOISERS
-    name = next((n for n in names if index.get(n, [None])[0]), None)
+    name = _denoiser_in(index, known)
     if name is None:
-        missing = " and no ".join(f"`{name}`" for name in names)
+        missing = " and no ".join(f"`{name}`" for name in known.denoisers)
         raise UnsupportedModelError(f"{source} has no {missing} to prune.")
     library, cls_name = index[name]
     module = ecodiff_sliced_v1 if library == ecodiff_sliced_v1.NAME else diffusers
@@ -238,13 +237,18 @@ def classes(model: str | catalog.Model) -> tuple[Any, str]:
     pipeline = getattr(diffusers, str(index.get("_class_name")), None)
     if not (isinstance(pipeline, type) and issubclass(pipeline, DiffusionPipeline)):
         raise UnsupportedModelError(f"{source} is a {index.get('_class_name')}, not diffusers' own.")
-    return pipeline, known.component or ("unet" if index.get("unet", [None])[0] else "transformer")
+    return pipeline, _denoiser_in(index, known) or known.denoisers[-1]
+
+
+def _denoiser_in(index: dict, known: catalog.Model) -> str | None:
+    """The component of a pipeline's index that is pruned; None if it has none."""
+    return next((name for name in known.denoisers if index.get(name, [None])[0]), None)
 
 
 def disk_dtype(model: str | catalog.Model) -> torch.dtype:
     """In which type a model's files hold the denoiser's weights, or `working_dtype` if they are not here."""
     known = catalog.find(model)
-    for name in [known.component] if known.component else DENOISERS:
+    for name in known.denoisers:
         files = (Path(known.source) / name).glob("*.safetensors")
         for file in sorted(files, key=lambda file: not {".fp16", ".bf16"} & set(file.suffixes)):
             with safe_open(file, framework="pt") as weights:

@@ -85,8 +85,8 @@ def macs_by_unit(
 def module_macs(denoiser: nn.Module, args: tuple, kwargs: dict) -> dict[str, int]:
     """Multiply-accumulates of every module in one call, what is inside it included; "" is the whole."""
     # As matrix products: of a fused attention on a CPU the counter knows nothing.
-    math = sdpa_kernel(SDPBackend.MATH)
-    with math, evenly_routed(denoiser), FlopCounterMode(display=False) as counter:
+    products = sdpa_kernel(SDPBackend.MATH)
+    with products, evenly_routed(denoiser), FlopCounterMode(display=False) as counter:
         denoiser(*args, **kwargs)
     root = type(denoiser).__name__
     counts = {name: sum(found.values()) // 2 for name, found in counter.get_flop_counts().items()}

@@ -235,8 +235,8 @@ class Through:
     """A module as its own code sees it while some of its children give or read fewer features than they did.
 
     What such a child gives is spread over all features there were, zeros between; of what it is to read it
-    gets those that are left. The child itself, and what is added to it (LoRA), knows nothing of it. Heads all
-    of whose children are cut are only as wide as what is left of them (`lay_out`).
+    gets those that are left. The child itself, and what is added to it (LoRA), knows nothing of it. Where all
+    layers around the heads are cut, heads are only as wide as what is left of them (`lay_out`).
     """
 
     def __init__(self, module):
@@ -303,16 +303,22 @@ def partly_class(base: type) -> type:
 
 
 def see_through(module: nn.Module, child: str, axis: str, index: torch.Tensor, width: int) -> None:
-    """Let `module` see its `child` as wide as `width`, of which it gives ("out") or reads ("in") `index`."""
+    """Let `module` see its `child` as wide as `width`, of which it gives ("out") or reads ("in") `index`.
+
+    Once that is said of all of its children, `lay_out` it.
+    """
     if not hasattr(module, "partly"):
         module.__class__, module.partly = partly_class(type(module)), {}
-        module.scale_of_all = getattr(module, "scale", None)
-    module.partly[child] = (axis, width, index.cpu())
-    lay_out(module, index.device)
+        module.dense_scale = getattr(module, "scale", None)
+    module.partly[child] = (axis, width, index)
 
 
-def lay_out(module: nn.Module, device: torch.device) -> None:
-    """Give what is left of each head its place in heads that are as narrow as all of a module's can be."""
+def lay_out(module: nn.Module, device) -> None:
+    """Give what is left of each head its place in heads that are as narrow as all of a module's can be.
+
+    Args:
+        device: where indices belong, which are on the CPU until then.
+    """
     before, now = module.head_widths = head_widths(module)
     if before > now:
         module.scale = now**-0.5  # of processors that do not leave it to torch
@@ -320,7 +326,7 @@ def lay_out(module: nn.Module, device: torch.device) -> None:
     for child, (_, _, index) in module.partly.items():
         if now < before:
             heads = index // before
-            number = torch.arange(len(index), device=index.device)
+            number = torch.arange(len(index), device="cpu")
             index = heads * now + number - torch.searchsorted(heads, heads)
         module.register_buffer(_index_of(child), index.to(device), persistent=False)
 
@@ -332,7 +338,7 @@ def head_widths(module: nn.Module) -> tuple:
     if not heads or "to_q" not in around or not around <= module.partly.keys():
         return 1, 1
     width = module.partly["to_q"][1] // heads
-    if module.scale_of_all != width**-0.5 or any(module.partly[n][1] != heads * width for n in around):
+    if module.dense_scale != width**-0.5 or any(module.partly[n][1] != heads * width for n in around):
         return 1, 1
     most = max(int(torch.bincount(module.partly[name][2] // width).max()) for name in around)
     return width, min(width, -(-most // 8) * 8)
@@ -344,9 +350,9 @@ def see_all_(module: nn.Module) -> None:
     for name in (*map(_index_of, module.partly), *buffers):
         module._buffers.pop(name, None)
     module.__class__ = type(module).__mro__[1]
-    if module.scale_of_all is not None:
-        module.scale = module.scale_of_all
-    del module.partly, module.scale_of_all, module.head_widths
+    if module.dense_scale is not None:
+        module.scale = module.dense_scale
+    del module.partly, module.dense_scale, module.head_widths
 
 
 def features_of(module: nn.Module, child: str) -> tuple:
@@ -429,6 +435,7 @@ def _apply_partly(modules: dict, description: dict) -> None:
             if not isinstance(linear, nn.Linear) or len(index) != size:
                 raise ValueError(f"{path}.{child} does not have {len(index)} of {bits[0]} features.")
             see_through(modules[path], child, axis, index, bits[0])
+        lay_out(modules[path], "cpu")
     for name, entry in DIRECTIONS.items():
         for path, (count, width) in description.get(entry, {}).items():
             given = [m.out_features for m in modules[path].modules() if isinstance(m, nn.Linear)]

@@ -18,6 +18,7 @@ from .ecodiff_sliced_v1 import (
     DIRECTIONS,
     FORMAT,
     features_of,
+    lay_out,
     see_all_,
     see_through,
     set_directions,
@@ -117,6 +118,7 @@ def narrow_(
     for path, module in denoiser.named_modules():
         for child, (axis, *_) in getattr(module, "partly", {}).items():
             places[f"{path}.{child}", axis] = path, child
+    seen: dict[str, torch.device | str] = {}
     for place, (owner, child) in places.items():
         if place not in kept:
             continue
@@ -129,7 +131,10 @@ def narrow_(
         stays[before[~others]] = False
         index = (stays.cumsum(0) - 1)[before[both]]
         if len(index) < int(stays.sum()):
-            see_through(module, child, axis, index.to(_real(denoiser, place[0])), int(stays.sum()))
+            see_through(module, child, axis, index, int(stays.sum()))
+            seen[owner] = _real(denoiser, place[0])
+    for owner, device in seen.items():
+        lay_out(denoiser.get_submodule(owner), device)
     for group in groups:
         now = left(group, plan)
         if group.name in plan and not plan[group.name].all() and now.any():

@@ -146,8 +146,9 @@ class Run:
             ratio: fraction of the denoiser's parameters to remove; None: what the run was learned for,
                 or the size of its plan.
             units: in place of it, of each kind the fraction of its units to remove.
-            cost: what the ratio is of: "params", of a run that counted them "macs", or "ms".
-            milliseconds: of a unit, by group, and of a whole call (`metrics.cost.unit_milliseconds`).
+            cost: what the ratio is of: "params", or of a run that counted them "macs".
+            milliseconds: what it is of in place of that: those of a unit, by group, and of a whole call
+                (`metrics.cost.unit_milliseconds`).
             align: as `Scores.plan` takes it.
 
         Raises:
@@ -168,7 +169,7 @@ class Run:
         if not (self.folder / "scores.safetensors").exists():
             raise RunError("This run has no scores yet. Let it learn for a few steps first.")
         scores, size = self.scores(), self.config.ratio if ratio is None else ratio
-        if cost == "ms" and milliseconds and not units:
+        if milliseconds and not units:
             plan = scores.plan(ratio=size, costs=milliseconds, align=align)
         elif cost == "macs" and not units:
             plan = scores.plan(macs=round((1 - size) * scores.total_macs), align=align)

@@ -246,6 +246,6 @@ def test_a_cut_by_milliseconds_counts_what_layers_take_here(tiny_sdxl, tmp_path,
     for kind in set(scores.kinds.values()):  # as if nothing but units of this kind took time
         times = {name: float(of == kind) for name, of in scores.kinds.items()}
         units = sum(len(scores.values[name]) for name, of in scores.kinds.items() if of == kind)
-        plan = made.plan(0.3, cost="ms", milliseconds=(times, units))
+        plan = made.plan(0.3, milliseconds=(times, units))
         gone = sum(int((~plan[name]).sum()) for name in times if times[name])
         assert gone == pytest.approx(0.3 * units, abs=8), kind

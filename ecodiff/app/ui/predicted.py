@@ -16,12 +16,10 @@ def prediction(facts: dict, encoders: float = 0.0) -> str:
         if any(row["pipeline"] for row in passed)
         else "its denoiser in a loop of its own"
     )
-    gated = "gated: accept it on the Hub, and sign in" if facts["gated"] else ""
+    notes = [f"Licence: {escape(facts['licence'])}"]
     if facts["reads"]:
-        others = ", ".join(escape(repository) for repository in facts["reads"])
-        notes = [f"Licence: {escape(facts['licence'])}", f"Reads {others} too{', ' * bool(gated)}{gated}"]
-    else:
-        notes = [", ".join(filter(None, (f"Licence: {escape(facts['licence'])}", gated)))]
+        notes.append(f"Reads {', '.join(escape(repository) for repository in facts['reads'])} too")
+    notes[-1] += ", gated: accept it on the Hub, and sign in" if facts["gated"] else ""
     notes.append(
         f"This architecture passed the conformance suite, {whole}"
         if passed
