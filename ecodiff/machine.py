@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
 
 from .errors import CheckpointError
 from .storage import write_json
@@ -46,6 +47,11 @@ def device() -> str:
 def together(name: str) -> list[torch.device]:
     """The devices of a name: "cuda:0+cuda:1" is a device that works, and one that lends it its memory."""
     return [torch.device(part.strip()) for part in name.split("+")]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model works. A layer's weights may wait elsewhere (`learning.streaming`)."""
+    return next(model.parameters()).device
 
 
 class Timings:

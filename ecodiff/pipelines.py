@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from .errors import UnsupportedModelError
+from .machine import device_of
 
 DENOISERS = ("unet", "transformer")
 # Beside it in some pipelines: of the time steps with little noise (Wan 2.2 A14B), of calls without a prompt.
@@ -227,5 +228,5 @@ def attention_with_fast_backward(denoiser):
 
     Elsewhere torch chooses; the choice is the whole process's, and other devices may be at work.
     """
-    cpu = next(denoiser.parameters()).device.type == "cpu"
+    cpu = device_of(denoiser).type == "cpu"
     return sdpa_kernel(SDPBackend.MATH) if cpu else nullcontext()

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..machine import device_of
+
 BUILDERS: dict[str, Callable[[Any, int, int], dict]] = {}
 
 
@@ -41,7 +43,7 @@ def meta_call(denoiser: nn.Module, size: int, rows: int) -> dict | None:
 @contextmanager
 def evenly_routed(denoiser: nn.Module) -> Iterator[None]:
     """Let experts (HiDream's) be called on the meta device: as if each got an equal share of the tokens."""
-    meta = next(denoiser.parameters()).device.type == "meta"
+    meta = device_of(denoiser).type == "meta"
     routed: list[Any] = [m for m in denoiser.modules() if meta and hasattr(m, "moe_infer")]
     for module in routed:
         module.forward = partial(_evenly, module)

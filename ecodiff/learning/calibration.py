@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, tr
 from ..architectures import find_groups
 from ..config import CompensateConfig
 from ..errors import BudgetError, CheckpointError
-from ..machine import room
+from ..machine import device_of, room
 from ..pipelines import EnoughError, call_options, denoiser_calls, denoiser_of, moved, prompt_rows
 from ..pruning.heads import turned
 from ..storage import write_tensors
@@ -214,7 +214,7 @@ class Calibration:
         """That of any model whose calls were recorded."""
         made = cls.__new__(cls)
         made.config, made.dense, made.prompts, made.calls, made._kept = config, dense, [], list(calls), {}
-        made.memory, made.text_encoders = room(next(dense.parameters()).device, config.memory), {}
+        made.memory, made.text_encoders = room(device_of(dense), config.memory), {}
         return made
 
     def prepare(self) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..machine import room
+from ..machine import device_of, room
 from ..pruning.heads import turned
 from ..units import KINDS, PruneGroup, Slot
 from .calibration import Statistics
@@ -25,7 +25,7 @@ def solved(slot: Slot) -> bool:
 
 def place(model: nn.Module, layers: Sequence[Any]) -> torch.device:
     """Where layers are ordered: on the model's device if their matrices take at most half of what is free."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     sizes = [(layer.weight[0].numel(), len(layer.weight)) for layer in layers]
     need = sum(4 * 4 * features * (features + out) for features, out in sizes)
     # MPS has no float64, in which eigenvalues are found.

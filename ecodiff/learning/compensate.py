@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..architectures import find_groups
 from ..config import CompensateConfig
+from ..machine import device_of
 from ..pipelines import denoiser_of
 from ..pruning.heads import parts
 from ..pruning.plan import PrunePlan
@@ -109,7 +110,7 @@ def _kept_features(dense: nn.Module, plan: Mapping[str, Tensor]) -> dict[str, Te
         if isinstance(modules[name], (nn.Linear, nn.Conv2d)) and not features.all():
             weight = modules[name].weight
             # A convolution reads each channel at every place of its kernel.
-            found[name] = features.repeat_interleave(weight[0, 0].numel()).to(_device(dense))
+            found[name] = features.repeat_interleave(weight[0, 0].numel()).to(device_of(dense))
     return found
 
 
@@ -119,7 +120,7 @@ def _turns(dense: nn.Module, plan: PrunePlan) -> dict[str, list[tuple[Tensor, Te
     for group in find_groups(dense, ALL_KINDS):
         if group.inside and group.name in plan.bases:
             for slot in (slot for slot in group.consumers if slot.axis == "in"):
-                z = parts(group, plan)[0].to(_device(dense))
+                z = parts(group, plan)[0].to(device_of(dense))
                 found.setdefault(slot.module, []).append((slot.index, z))
     return found
 
@@ -138,8 +139,3 @@ def _update(module: Any, learned: Statistics, check: Statistics, damping: float)
     if bias is not None:
         module.bias = nn.Parameter(found[1].to(module.bias.device, module.bias.dtype), False)
     return True
-
-
-def _device(dense: nn.Module) -> torch.device:
-    """Where the model works."""
-    return next(dense.parameters()).device

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..architectures.inputs import evenly_routed
 from ..errors import exhausted
-from ..machine import free_bytes, release
+from ..machine import device_of, free_bytes, release
 from ..pipelines import denoiser_calls, denoiser_of, moved
 from ..pruning.masking import masked
 from ..units import PruneGroup
@@ -165,7 +165,7 @@ def activation_bytes(
     Args:
         groups: those with gates that are learned. A gate's gradient needs what the gate multiplies.
     """
-    device = next(denoiser.parameters()).device
+    device = device_of(denoiser)
     # A copy without weights: some models keep tables that they make in their first call.
     weights = {id(t): torch.empty_like(t, device="meta") for t in denoiser.buffers()}
     for p in denoiser.parameters():

@@ -31,7 +31,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..architectures import find_groups, unit_parameters
-from ..machine import room
+from ..machine import device_of, room
 from ..pipelines import denoiser_calls, denoiser_of, stream
 from ..units import ALL_KINDS, PRESET_KINDS, PruneGroup
 from .calibration import Call, Statistics, load, save, seen
@@ -147,7 +147,7 @@ def ordered(
     kept, every_cluster = kept or Progress(), clusters(every, layers)
     found = {cluster[0].name: kept.load(f"order-{cluster[0].name}")[1] for cluster in every_cluster}
     left = [cluster for cluster in every_cluster if not found[cluster[0].name]]
-    for turn in _turns(left, layers, room(next(model.parameters()).device, TURN)):
+    for turn in _turns(left, layers, room(device_of(model), TURN)):
         names = [name for cluster in turn for name in _read_by(cluster, layers)]
         inputs = gather(names)
         for cluster in turn:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..architectures import find_groups
 from ..config import Sampling
 from ..errors import UnsupportedModelError
+from ..machine import device_of
 from ..pipelines import stream
 from ..pruning.masking import masked
 from ..pruning.scores import Scores
@@ -136,7 +137,7 @@ def _add_sample(
 ) -> None:
     """Add one random projection: the squared gradient of r . e with respect to every gate."""
     gates = [
-        {g.name: torch.ones(g.size, device=_device(each.model), requires_grad=True) for g in each.groups}
+        {g.name: torch.ones(g.size, device=device_of(each.model), requires_grad=True) for g in each.groups}
         for each in encoders
     ]
     with ExitStack() as masks:
@@ -157,8 +158,3 @@ def _add_sample(
         for name in own:
             if (gradient := next(found)) is not None:
                 each.plain[name] += gradient.float().square().cpu()
-
-
-def _device(encoder: nn.Module) -> torch.device:
-    """Where it works."""
-    return next(encoder.parameters()).device

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..architectures import find_groups
 from ..errors import PlanError
+from ..machine import device_of
 from ..units import ALL_KINDS, PruneGroup
 from .ecodiff_sliced_v1 import ScatteredLinear
 from .heads import projection, turned
@@ -19,7 +20,7 @@ from .heads import projection, turned
 def _factors(denoiser: nn.Module, groups: list[PruneGroup], masks: Mapping[str, Tensor]):
     """One factor a feature that a consumer reads, or gives: (features,) or (rows, features)."""
     factors: dict[tuple[str, str, tuple | None], Tensor] = {}
-    device = next(denoiser.parameters()).device  # where it works; a layer's weights may wait elsewhere
+    device = device_of(denoiser)
     for group in groups:
         mask = masks.get(group.name)
         if mask is None or group.name in getattr(masks, "bases", {}):
