@@ -1,14 +1,16 @@
 """Train an embedded model from nothing: `python -m recipes --help`."""
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, FluxPipeline, StableDiffusionXLPipeline
+
+from ecodiff.catalog import EMBEDDED
 
 from . import data, evaluate, flux, sdxl, training, turbo, vae
 
-HERE = Path(__file__).parent.parent
 CACHE = Path.home() / ".cache" / "ecodiff"
 
 
@@ -31,7 +33,10 @@ def train_sdxl(options, emojis, images) -> None:
 
 def train_flux(options, emojis, images) -> None:
     """emoji-flux, on the latents of emoji-sdxl's autoencoder, and its guidance."""
-    autoencoder = AutoencoderKL.from_pretrained(HERE / "emoji-sdxl" / "vae").to(options.device)
+    if options.more:
+        _train_flux_on(options, emojis, images)
+        return
+    autoencoder = AutoencoderKL.from_pretrained(EMBEDDED / "emoji-sdxl" / "vae").to(options.device)
     autoencoder = flux.standardised(autoencoder).eval()
     latents = vae.encode(autoencoder, images)
     torch.manual_seed(0)
@@ -49,9 +54,26 @@ def train_flux(options, emojis, images) -> None:
     _ship(flux.finished(pipe, trained), options, emojis, images, facts)
 
 
+def _train_flux_on(options, emojis, images) -> None:
+    """emoji-flux from the weights that ship, and its guidance anew."""
+    shipped = EMBEDDED / "emoji-flux"
+    pipe = FluxPipeline.from_pretrained(shipped, dtype=torch.float32)
+    latents = vae.encode(pipe.vae.to(options.device), images)
+    examples = flux.Examples(pipe, latents, emojis, options.device, flux.MORE_POWER)
+    folder = options.work / "more"
+    folder.mkdir(exist_ok=True)
+    teacher = flux.train(pipe, examples, folder, options.more, options.device, **flux.MORE)
+    trained = flux.distil_guidance(teacher, examples, folder, options.guidance_steps, options.device)
+    facts = json.loads((shipped / "report.json").read_text(encoding="utf-8"))["trained"] | {
+        "trained on from there": f"{options.more:,} steps of {training.BATCH} images, every emoji's family "
+        "nearly as often as any other, and guidance distilled again"
+    }
+    _ship(flux.finished(pipe, trained), options, emojis, images, facts)
+
+
 def train_turbo(options, emojis, images) -> None:
     """emoji-sdxl in four steps."""
-    teacher = StableDiffusionXLPipeline.from_pretrained(HERE / "emoji-sdxl", dtype=torch.float32)
+    teacher = StableDiffusionXLPipeline.from_pretrained(EMBEDDED / "emoji-sdxl", dtype=torch.float32)
     mean, std = (torch.tensor(teacher.vae.config[f"latents_{n}"]).view(1, 4, 1, 1) for n in ("mean", "std"))
     scaled = (vae.encode(teacher.vae.to(options.device), images) - mean) / std
     pipe = turbo.new_pipeline(teacher)
@@ -75,7 +97,7 @@ RECIPES = {  # and steps of the denoiser
 }
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """Train what is not trained yet, then write the model and its report."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes",
@@ -87,18 +109,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="denoiser and text encoders (default: as shipped)")
     parser.add_argument("--text-steps", type=int, default=1500, help="emoji-flux's text encoders, alone")
     parser.add_argument("--guidance-steps", type=int, default=400, help="emoji-flux's distillation")
+    parser.add_argument("--more", type=int, help="emoji-flux: train what ships on for so many steps")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, help="training state (default: in ~/.cache/ecodiff)")
     parser.add_argument("--data", type=Path, default=CACHE / "data", help="downloaded images")
     parser.add_argument("--out", type=Path, help="the model (default: where it ships)")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     if options.threads:
         torch.set_num_threads(options.threads)
     recipe, steps = RECIPES[options.model]
     options.steps = options.steps or steps
     options.work = options.work or CACHE / f"train-{options.model.removeprefix('emoji-')}"
-    options.out = options.out or HERE / options.model
+    options.out = options.out or EMBEDDED / options.model
     options.work.mkdir(parents=True, exist_ok=True)
     recipe(options, *data.load(options.data))
 

@@ -110,14 +110,15 @@ def _on_white(file: Path) -> np.ndarray:
     return np.asarray(page.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS))
 
 
-def sampling_weights(emojis: list[Emoji]) -> torch.Tensor:
+def sampling_weights(emojis: list[Emoji], power: float = -0.5) -> torch.Tensor:
     """Probability of drawing each emoji while training, (n,).
 
-    Over half of the images are skin tones and genders of people. Each family weighs the square
-    root of its size, so that they do not crowd out the things there is one picture of.
+    Over half of the images are skin tones and genders of people. An image weighs a power of its family's
+    size: by default each family weighs the square root of its size, so that they do not crowd out the
+    things there is one picture of.
     """
     sizes: dict[str, int] = {}
     for emoji in emojis:
         sizes[emoji.family] = sizes.get(emoji.family, 0) + 1
-    weights = torch.tensor([sizes[emoji.family] ** -0.5 for emoji in emojis])
+    weights = torch.tensor([sizes[emoji.family] ** power for emoji in emojis])
     return weights / weights.sum()

@@ -32,7 +32,7 @@ SEED = 1234
 def split_prompts(emojis: list[data.Emoji], folder: Path) -> None:
     """Write prompts to learn masks on and others to judge them by: no family is in both."""
     draw = torch.Generator().manual_seed(SEED)
-    order = torch.multinomial(data.sampling_weights(emojis), 1200, generator=draw).tolist()
+    order = torch.multinomial(data.sampling_weights(emojis), min(1200, len(emojis)), generator=draw).tolist()
     seen, captions = set(), []
     for emoji in (emojis[row] for row in order):
         if emoji.family not in seen:
