@@ -1,10 +1,12 @@
 """What it looks like: the first held-out prompts, whatever comes of them, by every method at one size.
 
     python benchmarks/gallery.py                   benchmarks/gallery.png
+    python benchmarks/gallery.py --model emoji-flux
 
 Prompts, seeds, scores and compensation are those of benchmarks/fidelity.py; all are compensated.
 """
 
+import argparse
 from pathlib import Path
 
 import fidelity
@@ -14,10 +16,9 @@ import ecodiff
 from ecodiff import catalog
 from ecodiff.learning.calibration import Calibration
 
-OUT = Path(__file__).with_suffix(".png")
 ROWS = (
-    ("fast", 0.2, "ecodiff, fast"),
-    ("fast", 0.4, "ecodiff, fast"),
+    ("surgeon", 0.2, "ecodiff"),
+    ("surgeon", 0.4, "ecodiff"),
     ("obs-diff", 0.4, "OBS-Diff"),
     ("wanda", 0.4, "Wanda"),
     ("ecodiff", 0.4, "EcoDiff as published"),
@@ -59,10 +60,15 @@ def sheet(prompts: list[str], rows: list[tuple[str, list[Image.Image]]]) -> Imag
 
 
 def main() -> None:
-    model, pipe = catalog.find("emoji-sdxl"), ecodiff.load("emoji-sdxl")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="emoji-sdxl")
+    options = parser.parse_args()
+    of_model = "" if options.model == "emoji-sdxl" else f"-{options.model}"
+    out = Path(__file__).with_name(f"gallery{of_model}.png")
+    model, pipe = catalog.find(options.model), ecodiff.load(options.model)
     pipe.set_progress_bar_config(disable=True)
     prompts = model.prompts("heldout")[:8]
-    sheet(prompts, drawn(pipe, model, prompts)).save(OUT, optimize=True)
+    sheet(prompts, drawn(pipe, model, prompts)).save(out, optimize=True)
 
 
 if __name__ == "__main__":

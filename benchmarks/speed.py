@@ -2,9 +2,11 @@
 
     python benchmarks/speed.py                    embedded model, the device that ecodiff would take
     python benchmarks/speed.py --compile          with torch.compile too
+    python benchmarks/speed.py --example --model emoji-flux      as the model's example run ranks units
 
 Times are medians over interleaved repeats of one denoiser call, as multiples of the dense one's in the same
-round. The ranking is of weight magnitudes: which units go does not matter for time, how many a layer does.
+round. Without --example the ranking is of weight magnitudes, of heads, neurons and channels only: then which
+units go does not matter for time, how many a layer does.
 """
 
 import argparse
@@ -22,8 +24,7 @@ from ecodiff.learning import scoring
 from ecodiff.metrics import cost
 from ecodiff.pipelines import denoiser_calls, denoiser_of, moved
 from ecodiff.pruning.scores import Scores
-
-OUT = Path(__file__).with_suffix(".json")
+from ecodiff.units import ALL_KINDS
 
 
 @torch.inference_mode()
@@ -40,6 +41,19 @@ def ratios(denoisers: dict, args: tuple, kwargs: dict, repeats: int) -> dict[str
     }
 
 
+def ranking(pipe, model: catalog.Model, example: bool) -> Scores:
+    """Units by their weights' magnitude; or as the model's example run (its default preset) ranks them."""
+    denoiser = denoiser_of(pipe)
+    if example:
+        known = Scores.load(Path(model.source) / "example" / "scores.safetensors")
+        values, bases = known.values, known.bases
+    else:
+        worth, bases = scoring.magnitude(pipe), {}
+        values = {g.name: worth[g.name] / unit_parameters(denoiser, g) for g in ecodiff.find_groups(denoiser)}
+    groups = [group for group in ecodiff.find_groups(denoiser, ALL_KINDS) if group.name in values]
+    return Scores.of(denoiser, values, cost.unit_macs(pipe, call_of(pipe, model, 1), groups), bases)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="emoji-sdxl")
@@ -47,6 +61,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--example", action="store_true")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -54,15 +69,9 @@ def main() -> None:
     load = seconds(ecodiff.load, options.model)
     pipe = ecodiff.load(options.model)
     denoiser = denoiser_of(pipe)
-    groups = ecodiff.find_groups(denoiser)
-    worth = scoring.magnitude(pipe)
-    call = call_of(pipe, model, 1)
-    scores = Scores.of(
-        denoiser,
-        {g.name: worth[g.name] / unit_parameters(denoiser, g) for g in groups},
-        cost.unit_macs(pipe, call, groups),
-    )
-    found = {"model": options.model, "device": device_name(), "threads": torch.get_num_threads()}
+    scores = ranking(pipe, model, options.example)
+    name = f"{options.model}, example run" if options.example else options.model
+    found = {"model": name, "device": device_name(), "threads": torch.get_num_threads()}
     found |= {"torch": torch.__version__, "load_s": round(load, 2), "rows": []}
     for ratio in options.ratios:
         plans = {name: scores.plan(ratio=ratio, align=name == "aligned") for name in ("aligned", "unaligned")}
@@ -91,7 +100,7 @@ def main() -> None:
             "load_folder_s": round(reload, 2),
             "load_plan_s": round(plan, 4),
         }
-    keep_results(OUT, found)
+    keep_results(Path(__file__).with_suffix(".json"), found)
 
 
 if __name__ == "__main__":
