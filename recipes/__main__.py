@@ -87,6 +87,12 @@ def train_turbo(options, emojis, images) -> None:
 
 def _ship(pipe, options, emojis, images, facts: dict[str, str]) -> None:
     pipe.save_pretrained(options.out, max_shard_size="9MB")
+    for file in options.out.rglob(
+        "*.json"
+    ):  # diffusers notes where it opened a part: a folder of this machine
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found.pop("_name_or_path", None):
+            file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     evaluate.report(options.model, pipe, emojis, images, options.out, facts)
 
 

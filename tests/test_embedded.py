@@ -61,6 +61,8 @@ def test_the_card_says_what_the_report_measured(name):
     report, card = json.loads((folder / "report.json").read_text()), (folder / "README.md").read_text()
     assert f"{report['top1']:.3f}" in card and f"{report['top5']:.3f}" in card
     assert (folder / "contact-sheet.png").is_file() and "Microsoft" in card
+    told = [file.name for file in folder.rglob("*.json") if "_name_or_path" in file.read_text()]
+    assert not told, "a folder of the machine that trained it"
 
 
 def test_learned_masks_beat_random_and_magnitude(emoji):

@@ -34,6 +34,7 @@ def test_a_recipe_trains_and_writes_a_model_that_opens(name, colours, tmp_path):
     pipe = load(str(out))
     shapes = [{n: p.shape for n, p in denoiser_of(each).named_parameters()} for each in (pipe, load(model))]
     assert shapes[0] == shapes[1], "as the model that ships"
+    assert not any("_name_or_path" in file.read_text() for file in out.rglob("*.json"))
     report = json.loads((out / "report.json").read_text())
     assert any(facts.startswith("1 steps of") for facts in report["trained"].values())
     assert len((out / "prompts" / "heldout.txt").read_text().splitlines()) == 64

@@ -13,6 +13,7 @@ from ..units import KINDS
 from .plan import PrunePlan
 
 WIDE = 64  # what wide layers' remaining widths are multiples of
+FEWEST = 4  # a quarter of a layer's directions inside heads goes, or none: gathering what is left takes time
 
 
 def kept(scores: Any, costs: Mapping[str, float], target: float, align: bool | int) -> dict[str, Tensor]:
@@ -117,7 +118,7 @@ def moves(
     """Units of a group in the order in which they go: (worth per cost, name, their numbers).
 
     Blocks are runs of the group's own ranking, so their mean worth rises too; the first one
-    takes what does not fill a block.
+    takes what does not fill a block, or a quarter of the directions inside heads.
     """
     values = scores.values[name] * (scores.costs[name] / (costs[name] or 1))
     setup = scores.setup(name, costs)
@@ -130,6 +131,8 @@ def moves(
         first += width * max(1, ceil((setup / costs[name] - first) / width))
         if first * costs[name] <= setup or first > left:
             return
+    elif name in scores.inside:
+        first = ceil(len(values) / FEWEST)
     first = min(first, left)
     blocks, last = divmod(left - first, width)  # the last one leaves what the floor keeps
     sizes = [first] * (first > 0) + [width] * blocks + [last] * (last > 0)

@@ -14,6 +14,7 @@ from ecodiff.learning.inside_heads import Compared, basis, turns
 from ecodiff.learning.learn import learn
 from ecodiff.metrics.cost import parameters
 from ecodiff.pipelines import denoiser_of
+from ecodiff.pruning import cutting
 from ecodiff.pruning.slicing import plan_of
 from ecodiff.units import PruneGroup, Slot, units
 from tests.conftest import flux, latents, short
@@ -94,6 +95,8 @@ def test_every_size_counts_to_the_parameter_and_no_head_is_left_without_a_direct
         for name, heads in scores.inside.items():
             each = plan[name].view(len(plan[heads]), -1).sum(1)
             assert (each[plan[heads]] > 0).all(), name
+            gone = int((~plan[name]).sum())
+            assert not gone or gone >= len(plan[name]) / cutting.FEWEST or not plan[heads].all(), name
     smallest = scores.plan(ratio=scores.ceiling)
     assert smallest.metadata["ratio"] == pytest.approx(scores.ceiling, abs=0.01)
 
