@@ -87,9 +87,8 @@ def train_turbo(options, emojis, images) -> None:
 
 def _ship(pipe, options, emojis, images, facts: dict[str, str]) -> None:
     pipe.save_pretrained(options.out, max_shard_size="9MB")
-    for file in options.out.rglob(
-        "*.json"
-    ):  # diffusers notes where it opened a part: a folder of this machine
+    # diffusers notes where it opened a part: a folder of this machine.
+    for file in options.out.rglob("*.json"):
         found = json.loads(file.read_text(encoding="utf-8"))
         if found.pop("_name_or_path", None):
             file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
