@@ -59,7 +59,8 @@ def _train_flux_on(options, emojis, images) -> None:
     shipped = EMBEDDED / "emoji-flux"
     pipe = FluxPipeline.from_pretrained(shipped, dtype=torch.float32)
     latents = vae.encode(pipe.vae.to(options.device), images)
-    examples = flux.Examples(pipe, latents, emojis, options.device, flux.MORE_POWER)
+    examples = flux.Examples(pipe, latents, emojis, options.device)
+    examples.captions.weights = data.sampling_weights(emojis, flux.MORE_POWER)
     folder = options.work / "more"
     folder.mkdir(exist_ok=True)
     teacher = flux.train(pipe, examples, folder, options.more, options.device, **flux.MORE)
@@ -121,6 +122,8 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=CACHE / "data", help="downloaded images")
     parser.add_argument("--out", type=Path, help="the model (default: where it ships)")
     options = parser.parse_args(given)
+    if options.more and options.model != "emoji-flux":
+        parser.error("--more trains emoji-flux on, no other model.")
     if options.threads:
         torch.set_num_threads(options.threads)
     recipe, steps = RECIPES[options.model]

@@ -146,11 +146,9 @@ class Denoiser(nn.Module):
 class Examples:
     """Draws noisy latents, their velocities and captions."""
 
-    def __init__(
-        self, pipe: FluxPipeline, latents: Tensor, emojis: list[data.Emoji], device: str, power: float = -0.5
-    ):
+    def __init__(self, pipe: FluxPipeline, latents: Tensor, emojis: list[data.Emoji], device: str):
         self.latents = FluxPipeline._pack_latents(latents, len(latents), *latents.shape[1:])
-        self.captions, self.device = training.Captions(emojis, power), device
+        self.captions, self.device = training.Captions(emojis), device
         self.clip = training.tokens(pipe.tokenizer, emojis, TOKENS)
         self.t5 = training.tokens(pipe.tokenizer_2, emojis, TOKENS)
         options = {"padding": "max_length", "max_length": TOKENS, "return_tensors": "pt"}

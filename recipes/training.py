@@ -24,8 +24,8 @@ def rate(step: int, steps: int, peak: float = PEAK_RATE) -> float:
 class Captions:
     """Draws the images and captions of a step."""
 
-    def __init__(self, emojis: list[data.Emoji], power: float = -0.5):
-        self.weights = data.sampling_weights(emojis, power)
+    def __init__(self, emojis: list[data.Emoji]):
+        self.weights = data.sampling_weights(emojis)
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Image numbers, which of them go by their alias, which keep their caption; each (BATCH,)."""

@@ -39,15 +39,18 @@ def test_the_presets_win_their_table(file):
         best = min(errors[method, ratio] for method in baselines)
         every = [error for (_, size), error in errors.items() if size == ratio]
         flux = file == "fidelity-emoji-flux"
-        # There, up to 20 %, one or two trajectories that turn off into another image make the means.
-        orders = ("surgeon +", "gauss-newton +") if flux and ratio <= 0.2 else ("surgeon +",)
-        assert min(errors[order, ratio] for order in orders) == min(every), "the default is not the best"
+        # As docs/method.md says: on emoji-flux, up to 20 %, one or two trajectories that turn off into
+        # another image make the means, and the other order that the default measures has the lowest.
+        order = "gauss-newton +" if flux and ratio <= 0.2 else "surgeon +"
+        assert errors[order, ratio] == min(every), "not what is said to be the best"
         if flux:  # with directions
-            assert min(errors[order, ratio] for order in orders) <= 0.25 * best
-            assert errors["surgeon +", ratio] <= 0.35 * best
+            bound = 0.25 if ratio <= 0.3 else 0.5
+            assert errors[order, ratio] <= bound * best
+            assert errors["surgeon +", ratio] <= (0.35 if ratio == 0.1 else bound) * best
         for preset in ("fast +", "balanced +"):
-            # Heads and neurons alone have less to give in emoji-flux.
-            assert errors[preset, ratio] <= (1 if flux else 0.8) * best
+            # Heads and neurons alone have less to give in emoji-flux; at 20 % balanced is hardly below Wanda.
+            floor = 0.96 if (preset, ratio) == ("balanced +", 0.2) else 0.85
+            assert errors[preset, ratio] <= (floor if flux else 0.8) * best
             assert errors[preset, ratio] <= (0.85 if flux else 0.5) * errors["ecodiff +", ratio]
 
 
