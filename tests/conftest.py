@@ -257,6 +257,6 @@ def pytest_runtest_makereport(item, call):
     """Beside a browser test's failure: what the open pages say."""
     report = yield
     if report.failed and "browser" in item.funcargs:
-        for context in item.funcargs["browser"].contexts:
+        for context in reversed(item.funcargs["browser"].contexts):  # the test's own page comes first
             report.sections += [(page.url, page.inner_text("body")) for page in context.pages]
     return report

@@ -512,7 +512,7 @@ def test_the_page_by_keyboard(browser, url):
     page.keyboard.press("Enter")
     go("Id")
     page.keyboard.type("0" * 32)
-    go("Open")
+    assert page.get_by_label("Id", exact=True).input_value() == "0" * 32
     page.keyboard.press("Enter")
     page.get_by_text("There is no such run any more").wait_for()
     go("About")

@@ -41,7 +41,7 @@ def build(browser: Browser) -> Tab:
     renamed = [tools["run"], tools["name"], runs]
     tools["rename"].click(placed(give_name, tools), renamed, outputs, **private)
     timer.tick(shown, [runs, tools["run"]], outputs, show_progress="hidden", **private)
-    added = add.click(open_run, [known, runs], runs, **private)
+    added = gr.on([add.click, known.submit], open_run, [known, runs], runs, **private)
     added.success(shown, [runs, tools["run"]], outputs, **private)
     taken = take.click(bring, [dense, brought, repo, runs], runs, **private)
     taken.success(shown, [runs, tools["run"]], outputs, **private)
