@@ -48,14 +48,18 @@ def build(browser: Browser) -> Tab:
 
 
 def _measured(found: dict) -> None:
+    medians = any("latent_error_median" in row for row in found["rows"])
     gr.Markdown(
         f"Error of the final latents on {found['pairs']} prompts that nothing was learned on, by the "
         "share of the denoiser's parameters removed; 0 is identical, 1 is unrelated. A + means "
         "compensated. Fast, balanced and paper are ecodiff's presets, ecodiff is the method as "
         "published."
+        + " In brackets the median: in a mean, one trajectory that turns off into another image weighs "
+        "as much as all others." * medians
     )
     gr.HTML(show.table(show.measured(found), f"Measured on {found['model']}"))
-    gr.Markdown(f"`python benchmarks/fidelity.py --model {found['model']}`, {found['machine']}.")
+    command = f"python benchmarks/fidelity.py --model {found['model']} --pairs {found['pairs']}"
+    gr.Markdown(f"`{command}`, {found['machine']}.")
 
 
 def _supported() -> str:

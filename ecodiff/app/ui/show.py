@@ -237,7 +237,7 @@ def layers(kept: dict[str, float], kinds: dict[str, str]) -> str:
 
 
 def measured(found: dict) -> list[dict[str, str]]:
-    """What benchmarks/fidelity.py measured, a row a method: latent error by size."""
+    """What benchmarks/fidelity.py measured, a row a method: latent error by size, mean (and median)."""
     ratios = sorted({row["ratio"] for row in found["rows"]})
     cells = {(row["method"], row["ratio"]): row for row in found["rows"]}
     names = dict.fromkeys(row["method"] for row in found["rows"])
@@ -245,11 +245,16 @@ def measured(found: dict) -> list[dict[str, str]]:
     methods.sort(key=lambda method: -cells[method, ratios[-1]]["latent_error"][0])
     return [
         {"method": method}
-        | {f"{ratio:.0%}": latent_error(cells[method, ratio]["latent_error"][0]) for ratio in ratios}
+        | {f"{ratio:.0%}": _mean_and_median(cells[method, ratio]) for ratio in ratios}
         | {"top-1 at 40 %": f"{cells.get((method, 0.4), {}).get('top1', [float('nan')])[0]:.2f}"}
         | {"trajectories": str(cells[method, ratios[0]]["trajectories"])}
         for method in methods
     ]
+
+
+def _mean_and_median(row: dict) -> str:
+    mean = latent_error(row["latent_error"][0])
+    return f"{mean} ({latent_error(row['latent_error_median'][0])})" if "latent_error_median" in row else mean
 
 
 def benchmark(found: dict) -> str:
