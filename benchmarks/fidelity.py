@@ -149,24 +149,30 @@ def variants(method: str, pipe, model, ratios, learn_ratio, calibration, kinds=(
 
 
 def figure(found: dict, path: Path) -> None:
-    """Latent error against the share of parameters removed, every method with compensation."""
+    """Latent error against the share of parameters removed, every method with compensation.
+
+    The median has a panel of its own where all rows have it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    drawing, axes = pyplot.subplots(figsize=(8, 5), dpi=150)
-    axes.set_prop_cycle(color=[*pyplot.get_cmap("tab10").colors, "black", "olive"])
-    for method in dict.fromkeys(row["method"] for row in found["rows"] if row["method"].endswith("+")):
-        rows = [row for row in found["rows"] if row["method"] == method]
-        ours = method.split()[0] in OURS
-        x, y = [100 * r["removed"] for r in rows], np.array([r["latent_error"] for r in rows])
-        line = axes.plot(x, y[:, 0], "o-", label=method, lw=2.5 if ours else 1.2, ms=4 if ours else 3)[0]
-        axes.fill_between(x, y[:, 1], y[:, 2], color=line.get_color(), alpha=0.12, lw=0)
-    axes.set(yscale="log", xlabel="parameters of the denoiser removed, %", ylabel="latent error")
-    axes.set_title(f"{found['model']}, {found['pairs']} held-out prompts, compensated; bands are 95 %")
-    axes.grid(alpha=0.3, which="both")
+    kinds = {"latent_error": "mean latent error", "latent_error_median": "median latent error"}
+    shown = [kind for kind in kinds if all(kind in row for row in found["rows"])]
+    drawing, panels = pyplot.subplots(1, len(shown), figsize=(8 if len(shown) < 2 else 12, 5), dpi=150)
+    for kind, axes in zip(shown, np.atleast_1d(panels), strict=True):
+        axes.set_prop_cycle(color=[*pyplot.get_cmap("tab10").colors, "black", "olive"])
+        for method in dict.fromkeys(row["method"] for row in found["rows"] if row["method"].endswith("+")):
+            rows = [row for row in found["rows"] if row["method"] == method]
+            ours = method.split()[0] in OURS
+            x, y = [100 * r["removed"] for r in rows], np.array([r[kind] for r in rows])
+            line = axes.plot(x, y[:, 0], "o-", label=method, lw=2.5 if ours else 1.2, ms=4 if ours else 3)[0]
+            axes.fill_between(x, y[:, 1], y[:, 2], color=line.get_color(), alpha=0.12, lw=0)
+        axes.set(yscale="log", xlabel="parameters of the denoiser removed, %", ylabel=kinds[kind])
+        axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8, ncols=2)
+    drawing.suptitle(f"{found['model']}, {found['pairs']} held-out prompts, compensated; bands are 95 %")
     drawing.tight_layout()
     drawing.savefig(path)
 

@@ -47,6 +47,9 @@ def test_the_presets_win_their_table(file):
             bound = 0.25 if ratio <= 0.3 else 0.5
             assert errors[order, ratio] <= bound * best
             assert errors["surgeon +", ratio] <= (0.35 if ratio == 0.1 else bound) * best
+            medians = {r["method"]: r["latent_error_median"][0] for r in rows if r["ratio"] == ratio}
+            assert medians["surgeon +"] == min(medians.values())
+            assert medians["surgeon +"] <= 0.06 * min(medians[method] for method in baselines)
         for preset in ("fast +", "balanced +"):
             # Heads and neurons alone have less to give in emoji-flux; at 20 % balanced is hardly below Wanda.
             floor = 0.96 if (preset, ratio) == ("balanced +", 0.2) else 0.85
