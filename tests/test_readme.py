@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import tables
 from ecodiff.app.ui import show
 from tests import loras, stacking, support, wording
 from tests.denoisers import MISSING
@@ -25,6 +26,8 @@ def test_the_table_is_as_measured():
     names = tuple(f"| {row['method']} |" for row in FIDELITY["rows"])
     shown = [line for line in README.splitlines() if line.startswith(names)]
     assert len(shown) == 7 and set(shown) <= set(measured) and measured[0] in README
+    for table in tables.every():
+        assert table in BENCHMARKS, "see python benchmarks/tables.py"
     for row in json.loads((ROOT / "benchmarks" / "ablation.json").read_text())["parts"]:
         assert f"| {row['part']} | {row['error']:.4f} |" in BENCHMARKS
 

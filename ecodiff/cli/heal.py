@@ -35,6 +35,7 @@ def run(options: argparse.Namespace) -> int:
     from ..checkpoints.saving import save
     from ..learning.heal import facts, heal
     from ..metrics.fidelity import compare
+    from ..pipelines import quiet
     from ..runs.prompts import read, set_aside
 
     if options.count < 1:
@@ -46,7 +47,8 @@ def run(options: argparse.Namespace) -> int:
     config = known.heal_config(steps=options.steps, rank=options.rank, rate=options.rate)
     own, heldout = set_aside(read(options.prompts)) if options.prompts else ([], [])
     prompts = (heldout or known.prompts("heldout"))[: options.count]
-    before = compare(pipe, small, prompts, **known.drawing())["mean"]
+    with quiet(pipe), quiet(small):  # one bar, that of healing, in place of one an image
+        before = compare(pipe, small, prompts, **known.drawing())["mean"]
     with tqdm(total=config.steps, unit="step", disable=options.quiet) as bar:
         try:
             for step, loss in heal(small, pipe, own or known.prompts("calibration"), config, folder):
@@ -55,7 +57,8 @@ def run(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)
             return 130
-    after = compare(pipe, small, prompts, **known.drawing())["mean"]
+    with quiet(pipe), quiet(small):
+        after = compare(pipe, small, prompts, **known.drawing())["mean"]
     text = model_card(small, facts(config, before, after, len(prompts)))
     out = save(small, options.out, disk_dtype(known), text)
     rows = [

@@ -245,14 +245,15 @@ def measured(found: dict) -> list[dict[str, str]]:
     methods.sort(key=lambda method: -cells[method, ratios[-1]]["latent_error"][0])
     return [
         {"method": method}
-        | {f"{ratio:.0%}": _mean_and_median(cells[method, ratio]) for ratio in ratios}
+        | {f"{ratio:.0%}": mean_and_median(cells[method, ratio]) for ratio in ratios}
         | {"top-1 at 40 %": f"{cells.get((method, 0.4), {}).get('top1', [float('nan')])[0]:.2f}"}
         | {"trajectories": str(cells[method, ratios[0]]["trajectories"])}
         for method in methods
     ]
 
 
-def _mean_and_median(row: dict) -> str:
+def mean_and_median(row: dict) -> str:
+    """A measured latent error: "mean (median)", or the mean where only that was measured."""
     mean = latent_error(row["latent_error"][0])
     return f"{mean} ({latent_error(row['latent_error_median'][0])})" if "latent_error_median" in row else mean
 

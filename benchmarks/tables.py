@@ -1,0 +1,80 @@
+"""Tables of benchmarks/README.md, as Markdown, from what peers.py, quantised.py and text_encoders.py wrote.
+
+python benchmarks/tables.py
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from ecodiff.app.ui.show import mean_and_median
+
+HERE = Path(__file__).parent
+ORDERS = {"ecodiff": "ecodiff", "random": "random", "magnitude": "norm of the weights"}
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table."""
+    first, *rest = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return "\n".join([first, "|---" * (first.count("|") - 1) + "|", *rest])
+
+
+def peers(found: dict) -> str:
+    """What other tools cost, repaired, a row a tool."""
+    cells = {(row["tool"], row["kinds"], row["ratio"]): mean_and_median(row) for row in found["rows"]}
+    tools = dict.fromkeys(row["tool"] for row in found["rows"] if row["tool"].endswith("+"))
+    places = [(kinds, ratio) for kinds in ("heads and FFN", "all kinds") for ratio in (0.2, 0.4)]
+    return markdown(
+        (found["model"], "heads and FFN, 20 %", "40 %", "all kinds, 20 %", "40 %"),
+        [(tool.removesuffix(" +"), *(cells.get((tool, *place), "") for place in places)) for tool in tools],
+    )
+
+
+def quantised(found: dict) -> str:
+    """Pruned, quantised and both, a row a model and size."""
+    kinds = list(dict.fromkeys(row["kind"] for sizes in found.values() for row in sizes["sizes"]))
+    rows = []
+    for model, measured in found.items():
+        for removed in dict.fromkeys(row["removed"] for row in measured["sizes"]):
+            cells = {row["kind"]: row for row in measured["sizes"] if row["removed"] == removed}
+            size = f"{removed:.0%}".replace("%", " %") if removed else "nothing"
+            errors = (
+                f"{mean_and_median(cells[k]['interval'])}, {cells[k]['bytes'] / 1e6:.1f} MB" for k in kinds
+            )
+            rows.append((model, size, *errors))
+    return markdown(("model", "removed", *kinds), rows)
+
+
+def learned_on_rounded(found: dict) -> str:
+    """What ranking on rounded weights costs, a row a model and kind of weights."""
+    rows = [
+        (model, row["kind"], f"{row['spearman']:.2f}", mean_and_median(row["interval"]))
+        for model, measured in found.items()
+        for row in measured["learning"]
+    ]
+    return markdown(("model", "weights learned on", "correlation", "latent error, 20 %"), rows)
+
+
+def text_encoders(found: dict) -> str:
+    """What smaller text encoders cost, a row a model and order."""
+    rows = []
+    for model, measured in found.items():
+        for order, word in ORDERS.items():
+            for plus in ("", "+"):
+                row = [measured.get(f"{order} {percent}%{plus}") for percent in (10, 20, 30, 40)]
+                hits = f"{row[2]['top1'][0]:.2f}" if row[2] else ""
+                errors = (mean_and_median(cell) if cell else "" for cell in row)
+                rows.append((model, f"{word} {plus}".strip(), *errors, hits))
+    return markdown(("model", "order", "10 %", "20 %", "30 %", "40 %", "top-1 at 30 %"), rows)
+
+
+def every() -> list[str]:
+    """All of them, as the files are now."""
+    read = lambda name: json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))  # noqa: E731
+    rounded = read("quantised")
+    compared = [peers(read(f"peers-{model}")) for model in ("emoji-sdxl", "emoji-flux")]
+    return [*compared, quantised(rounded), learned_on_rounded(rounded), text_encoders(read("text_encoders"))]
+
+
+if __name__ == "__main__":
+    print("\n\n".join(every()))
