@@ -67,5 +67,7 @@ def run(options: argparse.Namespace) -> int:
         ("prompts", f"{len(prompts)} that nothing was learned on"),
         ("saved in", str(out)),
     ]
+    if not after["latent_error"] < before["latent_error"]:
+        rows.append(("not closer", f"{options.model} is nearer to the dense model; more --steps go on"))
     report(options, rows, {"out": str(out), "before": before, "after": after})
     return 0
