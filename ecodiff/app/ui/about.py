@@ -52,8 +52,8 @@ def _measured(found: dict) -> None:
     gr.Markdown(
         f"Error of the final latents on {found['pairs']} prompts that nothing was learned on, by the "
         "share of the denoiser's parameters removed; 0 is identical, 1 is unrelated. A + means "
-        "compensated. Fast, balanced and paper are ecodiff's presets, ecodiff is the method as "
-        "published."
+        "compensated. Surgeon, gauss-newton, fast, balanced and paper are ecodiff's own, ecodiff is the "
+        "method as published."
         + " In brackets the median: in a mean, one trajectory that turns off into another image weighs "
         "as much as all others." * medians
     )
