@@ -1,6 +1,8 @@
 """Tables of benchmarks/README.md, as Markdown, from what peers.py, quantised.py and text_encoders.py wrote.
 
-python benchmarks/tables.py
+    python benchmarks/tables.py
+
+tests/test_readme.py holds the page to them.
 """
 
 import json
