@@ -39,7 +39,7 @@ def quantised(found: dict) -> str:
     for model, measured in found.items():
         for removed in dict.fromkeys(row["removed"] for row in measured["sizes"]):
             cells = {row["kind"]: row for row in measured["sizes"] if row["removed"] == removed}
-            size = f"{removed:.0%}".replace("%", " %") if removed else "nothing"
+            size = f"{100 * removed:.0f} %" if removed else "nothing"
             errors = (
                 f"{mean_and_median(cells[k]['interval'])}, {cells[k]['bytes'] / 1e6:.1f} MB" for k in kinds
             )
@@ -63,10 +63,9 @@ def text_encoders(found: dict) -> str:
     for model, measured in found.items():
         for order, word in ORDERS.items():
             for plus in ("", "+"):
-                row = [measured.get(f"{order} {percent}%{plus}") for percent in (10, 20, 30, 40)]
-                hits = f"{row[2]['top1'][0]:.2f}" if row[2] else ""
-                errors = (mean_and_median(cell) if cell else "" for cell in row)
-                rows.append((model, f"{word} {plus}".strip(), *errors, hits))
+                row = [measured[f"{order} {percent}%{plus}"] for percent in (10, 20, 30, 40)]
+                hits = f"{row[2]['top1'][0]:.2f}"
+                rows.append((model, f"{word} {plus}".strip(), *map(mean_and_median, row), hits))
     return markdown(("model", "order", "10 %", "20 %", "30 %", "40 %", "top-1 at 30 %"), rows)
 
 

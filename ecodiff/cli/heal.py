@@ -47,8 +47,12 @@ def run(options: argparse.Namespace) -> int:
     config = known.heal_config(steps=options.steps, rank=options.rank, rate=options.rate)
     own, heldout = set_aside(read(options.prompts)) if options.prompts else ([], [])
     prompts = (heldout or known.prompts("heldout"))[: options.count]
-    with quiet(pipe), quiet(small):  # one bar, that of healing, in place of one an image
-        before = compare(pipe, small, prompts, **known.drawing())["mean"]
+
+    def judged() -> dict[str, float]:
+        with quiet(pipe), quiet(small):  # one bar, that of healing, in place of one an image
+            return compare(pipe, small, prompts, **known.drawing())["mean"]
+
+    before = judged()
     with tqdm(total=config.steps, unit="step", disable=options.quiet) as bar:
         try:
             for step, loss in heal(small, pipe, own or known.prompts("calibration"), config, folder):
@@ -57,8 +61,7 @@ def run(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)
             return 130
-    with quiet(pipe), quiet(small):
-        after = compare(pipe, small, prompts, **known.drawing())["mean"]
+    after = judged()
     text = model_card(small, facts(config, before, after, len(prompts)))
     out = save(small, options.out, disk_dtype(known), text)
     rows = [

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import CompensateConfig
 from ..errors import EcodiffError
 from ..units import ALL_KINDS
 
@@ -72,26 +71,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of prompts, noise and gates")
     sampling_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    _repair_arguments(parser)
-    lean_argument(parser)
-    parser.add_argument("--layers", action="store_true", help="list what every layer became")
-
-
-def _repair_arguments(parser: argparse.ArgumentParser) -> None:
-    repair = parser.add_mutually_exclusive_group()
-    repair.add_argument(
+    parser.add_argument(
         "--no-compensate",
         dest="compensate",
         action="store_false",
         help="leave the weights that stay as they are",
     )
-    repair.add_argument(
-        "--repair-trajectories",
-        type=trajectories,
-        metavar="N",
-        help="repair the weights that stay by so many dense trajectories (default: 40; more take longer and "
-        "come closer)",
-    )
+    lean_argument(parser)
+    parser.add_argument("--layers", action="store_true", help="list what every layer became")
 
 
 def share(text: str) -> tuple[str, float]:
@@ -105,19 +92,12 @@ def share(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not KIND=SHARE, as heads=0.32") from None
 
 
-def trajectories(text: str) -> int:
-    """How many trajectories the repair reads, of `--repair-trajectories`."""
-    checks = CompensateConfig().heldout
-    if not text.isdecimal() or int(text) <= checks:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above {checks}: {checks} only check")
-    return int(text)
-
-
 def run(options: argparse.Namespace) -> int:
     """Learn (or resume, or take a finished run), cut, save."""
     from ..checkpoints.loading import disk_dtype, load
     from ..checkpoints.saving import folder_bytes, save
     from ..learning import distributed
+    from ..learning.compensate import compensate_
     from ..learning.streaming import is_rounded
     from ..metrics.cost import parameters
     from ..pipelines import denoiser_of
@@ -143,7 +123,14 @@ def run(options: argparse.Namespace) -> int:
     align = True if options.align is None else options.align
     made = run.plan(options.ratio, shares, run.config.cost, align, _milliseconds(run, pipe))
     small = variant(pipe, made)
-    updated = _repaired(small, pipe, run, options.repair_trajectories) if options.compensate else {}
+    updated = {}
+    if options.compensate:
+        print("compensating", file=sys.stderr)
+        known = run.known
+        # What was asked of learning holds for the repair too: the run says what that was.
+        settings = () if run.imported else ("inference_steps", "guidance_scale", "size", "extra")
+        asked = {name: getattr(run.config, name) for name in settings}
+        updated = compensate_(small, pipe, run.learned_on, replace(known.compensation(), **asked))
     if options.drop_unused:
         small = without_unused(small, run.known)
     out = save(small, options.out, disk_dtype(run.known))
@@ -165,18 +152,6 @@ def run(options: argparse.Namespace) -> int:
         rows += [(name, f"{int(keep.sum())} of {len(keep)}") for name, keep in made.items()]
     report(options, rows, result)
     return 0
-
-
-def _repaired(small, pipe, run: "Run", trajectories: int | None) -> dict[str, bool]:
-    """Repair the weights; says of which layers that was done."""
-    from ..learning.compensate import compensate_
-
-    print("compensating", file=sys.stderr)
-    # What was asked of learning holds for the repair too: the run says what that was.
-    settings = () if run.imported else ("inference_steps", "guidance_scale", "size", "extra")
-    asked = {name: getattr(run.config, name) for name in settings}
-    asked |= {} if trajectories is None else {"trajectories": trajectories}
-    return compensate_(small, pipe, run.learned_on, replace(run.known.compensation(), **asked))
 
 
 def _milliseconds(run: "Run", pipe) -> tuple[dict[str, float], float] | None:

@@ -51,22 +51,6 @@ def test_units_are_ranked_in_float8_and_the_full_weights_are_cut(capsys, tmp_pat
         assert torch.equal(small.get_submodule(name).weight, weight) and weight.nbytes > 1 << 15
 
 
-def test_weights_are_repaired_by_as_many_trajectories_as_asked(capsys, tmp_path):
-    command = ["prune", "emoji-turbo", "--preset", "magnitude-l2", "--steps", 1, "--run", tmp_path / "run"]
-    weights = []
-    for count in (9, 12):
-        asked = ["--repair-trajectories", count, "--out", tmp_path / str(count), "--json"]
-        code, text, err = run(capsys, *command, *asked)
-        assert code == 0 and last_json(text)["compensated"] > 0, err
-        weights.append(ecodiff.load(tmp_path / str(count)).unet.state_dict())
-    assert any(not weight.equal(weights[1][name]) for name, weight in weights[0].items())
-    command[-1] = tmp_path / "other"
-    with pytest.raises(SystemExit, match="2"):
-        run(capsys, *command, "--repair-trajectories", 8, "--out", tmp_path / "none")
-    assert "'8' is not a number above 8" in capsys.readouterr().err
-    assert not (tmp_path / "other").exists(), "told before it learns"
-
-
 def test_prune_recut_generate_compare(capsys, tmp_path):
     out = tmp_path / "small"
     command = ["prune", "emoji-sdxl", "--ratio", 0.2, "--preset", "fast", "--out", out, "--json"]
