@@ -15,7 +15,7 @@ CACHE = Path.home() / ".cache" / "ecodiff"
 
 
 def train_sdxl(options, emojis, images) -> None:
-    """The autoencoder, then emoji-sdxl."""
+    """The autoencoder, then emoji-sdxl, and on from there with fewer layers."""
     autoencoder = vae.train(images, options.work, options.vae_steps, options.device)
     latents = vae.encode(autoencoder, images)
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
@@ -23,10 +23,16 @@ def train_sdxl(options, emojis, images) -> None:
     scaled = (latents - mean.view(1, 4, 1, 1)) / std.view(1, 4, 1, 1)
     torch.manual_seed(0)
     pipe = sdxl.new_pipeline(autoencoder, sdxl.tokenizer(emojis, options.work / "tokenizer"))
-    trained = sdxl.train(pipe, scaled, emojis, options.work, options.steps, options.device)
+    whole = sdxl.train(pipe, scaled, emojis, options.work, options.steps, options.device)
+    pipe = sdxl.finished(pipe, whole).to(torch.float32)
+    sdxl.leaner(pipe)
+    (more := options.work / "leaner").mkdir(exist_ok=True)
+    trained = sdxl.train(pipe, scaled, emojis, more, options.lean_steps, options.device, **sdxl.LEANER)
     facts = {
         "autoencoder": f"{options.vae_steps:,} steps of {vae.BATCH} images",
         "UNet and text encoders": f"{options.steps:,} steps of {training.BATCH} images",
+        "with 6 of 16 layers in the lower transformers, from there": f"{options.lean_steps:,} steps of "
+        f"{training.BATCH} images",
     }
     _ship(sdxl.finished(pipe, trained), options, emojis, images, facts)
 
@@ -113,6 +119,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("model", choices=RECIPES)
     parser.add_argument("--vae-steps", type=int, default=1600, help="emoji-sdxl's autoencoder")
     parser.add_argument("--steps", type=int, help="denoiser and text encoders (default: as shipped)")
+    parser.add_argument("--lean-steps", type=int, default=4500, help="emoji-sdxl, after layers were left out")
     parser.add_argument("--text-steps", type=int, default=1500, help="emoji-flux's text encoders, alone")
     parser.add_argument("--guidance-steps", type=int, default=400, help="emoji-flux's distillation")
     parser.add_argument("--more", type=int, help="emoji-flux: train what ships on for so many steps")

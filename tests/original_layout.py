@@ -139,8 +139,10 @@ class UNet(nn.Module):
                 blocks.append([Resized(now, False, op)])
                 skips.append(now)
         self.input_blocks = nn.ModuleList(nn.ModuleList(block) for block in blocks)
-        middle = [ResBlock(now, embedding, now, op), *attention(now, config["transformer_depth_middle"])]
-        self.middle_block = nn.ModuleList([*middle, ResBlock(now, embedding, now, op)])
+        middle, depth = [ResBlock(now, embedding, now, op)], config["transformer_depth_middle"]
+        if depth >= 0:  # -1: one ResNet, as SSD-1B
+            middle += [*attention(now, depth), ResBlock(now, embedding, now, op)]
+        self.middle_block = nn.ModuleList(middle)
         blocks = []
         for level, width in reversed(list(enumerate(widths))):
             for index in range(config["num_res_blocks"][level] + 1):

@@ -12,7 +12,7 @@ from recipes import data, evaluate
 from recipes.data import Emoji
 
 SHORT = {
-    "emoji-sdxl": ["--vae-steps", "1", "--steps", "1"],
+    "emoji-sdxl": ["--vae-steps", "1", "--steps", "1", "--lean-steps", "1"],
     "emoji-flux": ["--text-steps", "1", "--steps", "1", "--guidance-steps", "1"],
     "emoji-turbo": ["--steps", "1"],
     "emoji-flux, trained on": ["--more", "1", "--guidance-steps", "1"],

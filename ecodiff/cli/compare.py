@@ -1,6 +1,8 @@
 """`compare`: measure a pruned model against its dense one."""
 
 import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import EcodiffError
@@ -49,7 +51,8 @@ def run(options: argparse.Namespace) -> int:
         found = {"mean": values, "prompt": options.prompt, "seed": options.seed}
     else:
         prompts = catalog.find(base).prompts("heldout")[: options.count]
-        found = compare(pipe, small, prompts, [options.seed], **defaults)
+        with _one_bar(pipe, small, 2 * len(prompts)) as on_image:
+            found = compare(pipe, small, prompts, [options.seed], **defaults, on_image=on_image)
         values, extra = found["mean"], [("prompts", str(len(prompts)))]
     rows = [
         *extra,
@@ -61,6 +64,17 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+@contextmanager
+def _one_bar(pipe, small, images: int | None = None) -> Iterator[Callable[[], object]]:
+    """A progress bar over all images, in place of one an image; yields what advances it."""
+    from tqdm import tqdm
+
+    from ..pipelines import quiet
+
+    with quiet(pipe), quiet(small), tqdm(total=images, unit="image") as bar:
+        yield bar.update
+
+
 def _report(options: argparse.Namespace, pipe, small, base: str) -> int:
     """The fixed report, printed and kept in the folder's README.md."""
     from .. import catalog
@@ -68,7 +82,8 @@ def _report(options: argparse.Namespace, pipe, small, base: str) -> int:
     from ..storage import write_text
 
     prompts = [options.prompt] if options.prompt else catalog.find(base).prompts("heldout")[: options.count]
-    found = report(pipe, small, prompts, [options.seed], **drawing_of(base, options))
+    with _one_bar(pipe, small) as on_image:
+        found = report(pipe, small, prompts, [options.seed], **drawing_of(base, options), on_image=on_image)
     card = Path(options.model) / "README.md"
     before = card.read_text(encoding="utf-8") if card.is_file() else ""
     write_text(card, into_card(before, markdown(found)))

@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import median
@@ -138,8 +138,12 @@ def compare(
     guidance_scale: float | None = None,
     size: int | None = None,
     extra: dict | None = None,
+    on_image: Callable[[], object] = lambda: None,
 ) -> dict:
     """Fidelity and speed of a pruned pipeline against the dense one, as plain data.
+
+    Args:
+        on_image: called after every image of a pair.
 
     Returns:
         {"mean": {latent_error, psnr, ssim}, "rows": one dict a prompt and seed, "params_dense",
@@ -155,7 +159,9 @@ def compare(
     for prompt in prompts:
         for seed in seeds:
             dense = generate(pipe, prompt, seed, **options)
+            on_image()
             pruned = generate(small, prompt, seed, **options)
+            on_image()
             rows.append({"prompt": prompt, "seed": seed, **asdict(fidelity(dense, pruned))})
             each = (dense.step_milliseconds, pruned.step_milliseconds)
             times.append((dense.milliseconds, pruned.milliseconds, *each))

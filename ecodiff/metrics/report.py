@@ -7,7 +7,7 @@ the same prompts and noise.
 import copy
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
@@ -59,11 +59,13 @@ def report(
     guidance_scale: float | None = None,
     size: int | None = None,
     extra: dict | None = None,
+    on_image: Callable[[], object] = lambda: None,
 ) -> dict:
     """Measure a pruned pipeline against its dense one, both also in float8, and in int8 (torchao, if there).
 
     Args:
         steps, guidance_scale, size, extra: as `fidelity.generate` takes them.
+        on_image: called after every image.
 
     Returns:
         {"models": {name: {"params", "macs": of a denoiser call, "bytes": of the denoiser's weights in
@@ -74,12 +76,17 @@ def report(
         raise BudgetError("A report needs at least one prompt and one seed.")
     asked = [(prompt, seed) for prompt in prompts for seed in seeds]
     options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "size": size, "extra": extra}
-    dense = [generate(pipe, prompt, seed, **options) for prompt, seed in asked]
+
+    def drawn(of: DiffusionPipeline) -> Iterator[Sample]:
+        for prompt, seed in asked:
+            yield generate(of, prompt, seed, **options)
+            on_image()
+
+    dense = list(drawn(pipe))
     call = prompt_rows(list(prompts), [0], seeds[0], call_options(pipe, steps, guidance_scale, size, extra))
     found = {"dense": _row(pipe, pipe, call) | {"error": None}}
     for name, other in _models(pipe, small):
-        samples = (generate(other, prompt, seed, **options) for prompt, seed in asked)
-        error = summary(_rows(asked, dense, samples))
+        error = summary(_rows(asked, dense, drawn(other)))
         found[name] = _row(pipe, other, call) | {"error": error}
     device = denoiser_of(pipe).device
     known = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -87,7 +87,7 @@ def check(plan: PrunePlan, denoiser: nn.Module) -> None:
             raise PlanError(
                 f"This plan does not fit the model: it has {len(keep)} units in {name}, "
                 f"and the {type(denoiser).__name__} has {what} there. Use the model that it "
-                f"was made for{f' ({model})' if model else ''}."
+                f"was made for{f' ({model}, as it was then)' if model else ''}."
             )
         if int(keep.sum()) < groups[name].floor:
             raise PlanError(f"{name} must keep at least {groups[name].floor} of its units.")

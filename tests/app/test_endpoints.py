@@ -94,7 +94,7 @@ def test_the_main_job(client, tmp_path):
     saved = predicted["bytes_pruned"] - smaller["bytes_pruned"]
     assert saved == pytest.approx(0.3 * predicted["encoders"] * 2, rel=1e-3) and saved > 100_000
     assert client.predict("sdxl", 0.2, api_name="/predict")["encoders"] is None
-    assert predicted["params_dense"] == 8_327_876
+    assert predicted["params_dense"] == 4_865_476
     assert client.predict("emoji-sdxl", api_name="/default_preset") == "surgeon"
     assert client.predict("emoji-flux", api_name="/default_preset") == "surgeon"
     assert client.predict("sdxl", api_name="/default_preset") == "surgeon"
@@ -146,7 +146,7 @@ def test_the_main_job(client, tmp_path):
     cuts = [client.predict(run, ratio, api_name="/cut") for ratio in (0.2, 0.4)]
     assert [round(c["ratio"], 2) for c in cuts] == [0.2, 0.4]
     assert cuts[0]["digest"] != cuts[1]["digest"]
-    assert abs(cuts[0]["bytes_pruned"] - predicted["bytes_pruned"]) < 20_000
+    assert abs(cuts[0]["bytes_pruned"] - predicted["bytes_pruned"]) < 30_000
     assert set(cuts[0]["kinds"]) == set(cuts[0]["kept"]) and set(cuts[0]["kinds"].values()) == {
         "heads",
         "ffn",
@@ -244,9 +244,9 @@ def test_text_encoders_are_cut_too(client, tmp_path):
     [
         (("nothing", 0.2), "/predict", "no model 'nothing'"),
         (("somebody/something", 0.2), "/predict", "no network"),
-        (("emoji-sdxl", 0.95), "/predict", "90.7%"),
+        (("emoji-sdxl", 0.95), "/predict", "84.4%"),
         (("emoji-sdxl", 0.2, "magic", 0), "/prune_start", "preset"),
-        (("emoji-sdxl", 0.95, "fast", 0), "/prune_start", "90.7%"),
+        (("emoji-sdxl", 0.95, "fast", 0), "/prune_start", "84.4%"),
         (("../../etc/passwd",), "/prune_status", "not the id of a run"),
         (("0" * 32,), "/prune_stop", "no such run"),
         (("0" * 32, 0.2), "/download", "no such run"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -83,16 +84,40 @@ def test_a_unet(ratio, inside, tmp_path):
     pipe = ecodiff.load("emoji-sdxl")
     small = check.pruned(pipe, ratio, inside=inside)
     model = loaded(comfyui.save_comfyui(small, tmp_path / "unet.safetensors"))
+    close(*drawn(model, small))
+    count = sum(p.numel() for p in model.parameters())
+    pruned = sum(p.numel() for p in small.unet.parameters())
+    assert count > pruned if inside else count == pruned, "directions inside heads are zeros there"
+
+
+@torch.no_grad()
+def test_a_unet_that_is_not_symmetric(tmp_path):
+    """Laid out as SSD-1B: other depths up than down, other ones within a block, none in the middle."""
+    pipe = ecodiff.load("emoji-sdxl")
+    config = {name: value for name, value in pipe.unet.config.items() if not name.startswith("_")}
+    config |= {
+        "transformer_layers_per_block": [1, 2],
+        "reverse_transformer_layers_per_block": [[1, 3], 1],
+        "mid_block_type": "UNetMidBlock2D",
+    }
+    torch.manual_seed(0)
+    pipe.register_modules(unet=UNet2DConditionModel(**config).eval())
+    found = comfyui.unet.configuration(pipe.unet)
+    assert (found["transformer_depth"], found["transformer_depth_middle"]) == ([0, 2], -1)
+    assert found["transformer_depth_output"] == [0, 0, 3, 1], "from its end"
+    small = check.pruned(pipe, 0.4)
+    close(*drawn(loaded(comfyui.save_comfyui(small, tmp_path / "unet.safetensors")), small))
+
+
+def drawn(model, small):
+    """One call of the model in the original layout, and of the pruned UNet."""
     rows = prompt_rows(["red apple", "cat face"], range(2), 0, check.SHORT)
     args, kwargs = denoiser_calls(small, rows, limit=1)[0]
     theirs = small.unet(*args, **kwargs | {"return_dict": False})[0]
     added = kwargs["added_cond_kwargs"]
     ids = get_timestep_embedding(added["time_ids"].flatten(), 16, True, 0).reshape(len(args[0]), -1)
     y = torch.cat([added["text_embeds"], ids], dim=1)
-    close(model(args[0], args[1].expand(len(args[0])), kwargs["encoder_hidden_states"], y), theirs)
-    count = sum(p.numel() for p in model.parameters())
-    pruned = sum(p.numel() for p in small.unet.parameters())
-    assert count > pruned if inside else count == pruned, "directions inside heads are zeros there"
+    return model(args[0], args[1].expand(len(args[0])), kwargs["encoder_hidden_states"], y), theirs
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ class Operations(original_layout.Operations):
 @pytest.mark.parametrize(
     ("name", "kind", "error"),
     [
-        ("emoji-sdxl", "Q8_0", 0.007),
+        ("emoji-sdxl", "Q8_0", 0.0075),
         ("emoji-flux", "Q5_0", 0.06),
         ("emoji-flux", "Q4_0", 0.12),
         ("sd3", "Q4_0", 0.12),

@@ -35,8 +35,11 @@ def test_bytes_of_quantised_weights():
 def test_the_card_of_a_pruned_model(tmp_path, capsys):
     dense = ecodiff.load("emoji-turbo")
     folder = ecodiff.save(ecodiff.variant(dense, some_plan(dense, empty=False)), tmp_path / "small")
-    asked = ["compare", str(folder), "--dense", "emoji-turbo", "--report", "--count", "2", "--steps", "2"]
-    assert cli.main(asked) == 0 and "pruned, int8" in capsys.readouterr().out
+    asked = ["compare", str(folder), "--dense", "emoji-turbo", "--report", "--count", "2", "--steps", "3"]
+    assert cli.main(asked) == 0
+    told = capsys.readouterr()
+    assert "pruned, int8" in told.out
+    assert "12image" in told.err and "3/3" not in told.err, "one bar over all images, none an image"
     card = (folder / "README.md").read_text()
     assert card.count(BEGIN) == card.count(END) == 1 and "trust_remote_code" in card
     assert cli.main(asked) == 0

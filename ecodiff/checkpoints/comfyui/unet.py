@@ -79,17 +79,19 @@ def tensors(unet: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def depths(block: nn.Module) -> list[int]:
+    """How many layers each transformer of a block has: asymmetric in SSD-1B and emoji-sdxl."""
+    return [len(attention.transformer_blocks) for attention in getattr(block, "attentions", None) or ()]
+
+
 def configuration(unet: Any) -> dict:
     """What comfy.supported_models takes for a UNet, of its dense shapes."""
     config = unet.config
     widths, per_level = list(config.block_out_channels), config.layers_per_block
     levels = len(widths)
-    depths = config.transformer_layers_per_block
-    depths = [depths] * levels if isinstance(depths, int) else list(depths)
+    middle = depths(unet.mid_block)
     heads = config.num_attention_heads or config.attention_head_dim
     heads = [heads] * levels if isinstance(heads, int) else list(heads)
-    crossed = ["CrossAttn" in name for name in config.down_block_types]
-    up = list(reversed(["CrossAttn" in name for name in config.up_block_types]))
     features = {width // count for width, count in zip(widths, heads, strict=True)}
     found = {
         "image_size": 32,
@@ -98,11 +100,11 @@ def configuration(unet: Any) -> dict:
         "model_channels": widths[0],
         "num_res_blocks": [per_level] * levels,
         "channel_mult": [width // widths[0] for width in widths],
-        "transformer_depth": [d * c for d, c in zip(depths, crossed, strict=True) for _ in range(per_level)],
-        "transformer_depth_output": [
-            d * c for d, c in zip(depths, up, strict=True) for _ in range(per_level + 1)
+        "transformer_depth": [d for block in unet.down_blocks for d in depths(block) or [0] * per_level],
+        "transformer_depth_output": [  # read from its end
+            d for block in reversed(unet.up_blocks) for d in depths(block)[::-1] or [0] * (per_level + 1)
         ],
-        "transformer_depth_middle": depths[-1],
+        "transformer_depth_middle": middle[0] if middle else -1,
         "use_spatial_transformer": True,
         "use_linear_in_transformer": bool(config.use_linear_projection),
         "context_dim": config.cross_attention_dim,
