@@ -114,7 +114,7 @@ def leaner(pipe: StableDiffusionXLPipeline) -> None:
     layers = {"transformer_layers_per_block": [1, 1], "reverse_transformer_layers_per_block": [2, 1]}
     config = {name: value for name, value in whole.config.items() if not name.startswith("_")}
     pipe.register_modules(unet=UNet2DConditionModel(**config | layers))
-    # In a module, so that the layers are numbered anew.
+    # A new list numbers its layers anew.
     for transformer, stay in STAYS.items():
         module = whole.get_submodule(transformer)
         module.transformer_blocks = nn.ModuleList(module.transformer_blocks[layer] for layer in stay)

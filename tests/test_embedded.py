@@ -41,7 +41,7 @@ def test_prompts_to_judge_by_are_not_learned_on(name):
     assert len(learned) == 256 and len(judged) == 64 and not learned & judged
 
 
-# emoji-flux knows few single things yet (its card says how many), and circles are none of them.
+# emoji-flux draws the right emoji for 92 % of captions (its card), and mixes up the colours of circles.
 @pytest.mark.parametrize("name", ["emoji-sdxl", "emoji-turbo"])
 def test_it_draws_colours_it_is_asked_for(name):
     model, pipe = catalog.MODELS[name], ecodiff.load(name)
