@@ -141,6 +141,9 @@ def variants(method: str, pipe, model, ratios, learn_ratio, calibration, kinds=(
     scores, cost = rank(method, pipe, model, learn_ratio, 0, kinds)
     spent = time.perf_counter() - start
     for ratio in ratios:
+        if ratio > scores.ceiling:
+            print(f"{method}: its units hold {scores.ceiling:.1%} of the parameters, so not {ratio:.0%}.")
+            continue
         plan = scores.plan(ratio=ratio)
         yield method, ratio, ecodiff.variant(pipe, plan), spent, cost
         small = ecodiff.variant(pipe, plan)
