@@ -60,8 +60,9 @@ def test_float8_is_what_layerwise_casting_draws(model, tmp_path):
     assert eights > len(found) / 3, "nothing was rounded to 8 bits"
 
 
-@pytest.mark.parametrize("model", ["emoji-turbo", "emoji-flux"])
-def test_int8_is_opened_by_diffusers_in_half_the_bytes(model, tmp_path):
+# Convolutions stay in 16 bits: nearly half of emoji-turbo.
+@pytest.mark.parametrize(("model", "most"), [("emoji-turbo", 0.8), ("emoji-flux", 0.75)])
+def test_int8_is_opened_by_diffusers_in_fewer_bytes(model, most, tmp_path):
     pytest.importorskip("torchao")
     dense = ecodiff.load(model)
     small = ecodiff.variant(dense, some_plan(dense))  # some layers are emptied
@@ -69,7 +70,7 @@ def test_int8_is_opened_by_diffusers_in_half_the_bytes(model, tmp_path):
     half = ecodiff.save(small, tmp_path / "half", torch.bfloat16)
     name = denoiser_name(small)
     sizes = [folder_bytes(path / name) for path in (folder, half)]
-    assert 0.45 < sizes[0] / sizes[1] < 0.75
+    assert 0.45 < sizes[0] / sizes[1] < most
     wanted, found = (drawn_by_diffusers_alone(path, dense, "bfloat16")["latents"] for path in (half, folder))
     error = float((found - wanted).float().square().mean() / wanted.float().var())
     assert 0 < error < 0.05

@@ -44,13 +44,14 @@ def test_a_weight_is_as_near_as_its_steps_allow(shape):
     assert (unpacked({"w" + k: v for k, v in nf4.packed(0 * weight).items()}, "w") == 0).all()
 
 
-@pytest.mark.parametrize("model", ["emoji-turbo", "emoji-flux"])
-def test_a_folder(model, tmp_path):
+# Convolutions stay in 16 bits: nearly half of emoji-turbo.
+@pytest.mark.parametrize(("model", "most"), [("emoji-turbo", 0.7), ("emoji-flux", 0.65)])
+def test_a_folder(model, most, tmp_path):
     small = ecodiff.variant(dense := ecodiff.load(model), some_plan(dense))  # some layers are emptied
     folder = formats.find_format("nf4").write(small, tmp_path / "nf4")
     half, name = ecodiff.save(small, tmp_path / "half", torch.bfloat16), denoiser_name(small)
     sizes = [folder_bytes(path / name) for path in (folder, half)]
-    assert sizes[0] / sizes[1] < 0.65
+    assert sizes[0] / sizes[1] < most
     tensors, apart = load_file(folder / name / "diffusion_pytorch_model.safetensors"), set()
     for key, weight in denoiser_of(small).state_dict().items():
         if f"{key}.absmax" in tensors:
