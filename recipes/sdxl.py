@@ -27,7 +27,7 @@ from . import data, training
 
 TOKENS = 24  # the longest caption has 22 with its start and end
 SIZES = (data.SIZE, data.SIZE, 0, 0, data.SIZE, data.SIZE)  # SDXL's size and crop conditioning
-# The layers of four that stay in the lower transformers: those without which images change most.
+# The layers of four that stay in the lower transformers, chosen by what images lose without the others.
 STAYS = {
     "down_blocks.1.attentions.0": (2,),
     "mid_block.attentions.0": (0,),
