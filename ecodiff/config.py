@@ -164,8 +164,6 @@ PRESETS: dict[str, dict] = {
     },
 }
 
-HEAL_RATE = 1e-3
-
 
 @dataclass(frozen=True, kw_only=True)
 class HealConfig(Sampling):

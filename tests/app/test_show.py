@@ -52,3 +52,19 @@ def test_a_preset_that_is_chosen_while_the_models_own_is_looked_up_stays():
     assert prune.offered(best, "emoji-flux", chosen_for="emoji-sdxl") == "surgeon"
     assert prune.offered(best, "emoji-flux", chosen_for="emoji-flux") == gr.skip()
     assert prune.offered(prune.preset_of("no/such"), "no/such", "") == gr.skip()
+
+
+def test_a_method_that_cannot_do_a_size_has_none_there():
+    def row(method, ratio, error):
+        return {"method": method, "ratio": ratio, "latent_error": [error], "top1": [0.5], "trajectories": 3}
+
+    found = {"rows": [row("best", 0.4, 0.1), row("best", 0.5, 0.2), row("short", 0.4, 0.3)]}
+    first, second = show.measured(found)
+    assert first == {
+        "method": "short",
+        "40%": "0.300",
+        "50%": "–",
+        "top-1 at 40 %": "0.50",
+        "trajectories": "3",
+    }
+    assert (second["method"], second["50%"]) == ("best", "0.200")

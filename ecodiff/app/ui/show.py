@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from html import escape
-from math import ceil
+from math import ceil, inf, nan
 
 from ...units import KINDS
 from ..service import megabytes
@@ -237,17 +237,23 @@ def layers(kept: dict[str, float], kinds: dict[str, str]) -> str:
 
 
 def measured(found: dict) -> list[dict[str, str]]:
-    """What benchmarks/fidelity.py measured, a row a method: latent error by size, mean (and median)."""
+    """What benchmarks/fidelity.py measured, a row a method: latent error by size, mean (and median).
+
+    Methods whose units do not hold a size have none there, and come first: they are sorted by the largest.
+    """
     ratios = sorted({row["ratio"] for row in found["rows"]})
     cells = {(row["method"], row["ratio"]): row for row in found["rows"]}
-    names = dict.fromkeys(row["method"] for row in found["rows"])
-    methods = [method for method in names if all((method, ratio) in cells for ratio in ratios)]
-    methods.sort(key=lambda method: -cells[method, ratios[-1]]["latent_error"][0])
+    worst = {"latent_error": [inf]}
+    methods = list(dict.fromkeys(row["method"] for row in found["rows"]))
+    methods.sort(key=lambda method: -cells.get((method, ratios[-1]), worst)["latent_error"][0])
     return [
         {"method": method}
-        | {f"{ratio:.0%}": mean_and_median(cells[method, ratio]) for ratio in ratios}
-        | {"top-1 at 40 %": f"{cells.get((method, 0.4), {}).get('top1', [float('nan')])[0]:.2f}"}
-        | {"trajectories": str(cells[method, ratios[0]]["trajectories"])}
+        | {
+            f"{ratio:.0%}": mean_and_median(cells[method, ratio]) if (method, ratio) in cells else "–"
+            for ratio in ratios
+        }
+        | {"top-1 at 40 %": f"{cells.get((method, 0.4), {}).get('top1', [nan])[0]:.2f}".replace("nan", "–")}
+        | {"trajectories": str(next(r["trajectories"] for r in found["rows"] if r["method"] == method))}
         for method in methods
     ]
 
