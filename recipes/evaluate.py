@@ -39,7 +39,7 @@ def split_prompts(emojis: list[data.Emoji], folder: Path) -> None:
             seen.add(emoji.family)
             captions.append(emoji.caption)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, part in (("heldout", captions[:64]), ("calibration", captions[64:320])):
+    for name, part in (("heldout", captions[:64]), ("calibration", captions[64:576])):
         (folder / f"{name}.txt").write_text("\n".join(part) + "\n", encoding="utf-8")
 
 

@@ -34,11 +34,11 @@ def test_most_parameters_can_be_pruned(emoji):
         assert scores.ceiling >= most
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
+@pytest.mark.parametrize("name", [*EMBEDDED, "sdxl"])
 def test_prompts_to_judge_by_are_not_learned_on(name):
-    model = catalog.MODELS[name]
+    model = catalog.find(name)
     learned, judged = set(model.prompts("calibration")), set(model.prompts("heldout"))
-    assert len(learned) == 256 and len(judged) == 64 and not learned & judged
+    assert len(learned) == 512 and len(judged) == 64 and not learned & judged
 
 
 # emoji-flux draws the right emoji for 92 % of captions (its card), and mixes up the colours of circles.
