@@ -36,7 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         metavar="NAME",
         help="fast, balanced, paper or ecodiff; or a scoring method: surgeon, wanda, taylor, ... (default: "
-        "the best as measured: surgeon if its statistics take less than 16 GB, else gauss-newton where "
+        "the best as measured: surgeon if its statistics take less than 20 GB, else gauss-newton where "
         "modulation has directions, else balanced)",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the pruned pipeline")

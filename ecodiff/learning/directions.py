@@ -19,6 +19,7 @@ first block run for them. M is an estimate of few gradients, so some of the iden
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from statistics import median
 
 import torch
 from diffusers import DiffusionPipeline
@@ -33,7 +34,39 @@ DAMPING = 0.1  # of M, as a fraction of its mean diagonal
 PROMPTS = 1024  # that C is gathered over
 BATCH = 16  # prompts at a time
 MEMORY = 1 << 30  # bytes of what is kept of single trajectories
+LIMIT = 2.0  # what a batch counts for at most, in medians of what batches cost
+COSTS = "costs"  # of the batches, in what is kept of sums
 WINDOW = 6  # coherence is smoothed over a sixth of all directions
+
+
+class Sums:
+    """Sums of what each batch adds to some tensors, where none counts for more than `LIMIT` usual ones.
+
+    A trajectory that turns off into another image at the least touch has gradients that no cut can heed: of
+    192 of emoji-flux the squares of one were a thousand times the median, a third of a plain sum.
+
+    Args:
+        added: by name, what a batch adds to; zeros at the beginning, and between batches.
+    """
+
+    def __init__(self, added: Mapping[str, Tensor]):
+        self.added, self.costs = added, list[float]()
+        self.totals = {name: torch.zeros_like(tensor) for name, tensor in added.items()}
+
+    def add(self, cost: float) -> float:
+        """A batch is done, whose gates cost so much in all; returns its weight, by the batches so far."""
+        self.costs.append(cost)
+        most = LIMIT * median(self.costs)
+        weight = most / cost if cost > most > 0 else 1.0
+        for name, tensor in self.added.items():
+            self.totals[name].add_(tensor, alpha=weight)
+            tensor.zero_()
+        return weight
+
+    def close(self) -> None:
+        """Put the sums into the tensors."""
+        for name, tensor in self.added.items():
+            tensor.copy_(self.totals.pop(name))
 
 
 class Gradients:
@@ -43,6 +76,7 @@ class Gradients:
         self.layers = [denoiser.get_submodule(slot.module) for slot in group.consumers]
         self.metric = torch.zeros(group.size, group.size)
         self.products: list[Tensor] = []  # one of shape (features, features) a trajectory
+        self.weights: list[float] = []  # of each of them, in squares
         self.count = 0
 
     def of(self, count: int) -> "Gradients":
@@ -51,7 +85,13 @@ class Gradients:
         room = MEMORY // (4 * self.metric.numel()) - len(self.products)
         self.products += [torch.zeros_like(self.metric) for _ in range(count if count <= room else 0)]
         self.full = count > room
+        self.weights += [1.0] * (len(self.products) - len(self.weights))
         return self
+
+    def weigh(self, weight: float) -> None:
+        """What the batch counted, whose gradients were seen last."""
+        new = 0 if self.full else self.count
+        self.weights[len(self.weights) - new :] = [weight] * new
 
     def __enter__(self) -> "Gradients":
         self.handles = [layer.register_forward_hook(self._see) for layer in self.layers]
@@ -81,7 +121,9 @@ class Gradients:
         """
         if not self.products:  # a single one is larger than what may be kept
             return torch.ones_like(costs)
-        exact = torch.stack([(z @ product * y.T).sum(1).square() for product in self.products]).mean(0)
+        exact = torch.stack([(z @ product * y.T).sum(1).square() for product in self.products])
+        weights = torch.tensor(self.weights)[:, None]
+        exact = (weights * exact).mean(0)
         window = len(costs) // WINDOW // 2 * 2 + 1
         padded = torch.nn.functional.pad((exact / costs)[None], (window // 2,) * 2, mode="replicate")[0]
         return padded.unfold(0, window, 1).mean(1)
@@ -98,7 +140,7 @@ def sampled(
     more: Mapping[str, Tensor] | None = None,
     again: Callable[[int, dict], None] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
-    """Mean squared gradients of all gates, and of groups of directions (Z, Y) and costs in their place.
+    """Mean squared gradients of all gates (see `Sums`), and of groups of directions (Z, Y) and costs.
 
     Args:
         prompts: what directions are found from; none: they are the features themselves.
@@ -113,8 +155,10 @@ def sampled(
     shared = {g.name: Gradients(denoiser_of(pipe), g) for g in groups if g.activations and prompts}
     costs = {group.name: torch.zeros(group.size) for group in groups}
     kept = kept or Progress()
-    sums = partial(_sums, costs, shared, more or {})
-    done = _restored(kept, sums(), shared)
+    added = {f"cost|{name}": cost for name, cost in costs.items()}
+    added |= {f"more|{name}": other for name, other in (more or {}).items()}
+    sums = Sums(added | {f"metric|{name}": watch.metric for name, watch in shared.items()})
+    done = _restored(kept, sums, shared)
     for index, call in enumerate(calls):
         if index < done:
             if again is not None:
@@ -126,7 +170,11 @@ def sampled(
             squares = sample(index, call)
         for name, square in squares.items():
             costs[name] += square / len(calls)
-        kept.note(index + 1, sums)
+        weight = sums.add(sum(float(square.sum()) for square in squares.values()))
+        for watch in shared.values():
+            watch.weigh(weight)
+        kept.note(index + 1, partial(_state, sums, shared))
+    sums.close()
     trajectories, bases = sum(len(call["prompt"]) for call in calls), {}
     for group in groups:
         if (seen_of := shared.get(group.name)) is not None:
@@ -140,29 +188,30 @@ def sampled(
     return costs, bases
 
 
-def _sums(
-    costs: Mapping[str, Tensor], shared: Mapping[str, Gradients], more: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _state(sums: Sums, shared: Mapping[str, Gradients]) -> dict[str, Tensor]:
     """All that is summed up, by name."""
-    found = {f"cost|{name}": cost for name, cost in costs.items()}
-    found |= {f"more|{name}": other for name, other in more.items()}
+    found = sums.totals | {COSTS: torch.tensor(sums.costs, dtype=torch.float64)}
     for name, watch in shared.items():
-        found[f"metric|{name}"] = watch.metric
+        found[f"weights|{name}"] = torch.tensor(watch.weights, dtype=torch.float64)
         found |= {f"product|{name}|{index}": product for index, product in enumerate(watch.products)}
     return found
 
 
-def _restored(kept: Progress, sums: Mapping[str, Tensor], shared: Mapping[str, Gradients]) -> int:
+def _restored(kept: Progress, sums: Sums, shared: Mapping[str, Gradients]) -> int:
     """Let sums that begin now go on from those that were kept; of how many batches those are.
 
     Sums of another version of ecodiff, with other names or shapes, are left alone.
     """
     done, found = kept.load(SUMS)
-    if any(name not in found or found[name].shape != total.shape for name, total in sums.items()):
+    if COSTS not in found or any(
+        name not in found or found[name].shape != total.shape for name, total in sums.totals.items()
+    ):
         return 0
-    for name, total in sums.items():
+    sums.costs = found[COSTS].tolist()
+    for name, total in sums.totals.items():
         total.copy_(found[name])
     for name, watch in shared.items():
+        watch.weights = found[f"weights|{name}"].tolist()
         products = [key for key in found if key.startswith(f"product|{name}|")]
         watch.products = [found[f"product|{name}|{index}"] for index in range(len(products))]
     return done

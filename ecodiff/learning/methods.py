@@ -9,7 +9,7 @@ from .scoring import METHODS
 
 __all__ = ["METHODS", "measured_best"]
 
-MEMORY = 16 << 30  # bytes that the surgeon's statistics may take where it is chosen by default
+MEMORY = 20 * 10**9  # bytes that the surgeon's statistics may take where it is chosen by default
 
 
 def measured_best(denoiser: nn.Module, default: str) -> str:

@@ -282,11 +282,12 @@ class Watched:
 
 
 def statistics_bytes(denoiser: nn.Module) -> int:
-    """What all of it takes in memory, about: the metric of all consumers, the covariances of a turn, and of
-    the largest cluster all that it works on: covariance, its inverse, moment and a copy."""
+    """What all of it takes in memory, about: the metric of all consumers, twice while it is summed up; then
+    the covariances of a turn, and of the largest cluster all that it works on: covariance, its inverse,
+    moment and a copy."""
     groups = [group for group in find_groups(denoiser, ALL_KINDS) if not group.inside]
     layers = readers(denoiser, groups)
     squares = {name: 4 * layer.weight[0].numel() ** 2 for name, layer in layers.items()}
     metric = sum(4 * len(layer.weight) ** 2 for layer in layers.values())
     largest = max(sum(squares[n] for n in _read_by(c, layers)) for c in clusters(groups, layers))
-    return metric + max(largest, min(TURN, sum(squares.values()))) + 4 * largest
+    return metric + max(metric, max(largest, min(TURN, sum(squares.values()))) + 4 * largest)

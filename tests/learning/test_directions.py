@@ -153,3 +153,23 @@ def test_damaged_directions_are_refused(found, tmp_path, harm):
 def test_rows_and_directions_are_the_same_parameters():
     with pytest.raises(BudgetError, match="choose one"):
         ecodiff.LearnConfig(kinds=("modulation", "modulation_directions"))
+
+
+def test_a_batch_that_outweighs_the_others_counts_for_two_of_them():
+    tensor = torch.zeros(2)
+    sums, weights = directions.Sums({"squares": tensor}), []
+    for batch in ([1.0, 3.0], [2.0, 2.0], [3000.0, 1000.0], [3.0, 3.0]):
+        tensor += torch.tensor(batch)
+        weights.append(sums.add(sum(batch)))
+        assert not tensor.any()
+    sums.close()
+    assert weights == [1, 1, 8 / 4000, 1]
+    torch.testing.assert_close(tensor, torch.tensor([1.0 + 2 + 6 + 3, 3.0 + 2 + 2 + 3]))
+
+
+def test_batches_without_gradients_are_no_fault():
+    tensor = torch.zeros(1)
+    sums = directions.Sums({"squares": tensor})
+    assert sums.add(0.0) == 1
+    sums.close()
+    assert tensor.equal(torch.zeros(1))
