@@ -1,11 +1,11 @@
 """Settings: how masks are learned, weights repaired and pruned models healed."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from .errors import BudgetError
 from .units import ALL_KINDS, PRESET_KINDS
 
-HEAL_RATE = 1e-3
+HEAL_RATE, HEAL_REPAIR = 1e-3, 256
 
 
 def check_seed(seed: int) -> int:
@@ -170,20 +170,43 @@ class HealConfig(Sampling):
     """How long a pruned model is healed, and how. Besides those of `Sampling`:
 
     Attributes:
-        steps: of the optimizer.
+        repair: dense trajectories that weights are repaired by first, in closed form; 0: none.
+        steps: of the optimizer, after that; 0: none.
         trajectories: distinct (prompt, seed) pairs that steps draw from.
         rank: of the updates.
         rate: AdamW's peak learning rate; it falls to zero along a cosine.
     """
 
+    repair: int = HEAL_REPAIR
     steps: int = 100
-    trajectories: int = 128
+    trajectories: int = 512
     rank: int = 16
     rate: float = HEAL_RATE
 
     def __post_init__(self):
         super().__post_init__()
-        if min(self.steps, self.batch, self.rank) < 1 or not 0 < self.rate < 1:
-            raise BudgetError("steps, batch and rank are at least 1, and the rate is between 0 and 1.")
-        if self.trajectories < self.batch:
-            raise BudgetError("Healing needs at least as many trajectories as a batch has.")
+        if min(self.batch, self.rank) < 1 or not 0 < self.rate < 1:
+            raise BudgetError("batch and rank are at least 1, and the rate is between 0 and 1.")
+        if min(self.steps, self.repair) < 0 or not self.steps + self.repair:
+            raise BudgetError("Healing needs trajectories to repair by, or steps.")
+        if self.trajectories < self.batch or 0 < self.repair < 2 * self.batch:
+            raise BudgetError(
+                "Healing needs at least as many trajectories as a batch has, and twice as many to repair by."
+            )
+
+    @property
+    def compensation(self) -> CompensateConfig:
+        """How the repair is made; an eighth of its trajectories only checks."""
+        asked = {name.name: getattr(self, name.name) for name in fields(Sampling)}
+        heldout = max(self.batch, self.repair // 8)
+        return CompensateConfig(trajectories=self.repair, heldout=heldout, **asked)
+
+    @property
+    def batches(self) -> int:
+        """Batches of trajectories that are recorded for the repair."""
+        return len(self.compensation.batches)
+
+    @property
+    def total_steps(self) -> int:
+        """Batches that are recorded, and steps."""
+        return self.batches + self.steps

@@ -190,7 +190,7 @@ def whole_job(pipe, size, extra: dict) -> None:
     small = ecodiff.variant(pipe, ecodiff.PrunePlan(parts))
     few = CompensateConfig(trajectories=4, heldout=2, batch=2, **short)
     assert any("text_encoder" in layer for layer in ecodiff.compensate_(small, pipe, prompts, few))
-    list(heal(small, pipe, prompts, HealConfig(steps=1, batch=2, trajectories=2, rank=2, **short)))
+    list(heal(small, pipe, prompts, HealConfig(repair=4, steps=1, batch=2, trajectories=2, rank=2, **short)))
     found = compare(pipe, small, prompts[:1], steps=2, size=size, extra=extra)
     assert found["mean"]["latent_error"] < 10
     call = prompt_rows(prompts, range(2), 0, call_options(pipe, 2, None, size, extra))

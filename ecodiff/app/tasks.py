@@ -221,6 +221,7 @@ class HealRun:
     folder: str
     plan: PrunePlan
     steps: int
+    repair: int
 
     def run(self) -> Iterator[dict]:
         run, begun, device = Run.open(Path(self.folder)), time.monotonic(), server().devices.learning[-1]
@@ -228,7 +229,7 @@ class HealRun:
             dense = device.dense(run.model)
             before = device.pruned(run.model, self.plan, True, run.folder / "variants", False, run.learned_on)
         left = machine.CHUNK_SECONDS - (time.monotonic() - begun) if machine.zerogpu() else None
-        yield from heal_run(run, self.plan, self.steps, dense, before, device.lock, left)
+        yield from heal_run(run, self.plan, self.steps, self.repair, dense, before, device.lock, left)
 
     def seconds(self, timings: machine.Timings) -> float:
         return _whole_call()

@@ -1,21 +1,28 @@
-"""`heal`: train what is left towards the dense model for a while (LoRA, merged)."""
+"""`heal`: repair what is left on more trajectories, then train it for a while (LoRA, merged)."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from ..config import HEAL_RATE
+from ..config import HEAL_RATE, HEAL_REPAIR
 from ..errors import EcodiffError
 from ._common import open_pruned, report
 
-HELP = "train what is left towards the dense model for a while (LoRA, merged)"
+HELP = "repair what is left on more trajectories, then train it for a while (LoRA, merged)"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument("model", help="a pruned folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the healed pipeline")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument(
+        "--repair",
+        type=int,
+        default=HEAL_REPAIR,
+        metavar="N",
+        help=f"dense trajectories to repair weights by first (default: {HEAL_REPAIR}; 0: none)",
+    )
+    parser.add_argument("--steps", type=int, default=100, help="of training (default: 100; 0: none)")
     parser.add_argument("--rank", type=int, default=16, help="of the updates")
     parser.add_argument("--rate", type=float, default=HEAL_RATE, help="peak learning rate")
     parser.add_argument("--dense", help="the dense model (default: the one that the plan names)")
@@ -44,7 +51,8 @@ def run(options: argparse.Namespace) -> int:
     known = catalog.find(base)
     pipe = load(known)
     folder = Path(options.run or f"{options.out}.heal")
-    config = known.heal_config(steps=options.steps, rank=options.rank, rate=options.rate)
+    asked = {name: getattr(options, name) for name in ("repair", "steps", "rank", "rate")}
+    config = known.heal_config(**asked)
     own, heldout = set_aside(read(options.prompts)) if options.prompts else ([], [])
     prompts = (heldout or known.prompts("heldout"))[: options.count]
 
@@ -53,11 +61,11 @@ def run(options: argparse.Namespace) -> int:
             return compare(pipe, small, prompts, **known.drawing())["mean"]
 
     before = judged()
-    with tqdm(total=config.steps, unit="step", disable=options.quiet) as bar:
+    with tqdm(total=config.total_steps, unit="step", disable=options.quiet) as bar:
         try:
             for step, loss in heal(small, pipe, own or known.prompts("calibration"), config, folder):
                 bar.update(step - bar.n)
-                bar.set_postfix(loss=f"{loss:.4f}")
+                bar.set_postfix({} if loss is None else {"loss": f"{loss:.4f}"})
         except KeyboardInterrupt:
             print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)
             return 130

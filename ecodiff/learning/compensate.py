@@ -75,7 +75,7 @@ def compensate_(
         >>> ecodiff.compensate_(small, pipe, prompts)
     """
     calibration = calibration or Calibration(pipe, prompts, config or CompensateConfig())
-    updated = _repaired(denoiser_of(small), calibration)
+    updated = repair_(denoiser_of(small), calibration)
     cut = [name for name in text_encoders(pipe) if plan_of(getattr(small, name))]
     if cut and not calibration.text_encoders:
         calls = encoder_calls(pipe, calibration.prompts, calibration.config)
@@ -84,13 +84,14 @@ def compensate_(
             for name, made in calls.items()
         }
     for name in cut:
-        found = _repaired(getattr(small, name), calibration.text_encoders[name])
+        found = repair_(getattr(small, name), calibration.text_encoders[name])
         updated |= {f"{name}.{layer}": better for layer, better in found.items()}
     return updated
 
 
-def _repaired(pruned: nn.Module, calibration: Calibration) -> dict[str, bool]:
-    """Update the layers of one component, of which the calibration has the dense one."""
+@torch.no_grad()
+def repair_(pruned: nn.Module, calibration: Calibration) -> dict[str, bool]:
+    """Update the layers of one component, of which the calibration has the dense one; {layer: updated}."""
     dense, plan = calibration.dense, plan_of(pruned) or PrunePlan({})
     kept, turns = _kept_features(dense, plan), _turns(dense, plan)
     updated = {}

@@ -1,15 +1,17 @@
-"""Healing: a short distillation of a pruned denoiser towards its dense one, through low-rank updates.
+"""Healing: a pruned denoiser is repaired on many more trajectories, then distilled towards its dense one.
 
 For sizes beyond what pruning and compensation alone keep close: the paper's light retraining, without
-images. The data are prompts and noise, the loss is that of learning masks, the relative error of the
-final latents over whole trajectories, checkpointed step by step like those. Trained are low-rank updates
-(LoRA, arXiv 2106.09685) of the layers that lost units; at the end they are merged into the weights.
+images. First every layer that lost inputs is solved for once more, call by call as in `compensate`, on
+hundreds of dense trajectories. Then low-rank updates (LoRA, arXiv 2106.09685) of the layers that lost units
+are trained, and merged at the end: the data are prompts and noise, the loss is that of learning masks, the
+relative error of the final latents over whole trajectories, checkpointed step by step like those.
 Everything that a step draws comes from its number, so it goes on anywhere, like a run.
 """
 
 import copy
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import cos, isfinite, pi
@@ -26,12 +28,14 @@ from ..pipelines import call_options, denoiser_name, denoiser_of, prompt_rows
 from ..pruning.plan import PrunePlan
 from ..pruning.slicing import check, kept_features, plan_of
 from ..storage import write_tensors
+from .calibration import Calibration, Call, missing, record
 from .checkpointing import gradients
+from .compensate import repair_
 from .streaming import streamed
 from .trajectory import trajectory
 
 STATE_FORMAT = "ecodiff.heal.1"
-
+REPAIRED = "repaired.safetensors"
 ADAPTER = "heal"
 
 
@@ -42,8 +46,10 @@ def heal(
     config: HealConfig | None = None,
     folder: Path | None = None,
     on_step: Callable[[], None] | None = None,
-) -> Generator[tuple[int, float], None, None]:
-    """Heal a pruned pipeline; yields (steps done, loss). Its weights change when the last step is done.
+) -> Generator[tuple[int, float | None], None, None]:
+    """Heal a pruned pipeline; yields (done, loss): batches recorded for the repair, then steps.
+
+    Batches have no loss. Weights change with the last of them, and with the last step.
 
     Args:
         small: a pruned pipeline; it gets a denoiser of its own, so a variant's dense model is not touched.
@@ -65,15 +71,33 @@ def heal(
         >>> ecodiff.save(small, "healed")
     """
     config = config or HealConfig()
-    teacher = denoiser_of(pipe)
-    plan = _checked(prompts, denoiser_of(small), teacher)
+    plan = _checked(prompts, denoiser_of(small), denoiser_of(pipe))
     student = copy.deepcopy(denoiser_of(small)).requires_grad_(False).eval()
     small.register_modules(**{denoiser_name(small): student})
-    lora, parameters = _add_lora(student, teacher, plan, config)
+    # More steps go on from fewer; anything else that changes is another healing.
+    key = json.dumps([plan.digest, repr(replace(config, steps=1))])
+    given = pipe, prompts, config, folder, key, on_step
+    for batch in _repair(student, *given) if config.repair else ():
+        yield batch, None
+    for step, loss in _train(small, plan, *given) if config.steps else ():
+        yield config.batches + step, loss
+
+
+def _train(
+    small: DiffusionPipeline,
+    plan: PrunePlan,
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    config: HealConfig,
+    folder: Path | None,
+    key: str,
+    on_step: Callable[[], None] | None,
+) -> Generator[tuple[int, float], None, None]:
+    """Distil low-rank updates, and merge them at the end; yields (steps done, loss)."""
+    student, targets = denoiser_of(small), dict[int, Tensor]()
+    lora, parameters = _add_lora(student, denoiser_of(pipe), plan, config)
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.rate, weight_decay=0.0)
     file, step = folder and folder / "state.safetensors", 0
-    # More steps go on from fewer; anything else that changes is another healing.
-    key, targets = json.dumps([plan.digest, repr(replace(config, steps=1))]), {}
     try:
         if file and file.exists():
             step = _load(file, key, parameters, optimizer)
@@ -95,6 +119,42 @@ def heal(
         lora.unload()
         student.__dict__.pop("peft_config", None)  # older versions of peft leave it
         student.requires_grad_(False)
+
+
+def _repair(
+    student: nn.Module,
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    config: HealConfig,
+    folder: Path | None,
+    key: str,
+    on_step: Callable[[], None] | None,
+) -> Iterator[int]:
+    """Solve for the layers that were cut; yields the number of each batch that is newly recorded.
+
+    Recorded calls are kept in `folder` until the last of them is there, and then what they gave.
+    """
+    file, settings = folder and folder / REPAIRED, config.compensation
+    if file and file.exists():
+        for name, weight in _read(file, key)[1].items():
+            path, _, leaf = name.rpartition(".")
+            like = student.get_parameter(name)
+            setattr(student.get_submodule(path), leaf, nn.Parameter(weight.to(like.device), False))
+        return
+    kept, calls = folder and folder / "calls", list[Call]()
+    for number, rows in enumerate(settings.batches, 1):
+        new = kept is None or rows in missing(settings, kept)
+        for made in record(pipe, prompts, settings, kept, on_step, [rows]):
+            calls += made
+        if number == config.batches:
+            calibration = Calibration.of_calls(denoiser_of(pipe), calls, settings)
+            layers = [name for name, better in repair_(student, calibration).items() if better]
+            if file and kept:
+                changed = {n: p for n, p in student.named_parameters() if n.rpartition(".")[0] in layers}
+                write_tensors(file, changed, {"format": STATE_FORMAT, "key": key})
+                shutil.rmtree(kept, ignore_errors=True)
+        if new or number == config.batches:
+            yield number
 
 
 def _target(pipe: DiffusionPipeline, call: dict, on_step) -> Tensor:
@@ -120,8 +180,10 @@ def _checked(prompts: Sequence[str], pruned: nn.Module, teacher: nn.Module) -> P
 def facts(config: HealConfig, before: Mapping[str, float], after: Mapping[str, float], count: int) -> dict:
     """What a healed model's card says: {what: in words}, from the means of `fidelity.compare`."""
     errors = f"{before['latent_error']:.4f} → {after['latent_error']:.4f}"
+    done = [f"repaired by {config.repair} trajectories"] if config.repair else []
+    done += [f"{config.steps} steps, LoRA of rank {config.rank}, merged"] if config.steps else []
     return {
-        "healed": f"{config.steps} steps, LoRA of rank {config.rank}, merged",
+        "healed": "; ".join(done),
         f"latent error, mean of {count} prompts, before → after": errors,
         "PSNR, before → after": f"{before['psnr']:.1f} → {after['psnr']:.1f} dB",
     }
@@ -184,23 +246,30 @@ def _save(file: Path, key: str, step: int, parameters: dict[str, nn.Parameter], 
 
 def _load(file: Path, key: str, parameters: dict[str, nn.Parameter], optimizer) -> int:
     """Put the state back; returns the steps that are done."""
+    header, stored = _read(file, key)
+    try:
+        for name, parameter in parameters.items():
+            parameter.data.copy_(stored[f"weight|{name}"])
+            if f"step|{name}" not in stored:  # it never had a gradient
+                continue
+            optimizer.state[parameter] = {"step": stored[f"step|{name}"]} | {
+                what: stored[f"{what}|{name}"].to(parameter.device) for what in ("exp_avg", "exp_avg_sq")
+            }
+        return int(header["step"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"The healing state in {file} cannot be read: {error}") from None
+
+
+def _read(file: Path, key: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a file of this healing; CheckpointError if it is another's."""
     try:
         with safe_open(file, "pt") as stored:
-            header = stored.metadata() or {}
+            header, names = stored.metadata() or {}, list(stored.keys())
             if (header.get("format"), header.get("key")) != (STATE_FORMAT, key):
                 raise CheckpointError(
                     f"{file} is of another model or other settings. Give another folder, or the same "
                     "settings."
                 )
-            moments = set(stored.keys())
-            for name, parameter in parameters.items():
-                parameter.data.copy_(stored.get_tensor(f"weight|{name}"))
-                if f"step|{name}" not in moments:  # it never had a gradient
-                    continue
-                optimizer.state[parameter] = {"step": stored.get_tensor(f"step|{name}")} | {
-                    what: stored.get_tensor(f"{what}|{name}").to(parameter.device)
-                    for what in ("exp_avg", "exp_avg_sq")
-                }
-            return int(header["step"])
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            return header, {name: stored.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"The healing state in {file} cannot be read: {error}") from None

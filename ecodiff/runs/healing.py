@@ -26,6 +26,7 @@ def heal_run(
     run: Run,
     plan: PrunePlan,
     steps: int,
+    repair: int,
     dense: DiffusionPipeline,
     before: DiffusionPipeline,
     device_lock: AbstractContextManager,
@@ -34,19 +35,22 @@ def heal_run(
     """Heal a run's variant; if it got closer, its weights take the place of the compensated ones.
 
     Args:
+        steps, repair: of `HealConfig`.
         dense, before: the dense pipeline, and the compensated one that `plan` cut.
         device_lock: held during each step.
         budget: seconds; at least one step is made.
 
     Yields:
-        {"step", "loss", "seconds"} after every step, and last what `healed` reads. The state is on disk.
+        {"step", "loss", "seconds"} after every batch that is recorded and every step, and last what `healed`
+        reads. The state is on disk.
 
     Raises:
         RunError: another process is working on the run.
     """
     begun, slowest = time.monotonic(), 0.0
     known = run.known
-    config, state = known.heal_config(steps=steps), run.folder / "healing" / plan.digest
+    config = known.heal_config(steps=steps, repair=repair)
+    state = run.folder / "healing" / f"{plan.digest}-{repair}"
     try:
         with FileLock(run.folder / ".lock", timeout=0):
             small = copy.copy(before)  # it gets a denoiser of its own
@@ -60,7 +64,7 @@ def heal_run(
                 slowest = max(slowest, time.monotonic() - started)
                 yield {"step": done[0], "loss": done[1], "seconds": time.monotonic() - started}
                 over = time.monotonic() - begun + 1.5 * slowest > (budget or float("inf"))
-                if run.stop_requested or (over and done[0] < steps):
+                if run.stop_requested or (over and done[0] < config.total_steps):
                     healing.close()
                     return
             with device_lock:
@@ -81,7 +85,8 @@ def _judged(
     known, kept = run.known, run.folder / "variants"
     prompts = run.judged_on[:HEALED_PROMPTS]
     was, now = (compare(dense, pipe, prompts, **known.drawing())["mean"] for pipe in (before, small))
-    result = {"before": was["latent_error"], "after": now["latent_error"], "steps": config.steps}
+    result = {"before": was["latent_error"], "after": now["latent_error"]}
+    result |= {"steps": config.steps, "repair": config.repair}
     if result["after"] < result["before"]:
         plain = weights_of(variant(dense, plan))
         weights = {n: w for n, w in weights_of(small).items() if not w.equal(plain[n])}

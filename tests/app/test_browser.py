@@ -396,9 +396,10 @@ def test_a_run_is_healed_goes_to_the_hub_and_is_deleted(browser, tmp_path):
             page.get_by_role("tab", name="Library").click()
 
             page.get_by_text("Heal it").click()
-            number(page, "Steps", "10")
+            number(page, "Trajectories to repair by", "32")
+            number(page, "Steps of training", "10")
             button(page, "Heal").click()
-            page.get_by_text("of 10 · loss").wait_for(timeout=60_000)
+            page.get_by_text("of 18 · loss").wait_for(timeout=60_000)
             shot(page, "healing")
             button(page, "Stop healing").click()
             page.get_by_text("Nothing is lost").wait_for()

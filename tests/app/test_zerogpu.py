@@ -179,7 +179,7 @@ def test_healing_goes_on_call_after_call(model, tiny_sdxl, tmp_path):
     with space(tmp_path, **ONE_STEP) as (client, asked):
         made = client.predict(model, [handle_file(plan)], api_name="/bring")
         run, size = made["run"], made["size"]
-        found = [client.predict(run, size, 3, api_name="/heal") for _ in range(3)]
+        found = [client.predict(run, size, 1, 8, api_name="/heal") for _ in range(3)]
         assert [f["step"] for f in found] == [1, 2, 3]
         assert [f["stage"] for f in found[:2]] == ["interrupted"] * 2
         assert found[2]["stage"] in ("healed", "unchanged") and found[2]["before"] > 0

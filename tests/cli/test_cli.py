@@ -76,13 +76,27 @@ def test_prune_recut_generate_compare(capsys, tmp_path):
     assert run(capsys, *brought)[0] == 0
     code, text, _ = run(capsys, "prune", tmp_path / "brought", "--out", tmp_path / "again", "--json")
     assert code == 0 and last_json(text)["digest"] == result["digest"]
-    healing = ["heal", out, "--out", tmp_path / "healed", "--steps", 1, "--rank", 1, "--count", 1, "--quiet"]
+    healing = [
+        "heal",
+        out,
+        "--out",
+        tmp_path / "healed",
+        "--repair",
+        8,
+        "--steps",
+        1,
+        "--rank",
+        1,
+        "--count",
+        1,
+        "--quiet",
+    ]
     code, text, err = run(capsys, *healing, "--json")
     assert code == 0 and "it/s]" not in err, err
     assert plan_of(ecodiff.load(tmp_path / "healed").unet).digest == result["digest"]
     before, after = (last_json(text)[when]["latent_error"] for when in ("before", "after"))
     assert before != after and ("not closer" in text) == (after > before)
-    assert "| healed | 1 steps" in (tmp_path / "healed" / "README.md").read_text()
+    assert "| healed | repaired by 8 trajectories; 1 steps" in (tmp_path / "healed" / "README.md").read_text()
     # another size from the run
     again = ["prune", result["run"], "--ratio", 0.4, "--out", tmp_path / "s", "--no-compensate", "--layers"]
     code, text, _ = run(capsys, *again, "--json")

@@ -21,7 +21,7 @@ from tests.checkpoints.test_folders import drawn_by_diffusers_alone, some_plan
 from tests.conftest import PROMPT, latents, short
 
 pytest.importorskip("peft")
-CONFIG = HealConfig(steps=4, batch=2, trajectories=4, rank=2, rate=1e-3, inference_steps=3)
+CONFIG = HealConfig(repair=0, steps=4, batch=2, trajectories=4, rank=2, rate=1e-3, inference_steps=3)
 PROMPTS = [PROMPT, "cat"]
 
 
@@ -98,6 +98,52 @@ def test_it_comes_closer_goes_on_anywhere_and_leaves_the_dense_model_alone(tiny_
         next(heal(tiny_sdxl, tiny_sdxl, PROMPTS, config))
 
 
+def test_it_is_repaired_first_on_trajectories_that_are_recorded_as_it_goes(tiny_sdxl, tmp_path):
+    plan, before = some_plan(tiny_sdxl), latents(tiny_sdxl)
+    config = replace(CONFIG, repair=8, steps=0)
+
+    def healed(config, folder=None, stop=None):
+        small = ecodiff.variant(tiny_sdxl, plan)
+        done = []
+        for step, loss in heal(small, tiny_sdxl, PROMPTS, config, folder):
+            done.append((step, loss is None))
+            if step == stop:
+                break
+        return small, done
+
+    def error(small):
+        return float((latents(small) - before).square().mean() / before.var())
+
+    whole, done = healed(config)
+    assert done == [(1, True), (2, True), (3, True), (4, True)]
+    assert error(whole) < error(ecodiff.variant(tiny_sdxl, plan)), "it did not come closer"
+    assert torch.equal(latents(tiny_sdxl), before), "the dense model was changed"
+    closed = ecodiff.variant(tiny_sdxl, plan)
+    ecodiff.compensate_(closed, tiny_sdxl, PROMPTS, config.compensation)
+    assert torch.equal(latents(whole), latents(closed)), "the closed form of compensation"
+
+    stopped, _ = healed(config, tmp_path, stop=2)
+    assert torch.equal(latents(stopped), latents(ecodiff.variant(tiny_sdxl, plan))), "half repaired"
+    resumed, rest = healed(config, tmp_path)
+    assert rest == [(3, True), (4, True)] and torch.equal(latents(resumed), latents(whole))
+    assert not (tmp_path / "calls").exists(), "calls are large, and not needed any more"
+    again, rest = healed(config, tmp_path)
+    assert not rest and torch.equal(latents(again), latents(whole))
+
+    trained, done = healed(replace(config, steps=2), tmp_path)
+    assert done == [(5, False), (6, False)], "steps go on from what was repaired"
+    at_once, done = healed(replace(config, steps=2))
+    assert len(done) == 6 and torch.equal(latents(trained), latents(at_once))
+    with pytest.raises(CheckpointError, match="other settings"):
+        healed(replace(config, repair=12), tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"repair": 0, "steps": 0}, {"repair": 3, "batch": 2}, {"steps": -1}])
+def test_settings_that_heal_nothing_are_refused(changes):
+    with pytest.raises(BudgetError, match="Healing needs"):
+        HealConfig(**changes)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_healed_in_float32(tiny_sdxl, dtype):
     tiny_sdxl.to(dtype)
@@ -124,14 +170,14 @@ def test_a_run_is_healed_stopped_and_gone_on_with(tmp_path, monkeypatch):
     *_, compensated = service.compare(run, size, "red apple")
     before = service.export(run, size)["name"]
 
-    going = service.heal(run, size, 4)
-    assert [next(going)["step"], next(going)["step"]] == [1, 2]
+    going = service.heal(run, size, 4, 8)
+    assert [next(going)["step"] for _ in range(4)] == [1, 2, 3, 4]
     with pytest.raises(RunError, match="being worked on"):
-        list(service.heal(run, size, 4))
+        list(service.heal(run, size, 4, 8))
     service.stop(run)
     assert [found["stage"] for found in going] == ["stopped"]
-    found = list(service.heal(run, size, 4))
-    assert [f["step"] for f in found] == [3, 4, 4], "it goes on where it was stopped"
+    found = list(service.heal(run, size, 4, 8))
+    assert [f["step"] for f in found] == [5, 6, 6], "it goes on where it was stopped"
 
     assert found[-1]["stage"] == "healed" and found[-1]["after"] < found[-1]["before"]
     *_, drawn = service.compare(run, size, "red apple")
@@ -140,12 +186,14 @@ def test_a_run_is_healed_stopped_and_gone_on_with(tmp_path, monkeypatch):
     made = service.export(run, size)
     assert made["name"] != before and "healed4" in made["name"]
     folder = Path(made["path"]).with_suffix("")
-    assert "4 steps, LoRA of rank 16, merged" in (folder / "README.md").read_text()
+    assert (
+        "repaired by 8 trajectories; 4 steps, LoRA of rank 16, merged" in (folder / "README.md").read_text()
+    )
     assert drawn_by_diffusers_alone(folder, ecodiff.load("emoji-turbo"))["latents"].isfinite().all()
     again = ecodiff.load(folder)
     latents_ = generate(again, "red apple", 0, **catalog.find("emoji-turbo").drawing()).latents
     torch.testing.assert_close(latents_, drawn[1].latents, atol=0.05, rtol=0.05)  # saved as float16
 
-    assert [f["stage"] for f in service.heal(run, size, 4)][-1] in ("healed", "unchanged"), "once more"
+    assert [f["stage"] for f in service.heal(run, size, 4, 8)][-1] in ("healed", "unchanged"), "once more"
     assert list(service.compare(run, size, "red apple"))[-1][1].latents.equal(drawn[1].latents), "merged once"
-    assert [f["step"] for f in service.heal(run, size, 5)][:1] == [5], "more steps go on"
+    assert [f["step"] for f in service.heal(run, size, 5, 8)][:1] == [7], "more steps go on"

@@ -11,6 +11,7 @@ from ..worker import ACTIVE
 from .drawing import (
     MAX_HEALING,
     MAX_PROMPTS,
+    MAX_REPAIR,
     MAX_SIZES,
     compare,
     cut,
@@ -49,6 +50,7 @@ __all__ = [
     "EXPIRY_SECONDS",
     "MAX_HEALING",
     "MAX_PROMPTS",
+    "MAX_REPAIR",
     "MAX_SIZES",
     "Seed",
     "compare",

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from statistics import fmean
 
 from ...architectures import find_groups
+from ...config import HEAL_REPAIR
 from ...errors import BudgetError, RunError
 from ...metrics.fidelity import Sample, fidelity
 from ...pruning.plan import PrunePlan
@@ -19,7 +20,7 @@ from .prediction import empty_denoiser, unit_costs
 
 MAX_SIZES, MAX_PROMPTS = 4, 32  # of one call of `sizes`
 
-MAX_HEALING = 2000  # steps
+MAX_HEALING, MAX_REPAIR = 2000, 2048  # steps, trajectories
 MAX_STEPS = 100  # time steps of an image
 
 
@@ -58,30 +59,38 @@ def cut(run: str, ratio: float) -> dict:
     }
 
 
-def heal(run: str, ratio: float, steps: int = 100) -> Iterator[dict]:
-    """Train what is left of a run at a size towards the dense model for a while (LoRA, merged; no images).
+def heal(run: str, ratio: float, steps: int = 100, repair: int = HEAL_REPAIR) -> Iterator[dict]:
+    """Repair what is left of a run at a size on more trajectories, then train it for a while (LoRA, merged).
 
     If that brings it closer on held-out prompts, images and downloads of that size are the healed model's
     from then on. On ZeroGPU a call goes on for about a minute: call it again while the stage is
     "interrupted". Stopped (see `stop`), it goes on from there too.
 
+    Args:
+        steps: of training, towards the dense model's images; no others are needed. 0: none.
+        repair: dense trajectories that weights are repaired by first, in closed form; 0: none.
+
     Yields:
-        {"stage": healing, interrupted, stopped, healed or unchanged, "step", "steps", "loss",
-        "seconds_left"}, and at the end "before" and "after", mean latent errors
+        {"stage": healing, interrupted, stopped, healed or unchanged, "step", "steps" (batches that are
+        recorded for the repair, and steps), "loss" (None while recording), "seconds_left"}, and at the end
+        "before" and "after", mean latent errors
     """
-    if not 1 <= steps <= MAX_HEALING:
-        raise BudgetError(f"Healing takes 1 to {MAX_HEALING} steps.")
+    if not (0 <= steps <= MAX_HEALING and 0 <= repair <= MAX_REPAIR):
+        raise BudgetError(
+            f"Healing takes up to {MAX_REPAIR} trajectories to repair by and {MAX_HEALING} steps."
+        )
     opened, made = changeable(run), plan(run, ratio)
     if not opened.finished:
         raise RunError("The run is not finished. Healing is for what is cut in the end.")
     opened.permit()
-    found = {"stage": "healing", "step": 0, "steps": steps, "loss": None, "seconds_left": None}
-    for done in results(HealRun(str(opened.folder), made, steps)):
+    steps_in_all = opened.known.heal_config(steps=steps, repair=repair).total_steps
+    found = {"stage": "healing", "step": 0, "steps": steps_in_all, "loss": None, "seconds_left": None}
+    for done in results(HealRun(str(opened.folder), made, steps, repair)):
         if "after" in done:
             stage = "healed" if done["after"] < done["before"] else "unchanged"
             yield found | {"stage": stage, "before": done["before"], "after": done["after"]}
             return
-        left = {"seconds_left": (steps - done["step"]) * done["seconds"]}
+        left = {"seconds_left": (steps_in_all - done["step"]) * done["seconds"]}
         found = found | {"step": done["step"], "loss": done["loss"]} | left
         yield found
     yield found | {"stage": "stopped" if opened.stop_requested else "interrupted", "seconds_left": None}

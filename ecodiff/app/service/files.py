@@ -40,7 +40,7 @@ def export(
     model = made.metadata["model"]
     name = f"{model.rpartition('/')[2]}-eco{round(100 * made.metadata['ratio'])}-{made.digest[:8]}"
     healed = healed_variant(opened.folder, made) if compensate else None
-    name += f"-healed{healed['steps']}" if healed else "" if compensate else "-uncompensated"
+    name += f"-healed{healed['steps'] or ''}" if healed else "" if compensate else "-uncompensated"
     name += "" if format == "diffusers" else f"-{format}"
     name += "-lean" if lean else ""
     path = opened.folder / "models" / f"{name}.zip"

@@ -36,16 +36,18 @@ def loras(run: gr.Dropdown, size: gr.Slider) -> None:
 
 
 def healing(run: gr.Dropdown, size: gr.Slider) -> None:
-    """Where what is left of a run is trained for a while."""
-    with gr.Accordion("Heal it: train what is left for a while", open=False):
+    """Where what is left of a run is repaired again, and trained for a while."""
+    with gr.Accordion("Heal it: repair what is left again, and train it for a while", open=False):
         gr.Markdown(
-            "For large cuts. What is left learns to draw what the dense model draws, from prompts alone. "
-            "Minutes do little; hours were not tried. If images get closer, images and downloads of this "
-            "size are the healed model's from then on; if not, nothing changes."
+            "For large cuts. Weights are repaired on more of the dense model's trajectories, then trained to "
+            "draw what it draws, from prompts alone. If images get closer, images and downloads of this size "
+            "are the healed model's from then on; if not, nothing changes."
         )
-        steps = lenient(
-            gr.Slider(10, 500, value=100, step=10, label="Steps", info="Each is a few generations long")
-        )
+        with gr.Row():
+            words = {"label": "Trajectories to repair by", "info": "0: none. Each is as long as an image"}
+            repair = lenient(gr.Slider(0, 1024, value=256, step=32, min_width=240, **words))
+            words = {"label": "Steps of training", "info": "0: none. Each is a few batches of images long"}
+            steps = lenient(gr.Slider(0, 500, value=100, step=10, min_width=240, **words))
         with gr.Row():
             go, end = gr.Button("Heal"), gr.Button("Stop healing", variant="stop", interactive=False)
         report, turn = gr.Markdown(), gr.State(0)
@@ -53,7 +55,7 @@ def healing(run: gr.Dropdown, size: gr.Slider) -> None:
     named = {"report": report, "go": go, "end": end, "turn": turn}
     hidden = private | {"show_progress": "hidden"}
     for event in (go.click, turn.change):
-        event(placed(mend, named), [run, size, steps, turn], [*named.values()], **hidden)
+        event(placed(mend, named), [run, size, steps, repair, turn], [*named.values()], **hidden)
     end.click(lambda run: service.stop(run) and None, run, None, queue=False, api_visibility="private")
 
 
@@ -91,14 +93,14 @@ def preview_lora(run, percent, file, prompt):
 
 
 @told
-def mend(run, percent, steps, turn):
+def mend(run, percent, steps, repair, turn):
     """Heal a run at a size. On ZeroGPU in calls of a minute: one that ends early starts the next."""
     if not run:
         raise gr.Error("Choose a run first.", duration=8)
     yield {"report": "Starting.", "go": gr.Button(interactive=False), "end": gr.Button(interactive=True)}
     idle = {"go": gr.Button(interactive=True), "end": gr.Button(interactive=False)}
     try:
-        for found in service.heal(run, percent / 100, int(steps)):
+        for found in service.heal(run, percent / 100, int(steps), int(repair)):
             yield {"report": show.healing(found)}
     except EcodiffError as error:
         yield idle | {"report": str(error)}

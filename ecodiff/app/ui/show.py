@@ -283,17 +283,18 @@ def healing(found: dict) -> str:
     if found["stage"] == "healed":
         return (
             f"**Closer.** Mean latent error of held-out prompts: {found['before']:.4f} before, "
-            f"{found['after']:.4f} after {found['steps']} steps. Images and downloads of this size are the "
-            "healed model's now."
+            f"{found['after']:.4f} now. Images and downloads of this size are the healed model's."
         )
     if found["stage"] == "unchanged":
         return (
-            f"It did not get closer ({found['before']:.4f} before, {found['after']:.4f} after "
-            f"{found['steps']} steps), so nothing was changed."
+            f"It did not get closer ({found['before']:.4f} before, {found['after']:.4f} after), so nothing "
+            "was changed."
         )
     where = f"Step {found['step']} of {found['steps']}"
     if found["stage"] == "stopped":
-        return f"Stopped at step {found['step']}. Nothing is lost: with the same number of steps it goes on."
+        return f"Stopped at step {found['step']}. Nothing is lost: with the same settings it goes on."
     if found["loss"] is not None:
         where += f" · loss {found['loss']:.4f}"
+    elif found["step"]:
+        where += " · recording what the dense model does"
     return where + (f" · {duration(found['seconds_left'])} left" if found["seconds_left"] else "")
