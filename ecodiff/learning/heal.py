@@ -26,7 +26,7 @@ from ..config import HealConfig
 from ..errors import BudgetError, CheckpointError, LearningError, OutOfMemoryError, PlanError
 from ..pipelines import call_options, denoiser_name, denoiser_of, prompt_rows
 from ..pruning.plan import PrunePlan
-from ..pruning.slicing import check, kept_features, plan_of
+from ..pruning.slicing import check, kept_features, plan_of, variant
 from ..storage import write_tensors
 from .calibration import Calibration, Call, missing, record
 from .checkpointing import gradients
@@ -77,7 +77,7 @@ def heal(
     # More steps go on from fewer; anything else that changes is another healing.
     key = json.dumps([plan.digest, repr(replace(config, steps=1))])
     given = pipe, prompts, config, folder, key, on_step
-    for batch in _repair(student, *given) if config.repair else ():
+    for batch in _repair(student, plan, *given) if config.repair else ():
         yield batch, None
     for step, loss in _train(small, plan, *given) if config.steps else ():
         yield config.batches + step, loss
@@ -123,6 +123,7 @@ def _train(
 
 def _repair(
     student: nn.Module,
+    plan: PrunePlan,
     pipe: DiffusionPipeline,
     prompts: Sequence[str],
     config: HealConfig,
@@ -132,14 +133,12 @@ def _repair(
 ) -> Iterator[int]:
     """Solve for the layers that were cut; yields the number of each batch that is newly recorded.
 
-    Recorded calls are kept in `folder` until the last of them is there, and then what they gave.
+    From the weights that slicing left: pulled towards those that fewer trajectories gave, layers keep what
+    they owe to those. Recorded calls are kept in `folder` until the last is there, and then what they gave.
     """
     file, settings = folder and folder / REPAIRED, config.compensation
     if file and file.exists():
-        for name, weight in _read(file, key)[1].items():
-            path, _, leaf = name.rpartition(".")
-            like = student.get_parameter(name)
-            setattr(student.get_submodule(path), leaf, nn.Parameter(weight.to(like.device), False))
+        _put(student, _read(file, key)[1])
         return
     kept, calls = folder and folder / "calls", list[Call]()
     for number, rows in enumerate(settings.batches, 1):
@@ -148,13 +147,23 @@ def _repair(
             calls += made
         if number == config.batches:
             calibration = Calibration.of_calls(denoiser_of(pipe), calls, settings)
-            layers = [name for name, better in repair_(student, calibration).items() if better]
+            sliced = denoiser_of(variant(pipe, plan))
+            better = {layer for layer, better in repair_(sliced, calibration).items() if better}
+            found = {n: p for n, p in sliced.named_parameters() if n.rpartition(".")[0] in better}
+            _put(student, found)
             if file and kept:
-                changed = {n: p for n, p in student.named_parameters() if n.rpartition(".")[0] in layers}
-                write_tensors(file, changed, {"format": STATE_FORMAT, "key": key})
+                write_tensors(file, found, {"format": STATE_FORMAT, "key": key})
                 shutil.rmtree(kept, ignore_errors=True)
         if new or number == config.batches:
             yield number
+
+
+def _put(student: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        path, _, leaf = name.rpartition(".")
+        like = student.get_parameter(name)
+        parameter = nn.Parameter(weight.detach().to(like.device, like.dtype), requires_grad=False)
+        setattr(student.get_submodule(path), leaf, parameter)
 
 
 def _target(pipe: DiffusionPipeline, call: dict, on_step) -> Tensor:

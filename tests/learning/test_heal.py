@@ -121,6 +121,10 @@ def test_it_is_repaired_first_on_trajectories_that_are_recorded_as_it_goes(tiny_
     closed = ecodiff.variant(tiny_sdxl, plan)
     ecodiff.compensate_(closed, tiny_sdxl, PROMPTS, config.compensation)
     assert torch.equal(latents(whole), latents(closed)), "the closed form of compensation"
+    few = ecodiff.variant(tiny_sdxl, plan)
+    ecodiff.compensate_(few, tiny_sdxl, PROMPTS, replace(config, repair=4).compensation)
+    list(heal(few, tiny_sdxl, PROMPTS, config))
+    assert torch.equal(latents(few), latents(closed)), "pulled towards what fewer trajectories gave"
 
     stopped, _ = healed(config, tmp_path, stop=2)
     assert torch.equal(latents(stopped), latents(ecodiff.variant(tiny_sdxl, plan))), "half repaired"
