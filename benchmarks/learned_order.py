@@ -1,6 +1,6 @@
 """What learning adds to an order that counts the repair: gates learned on, from where `surgeon` ends.
 
-    python benchmarks/learned_order.py [--model emoji-flux] [--rates 0.02 0.1] [--steps 12 48]
+    python benchmarks/learned_order.py [--model emoji-flux] [--rates 0.02 0.1] [--steps 8 32]
 
 All of surgeon's units get a gate, directions in the bases that it found. Two ways, both end to end over whole
 trajectories, by the objective of mask learning, steered to the size that is asked for:
@@ -154,7 +154,7 @@ def main() -> None:
     parser = arguments(__doc__, [0.4], 64)
     parser.set_defaults(model="emoji-flux")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.02, 0.1])
-    parser.add_argument("--steps", type=int, nargs="+", default=[12, 48])
+    parser.add_argument("--steps", type=int, nargs="+", default=[8, 32])
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
