@@ -6,7 +6,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +81,8 @@ class Device:
             dense = self.dense(model)
             if self._calibration is None or self._calibration.prompts != list(prompts):
                 self._calibration = None  # free it before the new one is gathered
-                config = catalog.find(model).compensation()
-                device = denoiser_of(dense).device
-                if device.type == "cuda":  # fewer passes over the calls
-                    config = replace(config, memory=max(config.memory, machine.free_bytes(device) // 2))
+                known = catalog.find(model)
+                config = calibration.fewer_passes(known.compensation(), denoiser_of(dense).device)
                 self._calibration = Calibration(dense, prompts, config, self.recordings(model, prompts))
             return self._calibration
 

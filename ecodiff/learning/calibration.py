@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, tr
 from ..architectures import find_groups
 from ..config import CompensateConfig
 from ..errors import BudgetError, CheckpointError
-from ..machine import device_of, room
+from ..machine import device_of, free_bytes, room
 from ..pipelines import EnoughError, call_options, denoiser_calls, denoiser_of, moved, prompt_rows
 from ..pruning.heads import turned
 from ..storage import write_tensors
@@ -58,6 +58,13 @@ def record(
             if file:
                 save(file, calls)
         yield calls
+
+
+def fewer_passes(config: CompensateConfig, device: torch.device) -> CompensateConfig:
+    """With half of what is free on a GPU for statistics, so that calls are gone over less often."""
+    if device.type != "cuda":
+        return config
+    return replace(config, memory=max(config.memory, free_bytes(device) // 2))
 
 
 def missing(config: CompensateConfig, folder: Path | None) -> list[range]:

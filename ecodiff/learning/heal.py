@@ -28,7 +28,7 @@ from ..pipelines import call_options, denoiser_name, denoiser_of, prompt_rows
 from ..pruning.plan import PrunePlan
 from ..pruning.slicing import check, kept_features, plan_of, variant
 from ..storage import write_tensors
-from .calibration import Calibration, Call, missing, record
+from .calibration import Calibration, Call, fewer_passes, missing, record
 from .checkpointing import gradients
 from .compensate import repair_
 from .streaming import streamed
@@ -136,7 +136,8 @@ def _repair(
     From the weights that slicing left: pulled towards those that fewer trajectories gave, layers keep what
     they owe to those. Recorded calls are kept in `folder` until the last is there, and then what they gave.
     """
-    file, settings = folder and folder / REPAIRED, config.compensation
+    file, device = folder and folder / REPAIRED, denoiser_of(pipe).device
+    settings = fewer_passes(config.compensation, device)
     if file and file.exists():
         _put(student, _read(file, key)[1])
         return
