@@ -1,4 +1,4 @@
-"""Tables of benchmarks/README.md, as Markdown, from what peers.py, quantised.py and text_encoders.py wrote.
+"""Tables of benchmarks/README.md, as Markdown, from what the other scripts wrote.
 
     python benchmarks/tables.py
 
@@ -69,12 +69,58 @@ def text_encoders(found: dict) -> str:
     return markdown(("model", "order", "10 %", "20 %", "30 %", "40 %", "top-1 at 30 %"), rows)
 
 
+def healing(found: dict) -> str:
+    """What healing brings, a row a size and moment."""
+    head = ("removed", "healed", "seconds", "latent error", "top-1")
+    rows = [
+        (
+            f"{row['ratio']:.0%}".replace("%", " %"),
+            {"compensated": "not yet", "repaired": f"repaired by {found['repair']} trajectories"}.get(
+                row["after"], f"and {row['after']}"
+            ),
+            f"{row['seconds']:.0f}",
+            mean_and_median(row),
+            f"{row['top1'][0]:.2f}",
+        )
+        for row in found["rows"]
+    ]
+    return markdown(head, rows)
+
+
+def learned_order(found: dict) -> str:
+    """What learning adds to surgeon's order, a row a way, rate and length."""
+    words = {"gates": "hard-concrete gates", "hard": "under the hard constraint", "surgeon": "`surgeon`"}
+    cells: dict[tuple, dict] = {}
+    for row in found["rows"]:
+        cells.setdefault((row["way"], row.get("rate", ""), row["steps"]), {})[row["repaired"]] = row
+    head = ("order", "rate", "steps", "latent error", "repaired")
+    return markdown(
+        head,
+        [
+            (
+                words[way],
+                str(rate),
+                str(steps or ""),
+                *(mean_and_median(both[plus]) for plus in (False, True)),
+            )
+            for (way, rate, steps), both in cells.items()
+        ],
+    )
+
+
 def every() -> list[str]:
     """All of them, as the files are now."""
     read = lambda name: json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))  # noqa: E731
     rounded = read("quantised")
     compared = [peers(read(f"peers-{model}")) for model in ("emoji-sdxl", "emoji-flux")]
-    return [*compared, quantised(rounded), learned_on_rounded(rounded), text_encoders(read("text_encoders"))]
+    return [
+        *compared,
+        quantised(rounded),
+        learned_on_rounded(rounded),
+        text_encoders(read("text_encoders")),
+        healing(read("healing")),
+        learned_order(read("learned_order")),
+    ]
 
 
 if __name__ == "__main__":
