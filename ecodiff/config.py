@@ -197,7 +197,7 @@ class HealConfig(Sampling):
     @property
     def compensation(self) -> CompensateConfig:
         """How the repair is made; an eighth of its trajectories only checks."""
-        asked = {name.name: getattr(self, name.name) for name in fields(Sampling)}
+        asked = {entry.name: getattr(self, entry.name) for entry in fields(Sampling)}
         heldout = max(self.batch, self.repair // 8)
         return CompensateConfig(trajectories=self.repair, heldout=heldout, **asked)
 
