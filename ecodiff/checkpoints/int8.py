@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..metrics.report import in_int8
 from ..pipelines import denoiser_name, denoiser_of
 from .card import model_card
 from .export import format
@@ -19,10 +20,9 @@ bfloat16. diffusers reads how from the config, and needs torchao to open it.
 """
 
 
-def emptied(denoiser: nn.Module) -> list[str]:
-    """Linears that lost all their units, which torchao cannot quantise."""
-    named = denoiser.named_modules()
-    return [name for name, m in named if isinstance(m, nn.Linear) and not m.weight.numel()]
+def left_alone(denoiser: nn.Module) -> list[str]:
+    """Linears that torchao cannot quantise."""
+    return [name for name, m in denoiser.named_modules() if isinstance(m, nn.Linear) and not in_int8(m)]
 
 
 @format(
@@ -47,7 +47,7 @@ def save_int8(
     name, plan = denoiser_name(pipe), pruned_by(pipe)
     small: Any = cast(pipe, torch.bfloat16)  # a copy
     denoiser: Any = denoiser_of(small)
-    how = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=emptied(denoiser) or None)
+    how = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=left_alone(denoiser) or None)
     with TemporaryDirectory() as folder:  # diffusers quantises what it opens, and no model in memory
         denoiser.save_pretrained(folder)
         quantised = type(denoiser).from_pretrained(

@@ -112,15 +112,20 @@ def _fp8(pipe: DiffusionPipeline) -> DiffusionPipeline:
     return made
 
 
+def in_int8(module: nn.Module) -> bool:
+    """Whether torchao quantises it: a Linear, but not one that lost all its units, or all inputs but one."""
+    if not isinstance(module, nn.Linear):
+        return False
+    outputs, inputs = module.weight.shape
+    return outputs > 0 and inputs > 1
+
+
 def _int8(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """A copy whose denoiser's Linears hold int8 weights."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     made, denoiser = copy.copy(pipe), copy.deepcopy(denoiser_of(pipe))
-    # torchao fails on layers that lost all their units.
-    quantize_(
-        denoiser, Int8WeightOnlyConfig(), lambda m, _: isinstance(m, nn.Linear) and m.weight.numel() > 0
-    )
+    quantize_(denoiser, Int8WeightOnlyConfig(), lambda module, _: in_int8(module))
     made.register_modules(**{denoiser_name(pipe): denoiser})
     return made
 

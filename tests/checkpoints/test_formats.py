@@ -8,8 +8,10 @@ from safetensors.torch import load_file
 import ecodiff
 from ecodiff.app.service import prediction
 from ecodiff.checkpoints import formats
+from ecodiff.checkpoints.int8 import left_alone
 from ecodiff.checkpoints.saving import folder_bytes
 from ecodiff.errors import CheckpointError, PlanError
+from ecodiff.metrics.report import in_int8
 from ecodiff.pipelines import denoiser_name, denoiser_of
 from tests.checkpoints.test_folders import drawn_by_diffusers_alone, some_plan
 from tests.conftest import latents
@@ -58,6 +60,15 @@ def test_float8_is_what_layerwise_casting_draws(model, tmp_path):
         torch.testing.assert_close(found[key], weight, rtol=0.08, atol=0.003 * float(largest) + 1e-3)
         eights += bool((found[key] != weight.bfloat16().float()).any())
     assert eights > len(found) / 3, "nothing was rounded to 8 bits"
+
+
+def test_linears_that_torchao_fails_on_are_left_alone():
+    torchao = pytest.importorskip("torchao.quantization")
+    shapes = ((1, 128), (0, 4), (2, 4), (4, 0), (1, 1), (3, 1))
+    layers = torch.nn.Sequential(*(torch.nn.Linear(*shape) for shape in shapes))
+    assert left_alone(layers) == ["0", "1", "3", "4"]
+    torchao.quantize_(layers, torchao.Int8WeightOnlyConfig(), lambda module, _: in_int8(module))
+    assert layers[2](torch.ones(1, 2)).isfinite().all() and layers[0].weight.dtype == torch.float32
 
 
 # Convolutions stay in 16 bits: nearly half of emoji-turbo.
