@@ -12,7 +12,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import cos, isfinite, pi
 from pathlib import Path
@@ -37,6 +37,19 @@ from .trajectory import trajectory
 STATE_FORMAT = "ecodiff.heal.1"
 REPAIRED = "repaired.safetensors"
 ADAPTER = "heal"
+
+
+@dataclass(frozen=True)
+class _Healing:
+    """What both parts of a healing are given: the arguments of `heal`, the plan, and whose state it is."""
+
+    plan: PrunePlan
+    pipe: DiffusionPipeline
+    prompts: Sequence[str]
+    config: HealConfig
+    folder: Path | None
+    key: str
+    on_step: Callable[[], None] | None
 
 
 def heal(
@@ -76,86 +89,69 @@ def heal(
     small.register_modules(**{denoiser_name(small): student})
     # More steps go on from fewer; anything else that changes is another healing.
     key = json.dumps([plan.digest, repr(replace(config, steps=1))])
-    given = pipe, prompts, config, folder, key, on_step
-    for batch in _repair(student, plan, *given) if config.repair else ():
+    healing = _Healing(plan, pipe, prompts, config, folder, key, on_step)
+    for batch in _repair(student, healing) if config.repair else ():
         yield batch, None
-    for step, loss in _train(small, plan, *given) if config.steps else ():
+    for step, loss in _train(small, healing) if config.steps else ():
         yield config.batches + step, loss
 
 
-def _train(
-    small: DiffusionPipeline,
-    plan: PrunePlan,
-    pipe: DiffusionPipeline,
-    prompts: Sequence[str],
-    config: HealConfig,
-    folder: Path | None,
-    key: str,
-    on_step: Callable[[], None] | None,
-) -> Generator[tuple[int, float], None, None]:
+def _train(small: DiffusionPipeline, healing: _Healing) -> Generator[tuple[int, float], None, None]:
     """Distil low-rank updates, and merge them at the end; yields (steps done, loss)."""
-    student, targets = denoiser_of(small), dict[int, Tensor]()
-    lora, parameters = _add_lora(student, denoiser_of(pipe), plan, config)
+    student, targets, config = denoiser_of(small), dict[int, Tensor](), healing.config
+    lora, parameters = _add_lora(student, denoiser_of(healing.pipe), healing.plan, config)
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.rate, weight_decay=0.0)
-    file, step = folder and folder / "state.safetensors", 0
+    file, step = healing.folder and healing.folder / "state.safetensors", 0
     try:
         if file and file.exists():
-            step = _load(file, key, parameters, optimizer)
+            step = _load(file, healing.key, parameters, optimizer)
         while step < config.steps:
             batch = step % (config.trajectories // config.batch)
-            call = partial(_call, pipe, prompts, batch, config)
+            call = partial(_call, healing.pipe, healing.prompts, batch, config)
             if batch not in targets:
-                targets[batch] = _target(pipe, call(), on_step)
+                targets[batch] = _target(healing.pipe, call(), healing.on_step)
             optimizer.param_groups[0]["lr"] = config.rate * 0.5 * (1 + cos(pi * step / config.steps))
-            loss = _step(small, call(), targets[batch], optimizer, on_step)
+            loss = _step(small, call(), targets[batch], optimizer, healing.on_step)
             step += 1
             if file and (step == config.steps or step % max(1, config.steps // 20) == 0):
-                _save(file, key, step, parameters, optimizer)
+                _save(file, healing.key, step, parameters, optimizer)
             yield step, loss
         lora.merge_adapter()
     finally:
         if file and 0 < step < config.steps:
-            _save(file, key, step, parameters, optimizer)
+            _save(file, healing.key, step, parameters, optimizer)
         lora.unload()
         student.__dict__.pop("peft_config", None)  # older versions of peft leave it
         student.requires_grad_(False)
 
 
-def _repair(
-    student: nn.Module,
-    plan: PrunePlan,
-    pipe: DiffusionPipeline,
-    prompts: Sequence[str],
-    config: HealConfig,
-    folder: Path | None,
-    key: str,
-    on_step: Callable[[], None] | None,
-) -> Iterator[int]:
+def _repair(student: nn.Module, healing: _Healing) -> Iterator[int]:
     """Solve for the layers that were cut; yields the number of each batch that is newly recorded.
 
     From the weights that slicing left: pulled towards those that fewer trajectories gave, layers keep what
     they owe to those. Recorded calls are kept in `folder` until the last is there, and then what they gave.
     """
-    file, device = folder and folder / REPAIRED, denoiser_of(pipe).device
-    settings = fewer_passes(config.compensation, device)
+    folder, dense = healing.folder, denoiser_of(healing.pipe)
+    file, kept = (folder / REPAIRED, folder / "calls") if folder else (None, None)
+    settings = fewer_passes(healing.config.compensation, dense.device)
     if file and file.exists():
-        _put(student, _read(file, key)[1])
+        _put(student, _read(file, healing.key)[1])
         return
-    kept, calls = folder and folder / "calls", list[Call]()
+    calls = list[Call]()
     for number, rows in enumerate(settings.batches, 1):
         new = kept is None or rows in missing(settings, kept)
-        for made in record(pipe, prompts, settings, kept, on_step, [rows]):
+        for made in record(healing.pipe, healing.prompts, settings, kept, healing.on_step, [rows]):
             calls += made
-        if number == config.batches:
-            calibration = Calibration.of_calls(denoiser_of(pipe), calls, settings)
-            sliced = denoiser_of(variant(pipe, plan))
+        if number == healing.config.batches:
+            calibration = Calibration.of_calls(dense, calls, settings)
+            sliced = denoiser_of(variant(healing.pipe, healing.plan))
             better = {layer for layer, better in repair_(sliced, calibration).items() if better}
             found = {n: p for n, p in sliced.named_parameters() if n.rpartition(".")[0] in better}
             _put(student, found)
             if file and kept:
-                write_tensors(file, found, {"format": STATE_FORMAT, "key": key})
+                write_tensors(file, found, {"format": STATE_FORMAT, "key": healing.key})
                 shutil.rmtree(kept, ignore_errors=True)
-        if new or number == config.batches:
+        if new or number == healing.config.batches:
             yield number
 
 
@@ -191,7 +187,8 @@ def facts(config: HealConfig, before: Mapping[str, float], after: Mapping[str, f
     """What a healed model's card says: {what: in words}, from the means of `fidelity.compare`."""
     errors = f"{before['latent_error']:.4f} → {after['latent_error']:.4f}"
     done = [f"repaired by {config.repair} trajectories"] if config.repair else []
-    done += [f"{config.steps} steps, LoRA of rank {config.rank}, merged"] if config.steps else []
+    steps = "1 step" if config.steps == 1 else f"{config.steps} steps"
+    done += [f"{steps}, LoRA of rank {config.rank}, merged"] if config.steps else []
     return {
         "healed": "; ".join(done),
         f"latent error, mean of {count} prompts, before → after": errors,
