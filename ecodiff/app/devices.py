@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .. import catalog, machine
+from .. import machine
 from ..checkpoints import loading
+from ..config import CompensateConfig
 from ..learning import calibration
 from ..learning.calibration import Calibration
 from ..learning.compensate import compensate_
@@ -23,6 +24,7 @@ from ..pipelines import denoiser_of
 from ..pruning.components import weights_of
 from ..pruning.plan import PrunePlan, named_in
 from ..pruning.slicing import variant
+from ..runs.folder import Run
 from ..storage import write_tensors
 
 VARIANTS_KEPT = 4  # each costs the memory of its cut layers only
@@ -52,15 +54,14 @@ class Device:
     of it are kept on disk.
     """
 
-    def __init__(
-        self, device: str, timings: machine.Timings, recordings: Callable[[str, Sequence[str]], Path | None]
-    ):
+    def __init__(self, device: str, timings: machine.Timings, recordings: Callable[[Run], Path | None]):
         self.device, self.lock = device, DeviceLock()
         self.timings, self.recordings = timings, recordings
         self._name: str | None = None
         self._dense: DiffusionPipeline | None = None
         self._variants: OrderedDict[tuple, tuple[DiffusionPipeline, int]] = OrderedDict()
         self._calibration: Calibration | None = None
+        self._calibrated_by: tuple[list[str], CompensateConfig] | None = None
 
     def dense(self, model: str):
         """The dense pipeline of a model, loaded if another one was in use."""
@@ -75,44 +76,42 @@ class Device:
                 self.timings.note(model, load=time.monotonic() - started)
             return self._dense
 
-    def calibration(self, model: str, prompts: Sequence[str]) -> Calibration:
-        """What compensation needs to know of a dense model, gathered on prompts."""
+    def calibration(self, run: Run) -> Calibration:
+        """What compensation needs to know of a run's dense model, gathered on the run's prompts."""
         with self.lock:
-            dense = self.dense(model)
-            if self._calibration is None or self._calibration.prompts != list(prompts):
+            dense, asked = self.dense(run.model), (run.learned_on, run.compensation)
+            if self._calibration is None or asked != self._calibrated_by:
                 self._calibration = None  # free it before the new one is gathered
-                known = catalog.find(model)
-                config = calibration.fewer_passes(known.compensation(), denoiser_of(dense).device)
-                self._calibration = Calibration(dense, prompts, config, self.recordings(model, prompts))
+                config = calibration.fewer_passes(run.compensation, denoiser_of(dense).device)
+                self._calibration = Calibration(dense, run.learned_on, config, self.recordings(run))
+                self._calibrated_by = asked
             return self._calibration
 
     def pruned(
         self,
-        model: str,
+        run: Run,
         plan: PrunePlan,
         compensate: bool = True,
-        kept: Path | None = None,
+        keep: bool = True,
         healed: bool = True,
-        prompts: Sequence[str] = (),
     ) -> DiffusionPipeline:
-        """The variant of a model that keeps what `plan` keeps.
+        """The variant of a run's model that keeps what `plan` keeps.
 
         Args:
-            prompts: to compensate on; none: the model's.
-            kept: a folder for compensated or healed weights, so that no other process computes them again.
+            keep: write compensated weights to the run's folder, so that no other process computes them again.
             healed: take the healed weights, if there are any.
         """
         with self.lock:
-            dense, file = self.dense(model), kept and kept / f"{plan.digest}.safetensors"
+            dense = self.dense(run.model)
+            file = run.folder / "variants" / f"{plan.digest}.safetensors" if keep else None
             if healed and file and (better := file.with_suffix(".healed.safetensors")).is_file():
                 file = better
-            prompts = tuple(prompts or catalog.find(model).prompts("calibration"))
-            key = (plan.digest, compensate, healed, hash(prompts))
+            key = (plan.digest, compensate, healed, hash((*run.learned_on, repr(run.compensation))))
             small, stamp = self._variants.pop(key, (None, None))
             if small is None or (compensate and stamp != _stamp(file)):  # healed since, maybe elsewhere
                 small = variant(dense, plan)
                 if compensate:
-                    self._compensate(small, dense, model, file, prompts)
+                    self._compensate(small, dense, run, file)
             self._variants[key] = small, _stamp(file)
             while len(self._variants) > VARIANTS_KEPT:
                 self._variants.popitem(last=False)
@@ -126,18 +125,13 @@ class Device:
             machine.release()
 
     def _compensate(
-        self,
-        small: DiffusionPipeline,
-        dense: DiffusionPipeline,
-        model: str,
-        file: Path | None,
-        prompts: Sequence[str],
+        self, small: DiffusionPipeline, dense: DiffusionPipeline, run: Run, file: Path | None
     ) -> None:
         if file is not None and file.is_file():
             with suppress(OSError, SafetensorError):  # a damaged file is written again
                 _replace(small, load_file(file))
                 return
-        updated = compensate_(small, dense, calibration=self.calibration(model, prompts))
+        updated = compensate_(small, dense, calibration=self.calibration(run))
         if file is not None:
             layers = tuple(f"{name}." for name, better in updated.items() if better)
             weights = weights_of(small).items()
@@ -185,19 +179,18 @@ class Devices:
         """The devices that runs are learned on."""
         return self.all[1:] or self.all
 
-    def recordings(self, model: str, prompts: Sequence[str]) -> Path | None:
-        """Where a model's recorded calls on prompts are kept, if anybody else needs them."""
+    def recordings(self, run: Run) -> Path | None:
+        """Where recorded calls of a run's dense model on its prompts are kept, if anybody else needs them."""
         if not machine.zerogpu() and len(self.all) == 1:
             return None
-        known = catalog.find(model)
-        key = repr((known.name, known.compensation(), list(prompts)))
+        key = repr((run.known.name, run.compensation, run.learned_on))
         return self.root / "recordings" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
-    def calibrated(self, model: str, prompts: Sequence[str]) -> bool:
+    def calibrated(self, run: Run) -> bool:
         """False if calls are still to be recorded, in a call of ZeroGPU of its own."""
         if not machine.zerogpu():
             return True
-        return not calibration.missing(catalog.find(model).compensation(), self.recordings(model, prompts))
+        return not calibration.missing(run.compensation, self.recordings(run))
 
     def forget(self) -> None:
         """Free everywhere what can be made again."""

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import spaces
 from diffusers import DiffusionPipeline
 
-from .. import catalog, machine
+from .. import machine
 from ..checkpoints import loading
 from ..checkpoints.card import model_card
 from ..checkpoints.formats import find_format
@@ -85,8 +85,8 @@ class LearnRun:
             yield from self._record(run, pipe, started)
 
     def _record(self, run: Run, pipe: DiffusionPipeline, started: float) -> Iterator[dict]:
-        config, prompts, slowest = run.known.compensation(), run.learned_on, 0.0
-        folder = server().devices.recordings(run.model, prompts)
+        config, prompts, slowest = run.compensation, run.learned_on, 0.0
+        folder = server().devices.recordings(run)
         batches = calibration.missing(config, folder)
         while batches:  # each call adds one at least, or says why not: else the page would call for ever
             begun, before = time.monotonic(), len(batches)
@@ -117,13 +117,11 @@ class DrawImages:
     early, after the last image of a prompt, when the call's time is up.
     """
 
-    model: str
+    folder: str  # of the run
     plans: list[PrunePlan]
     asked: list[tuple[str, int]]
     options: dict = field(default_factory=dict)
     compensate: bool = True
-    kept: str = ""  # folder of compensated or healed weights
-    prompts: list[str] = field(default_factory=list)  # to compensate on; none: the model's
     timed: bool = False  # measure how much faster the last one is than the dense one
 
     def run(self) -> Iterator[Sample]:
@@ -141,24 +139,25 @@ class DrawImages:
                         call = prompt_rows([prompt], [0], seed, call_options(pipes[0], **self.options))
                         sample = replace(sample, speedup=speedup(pipes[0], pipes[-1], call))
                 if place == len(self.plans):
-                    server().timings.note(self.model, draw=(time.monotonic() - started) / len(pipes))
+                    server().timings.note(self._model, draw=(time.monotonic() - started) / len(pipes))
                 yield sample
 
     def _pipes(self, prompt: str, seed: int) -> list[DiffusionPipeline]:
         """The dense one and a variant a plan, warm."""
-        device, kept = server().devices.drawing, Path(self.kept)
-        variants = [
-            device.pruned(self.model, plan, self.compensate, kept, prompts=self.prompts)
-            for plan in self.plans
-        ]
-        pipes = [device.dense(self.model), *variants]
+        run, device = Run.open(Path(self.folder)), server().devices.drawing
+        variants = [device.pruned(run, plan, self.compensate) for plan in self.plans]
+        pipes = [device.dense(run.model), *variants]
         for pipe in pipes:
             generate(pipe, prompt, seed, **self.options | {"steps": 2})
         return pipes
 
+    @property
+    def _model(self) -> str:
+        return Run.open(Path(self.folder)).model
+
     def seconds(self, timings: machine.Timings) -> float:
         images = (1 + len(self.plans)) * len(self.asked)
-        return min(2 * machine.CHUNK_SECONDS, timings.seconds(self.model, "load", *["draw"] * images))
+        return min(2 * machine.CHUNK_SECONDS, timings.seconds(self._model, "load", *["draw"] * images))
 
 
 @dataclass(frozen=True)
@@ -170,10 +169,10 @@ class DrawPictures:
 
     def run(self) -> Iterator[dict]:
         run, device = Run.open(Path(self.folder)), server().devices.drawing
-        plan, kept = run.plan(self.ratio), run.folder / "variants"
+        plan = run.plan(self.ratio)
         with device.lock:
             dense = device.dense(run.model)
-            small = device.pruned(run.model, plan, True, kept, prompts=run.learned_on)
+            small = device.pruned(run, plan)
         yield Painter(run, dense, device.lock).paint(small, plan, self.ratio, repaired=True)
 
     def seconds(self, timings: machine.Timings) -> float:
@@ -185,20 +184,18 @@ class DrawPictures:
 class DrawLoras:
     """One prompt with the dense model and a LoRA, then with the pruned one and the LoRA cut to fit."""
 
-    model: str
+    folder: str  # of the run
     plan: PrunePlan
-    kept: str
     files: tuple[str, str]
     prompt: str
     seed: int
     options: dict
-    prompts: list[str] = field(default_factory=list)
 
     def run(self) -> Iterator[Sample]:
-        device = server().devices.drawing
+        run, device = Run.open(Path(self.folder)), server().devices.drawing
         with device.lock:
-            small = device.pruned(self.model, self.plan, True, Path(self.kept), prompts=self.prompts)
-            pipes = device.dense(self.model), small
+            small = device.pruned(run, self.plan)
+            pipes = device.dense(run.model), small
             for pipe, file in zip(pipes, self.files, strict=True):
                 second = {"load_into_transformer_2": True} if denoiser_name(pipe) == "transformer_2" else {}
                 try:
@@ -211,7 +208,8 @@ class DrawLoras:
                     pipe.unload_lora_weights()
 
     def seconds(self, timings: machine.Timings) -> float:
-        return min(2 * machine.CHUNK_SECONDS, timings.seconds(self.model, "load", "draw", "draw"))
+        model = Run.open(Path(self.folder)).model
+        return min(2 * machine.CHUNK_SECONDS, timings.seconds(model, "load", "draw", "draw"))
 
 
 @dataclass(frozen=True)
@@ -227,7 +225,7 @@ class HealRun:
         run, begun, device = Run.open(Path(self.folder)), time.monotonic(), server().devices.learning[-1]
         with device.lock:
             dense = device.dense(run.model)
-            before = device.pruned(run.model, self.plan, True, run.folder / "variants", False, run.learned_on)
+            before = device.pruned(run, self.plan, healed=False)
         left = machine.CHUNK_SECONDS - (time.monotonic() - begun) if machine.zerogpu() else None
         yield from heal_run(run, self.plan, self.steps, self.repair, dense, before, device.lock, left)
 
@@ -237,36 +235,34 @@ class HealRun:
 
 @dataclass(frozen=True)
 class SavePruned:
-    """Write the pruned pipeline to `folder`; yields where it lies, and what was left out of it."""
+    """Write the pruned pipeline to `out`; yields where it lies, and what was left out of it."""
 
-    model: str
+    folder: str  # of the run
     plan: PrunePlan
     compensate: bool
-    kept: str
-    folder: str
+    out: str
     format: str = "diffusers"
-    prompts: list[str] = field(default_factory=list)
     lean: bool = False  # without what is never read of text encoders
 
     def run(self) -> Iterator:
-        device = server().devices.drawing
+        run, device = Run.open(Path(self.folder)), server().devices.drawing
         left_out: dict[str, int] = {}
         with device.lock:
-            kept = Path(self.kept)
-            small = device.pruned(self.model, self.plan, self.compensate, kept, prompts=self.prompts)
+            small = device.pruned(run, self.plan, self.compensate)
             started = time.monotonic()
             if self.lean:
-                small, left_out = lean(small, catalog.find(self.model))
-            about = healed(kept.parent, self.plan) if self.compensate else None
+                small, left_out = lean(small, run.known)
+            about = healed(run.folder, self.plan) if self.compensate else None
             card = model_card(small, about["facts"]) if about else ""
-            dtype = loading.disk_dtype(self.model)
-            written = find_format(self.format).write(small, Path(self.folder), dtype, card)
-        server().timings.note(self.model, pack=time.monotonic() - started)
+            dtype = loading.disk_dtype(run.model)
+            written = find_format(self.format).write(small, Path(self.out), dtype, card)
+        server().timings.note(run.model, pack=time.monotonic() - started)
         yield str(written)
         yield left_out
 
     def seconds(self, timings: machine.Timings) -> float:
-        return min(2 * machine.CHUNK_SECONDS, timings.seconds(self.model, "load", "pack"))
+        model = Run.open(Path(self.folder)).model
+        return min(2 * machine.CHUNK_SECONDS, timings.seconds(model, "load", "pack"))
 
 
 def seconds_wanted(task: Task, *args, **kwargs) -> float:

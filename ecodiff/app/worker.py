@@ -164,7 +164,7 @@ class Worker:
         if finished:
             job.stage, job.since = "calibrating", time.monotonic()
             with suppress(OutOfMemoryError), memory_advice(ADVICE):  # whoever draws will be told
-                device.calibration(job.run.model, job.run.learned_on)
+                device.calibration(job.run)
                 device.timings.note(job.run.model, calibrate=time.monotonic() - job.since)
         job.drawing = finished
         job.stage = "finished" if finished else "stopped"
@@ -180,13 +180,13 @@ class Worker:
 
         def paint(ratio: float) -> None:
             plan = run.plan(ratio)
-            small = device.pruned(run.model, plan, prompts=run.learned_on)
+            small = device.pruned(run, plan, keep=False)
             painter.paint(small, plan, ratio, repaired=True)
 
         paint(run.config.ratio)
         if device is self.devices.drawing:
             with device.lock:
-                device.calibration(run.model, run.learned_on).prepare()
+                device.calibration(run).prepare()
         begun = time.monotonic()
         for ratio in SIZES:
             if self._waiting or time.monotonic() - begun > learned:  # never longer than learning took

@@ -3,7 +3,6 @@
 import argparse
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,11 +125,7 @@ def run(options: argparse.Namespace) -> int:
     updated = {}
     if options.compensate:
         print("compensating", file=sys.stderr)
-        known = run.known
-        # What was asked of learning holds for the repair too: the run says what that was.
-        settings = () if run.imported else ("inference_steps", "guidance_scale", "size", "extra")
-        asked = {name: getattr(run.config, name) for name in settings}
-        updated = compensate_(small, pipe, run.learned_on, replace(known.compensation(), **asked))
+        updated = compensate_(small, pipe, run.learned_on, run.compensation)
     if options.drop_unused:
         small = without_unused(small, run.known)
     out = save(small, options.out, disk_dtype(run.known))

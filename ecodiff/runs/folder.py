@@ -15,14 +15,14 @@ import contextlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from .. import catalog
-from ..config import LearnConfig
+from ..config import CompensateConfig, LearnConfig
 from ..errors import BudgetError, CheckpointError, RunError
 from ..learning.state import LearnState
 from ..pruning.plan import PrunePlan
@@ -103,6 +103,12 @@ class Run:
         return self.prompts or self.known.prompts("calibration")
 
     @property
+    def compensation(self) -> CompensateConfig:
+        """How the weights of what is cut are repaired: what was asked of learning holds for that too."""
+        asked = () if self.imported else ("inference_steps", "guidance_scale", "size", "extra")
+        return replace(self.known.compensation(), **{name: getattr(self.config, name) for name in asked})
+
+    @property
     def judged_on(self) -> list[str]:
         """Prompts that nothing is learned on."""
         return self.heldout or self.known.prompts("heldout")
@@ -156,16 +162,7 @@ class Run:
             BudgetError: the ratio is out of range, or not the one of the plan that the run was made of.
         """
         if (file := self.folder / "plan.safetensors").exists():
-            own = PrunePlan.load(file)
-            size = own.metadata["ratio"]
-            if units is not None:
-                raise BudgetError(f"This run was made of a plan, which has one size: {size:.1%} removed.")
-            if ratio is not None and abs(ratio - size) > 0.005:
-                raise BudgetError(
-                    f"This run was made of a plan, which has one size: {size:.1%} of the denoiser removed. "
-                    f"{ratio:.1%} was asked for; ask for {size:.3f}, or learn a run of your own."
-                )
-            return own
+            return _of_its_size(PrunePlan.load(file), ratio, units)
         if not (self.folder / "scores.safetensors").exists():
             raise RunError("This run has no scores yet. Let it learn for a few steps first.")
         scores, size = self.scores(), self.config.ratio if ratio is None else ratio
@@ -232,6 +229,19 @@ class Run:
         """Keep why the run failed, to be shown with it."""
         with contextlib.suppress(OSError):  # the disk may be what failed; the error is raised too
             (self.folder / "ERROR").write_text(message, encoding="utf-8")
+
+
+def _of_its_size(plan: PrunePlan, ratio: float | None, units: Mapping[str, float] | None) -> PrunePlan:
+    """The plan that a run was made of. Raises BudgetError if another size is asked for."""
+    size = plan.metadata["ratio"]
+    if units is not None:
+        raise BudgetError(f"This run was made of a plan, which has one size: {size:.1%} removed.")
+    if ratio is not None and abs(ratio - size) > 0.005:
+        raise BudgetError(
+            f"This run was made of a plan, which has one size: {size:.1%} of the denoiser removed. "
+            f"{ratio:.1%} was asked for; ask for {size:.3f}, or learn a run of your own."
+        )
+    return plan
 
 
 def cut_text_encoders(scores: Scores, ratio: float) -> PrunePlan:

@@ -97,8 +97,8 @@ def test_images_do_not_wait_for_learning_on_another_device(run, monkeypatch):
     assert learning.wait(60)
     plan = unit_costs(run.model)[0].plan(ratio=0.2)
     options = catalog.find(run.model).drawing()
-    asked = ([plan], [(PROMPT, 0)], options, False, str(run.folder / "variants"))
-    dense, _ = tasks.results(tasks.DrawImages(run.model, *asked))
+    asked = ([plan], [(PROMPT, 0)], options, False)
+    dense, _ = tasks.results(tasks.DrawImages(str(run.folder), *asked))
     drawn.set()
     while job.active or job.drawing:
         threading.Event().wait(0.05)
@@ -107,7 +107,7 @@ def test_images_do_not_wait_for_learning_on_another_device(run, monkeypatch):
     again = generate(second.dense(run.model), PROMPT, 0, **options)
     torch.testing.assert_close(again.latents, dense.latents, rtol=1e-3, atol=1e-3)
     monkeypatch.setattr(calibration, "denoiser_calls", out_of_memory)
-    assert first.calibration(run.model, run.learned_on).calls, "what was recorded there serves here"
+    assert first.calibration(run).calls, "what was recorded there serves here"
 
 
 def test_a_model_that_does_not_fit(monkeypatch):
@@ -215,20 +215,20 @@ def test_the_first_images_wait_for_nothing(run, monkeypatch):
     """Once a run is finished, what compensation needs is gathered, for any size, before anybody asks."""
     server.server().worker._learn(worker.Job(run), drawing())
     monkeypatch.setattr(calibration.Calibration, "gather", out_of_memory)
-    small = drawing().pruned(run.model, run.plan(0.2))
-    assert drawing().pruned(run.model, run.plan(0.2), kept=run.folder / "variants") is small
-    other = drawing().pruned(run.model, run.plan(0.35))
-    plain = drawing().pruned(run.model, run.plan(0.35), compensate=False)
+    small = drawing().pruned(run, run.plan(0.2), keep=False)
+    assert drawing().pruned(run, run.plan(0.2)) is small
+    other = drawing().pruned(run, run.plan(0.35))
+    plain = drawing().pruned(run, run.plan(0.35), compensate=False)
     name = next(n for n, w in plain.unet.named_parameters() if not w.equal(other.unet.get_parameter(n)))
     assert name.endswith(("weight", "bias"))
 
 
 def test_every_call_records_something_or_says_why_not(run, monkeypatch, tmp_path):
     """On ZeroGPU the page calls until all is recorded: a call that adds nothing would be made for ever."""
-    folder, config = tmp_path / "recordings", catalog.find(run.model).compensation()
+    folder, config = tmp_path / "recordings", run.compensation
     run.imported = True
     run.save()
-    monkeypatch.setattr(devices.Devices, "recordings", lambda self, model, prompts: folder)
+    monkeypatch.setattr(devices.Devices, "recordings", lambda self, run: folder)
     monkeypatch.setattr(machine, "CHUNK_SECONDS", 0.0)
     for done in range(1, 3):
         assert len(list(tasks.results(tasks.LearnRun(str(run.folder))))) == 1

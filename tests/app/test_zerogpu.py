@@ -197,5 +197,5 @@ def test_what_a_call_asks_for(model, tmp_path):
     assert tasks.seconds_wanted(learning) == expected
     here.timings.note(model, step=100.0, draw=2.0)
     assert tasks.seconds_wanted(learning) == machine.CHUNK_SECONDS + machine.START_SECONDS
-    drawing = tasks.DrawImages(model, [None], [("cat", 0)])
+    drawing = tasks.DrawImages(str(run.folder), [None], [("cat", 0)])
     assert tasks.seconds_wanted(drawing) == machine.START_SECONDS + 1.5 * 8.0

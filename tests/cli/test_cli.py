@@ -96,7 +96,7 @@ def test_prune_recut_generate_compare(capsys, tmp_path):
     assert plan_of(ecodiff.load(tmp_path / "healed").unet).digest == result["digest"]
     before, after = (last_json(text)[when]["latent_error"] for when in ("before", "after"))
     assert before != after and ("not closer" in text) == (after > before)
-    assert "| healed | repaired by 8 trajectories; 1 steps" in (tmp_path / "healed" / "README.md").read_text()
+    assert "| healed | repaired by 8 trajectories; 1 step," in (tmp_path / "healed" / "README.md").read_text()
     # another size from the run
     again = ["prune", result["run"], "--ratio", 0.4, "--out", tmp_path / "s", "--no-compensate", "--layers"]
     code, text, _ = run(capsys, *again, "--json")

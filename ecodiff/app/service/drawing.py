@@ -126,9 +126,8 @@ def compare(
     if steps is not None and not 1 <= steps <= MAX_STEPS:
         raise BudgetError(f"An image takes 1 to {MAX_STEPS} time steps here, not {steps}.")
     options = known.drawing(steps, guidance_scale)
-    kept = str(opened.folder / "variants")
     asked = [(prompt, int(seed))]
-    task = DrawImages(known.name, [made], asked, options, compensate, kept, opened.learned_on, True)
+    task = DrawImages(str(opened.folder), [made], asked, options, compensate, timed=True)
     samples = []
     for sample in results(task):
         samples.append(sample)
@@ -158,10 +157,8 @@ def sizes(
         raise BudgetError(f"Choose 1 to {MAX_SIZES} sizes and 1 to {MAX_PROMPTS} prompts.")
     plans = [plan(run, ratio) for ratio in sorted(ratios)]
     opened = server().store.open(run)
-    known = opened.known
     asked = list(zip(opened.judged_on[: int(count)], range(int(count)), strict=False))
-    kept = str(opened.folder / "variants")
-    task = DrawImages(known.name, plans, asked, known.drawing(), compensate, kept, opened.learned_on)
+    task = DrawImages(str(opened.folder), plans, asked, opened.known.drawing(), compensate)
     drawn = results(task)
     for (prompt, seed), *samples in zip(asked, *[drawn] * (1 + len(plans)), strict=False):
         measured = [asdict(fidelity(samples[0], pruned)) for pruned in samples[1:]]

@@ -46,10 +46,8 @@ def export(
     path = opened.folder / "models" / f"{name}.zip"
     if not path.exists():
         limits.require_bytes()
-        kept = str(opened.folder / "variants")
-        where = str(path.with_suffix(""))
-        asked = (model, made, compensate, kept, where, format, opened.learned_on, lean)
-        folder, left_out = results(SavePruned(*asked))
+        task = SavePruned(str(opened.folder), made, compensate, str(path.with_suffix("")), format, lean)
+        folder, left_out = results(task)
         write_json(path.with_suffix(".left-out.json"), left_out)
         _zip(Path(folder), path)
     digest = hashlib.sha256()
@@ -125,9 +123,8 @@ def lora_images(run: str, ratio: float, file: str, prompt: str, seed: int = 0) -
         raise BudgetError("Write a prompt first: what should be drawn?")
     fitting, made = lora(run, ratio, file), plan(run, ratio)
     opened = server().store.open(run)
-    known, kept, files = opened.known, str(opened.folder / "variants"), (file, fitting["path"])
-    options = known.drawing()
-    task = DrawLoras(known.name, made, kept, files, prompt, int(seed), options, opened.learned_on)
+    files, options = (file, fitting["path"]), opened.known.drawing()
+    task = DrawLoras(str(opened.folder), made, files, prompt, int(seed), options)
     return tuple(results(task))
 
 

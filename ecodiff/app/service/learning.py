@@ -117,7 +117,7 @@ def learn(run: str, token: str = "") -> Iterator[dict]:
         what `status` returns, after every step
     """
     opened = server().store.open(run)
-    done = opened.finished and server().devices.calibrated(opened.model, opened.learned_on)
+    done = opened.finished and server().devices.calibrated(opened)
     if machine.zerogpu() and not opened.stop_requested and not done:
         paces = []
         for step in results(LearnRun(str(opened.folder), token)):
@@ -201,9 +201,7 @@ def _stage(run: Run, step: int) -> str:
     """The stage of a run that no job of this process is about: by what is on disk."""
     if step >= run.config.total_steps:
         unasked = run.imported or run.error or run.stop_requested  # the first image will take longer
-        return (
-            "finished" if unasked or server().devices.calibrated(run.model, run.learned_on) else "calibrating"
-        )
+        return "finished" if unasked or server().devices.calibrated(run) else "calibrating"
     if run.busy:
         return "learning"
     if run.error:
