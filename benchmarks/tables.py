@@ -118,8 +118,8 @@ def every() -> list[str]:
         quantised(rounded),
         learned_on_rounded(rounded),
         text_encoders(read("text_encoders")),
-        healing(read("healing")),
-        learned_order(read("learned_order")),
+        healing(read("healing-emoji-flux")),
+        learned_order(read("learned_order-emoji-flux")),
     ]
 
 
