@@ -5,7 +5,8 @@
     python benchmarks/fidelity.py --figure               only draws the figure again
 
 Each method ranks the units once and is cut by the same `Scores.plan` at all sizes, without and with
-compensation ("+"): the closed-form update of what remains, the same for all. OBS-Diff brings its own.
+compensation ("+"): the closed-form update of what remains, the same for all (but for `thorough`, on more
+trajectories, as its preset says). OBS-Diff brings its own.
 Images are drawn at the model's default settings from held-out prompts, each with a seed of its own, the
 dense and every pruned model from the same noise. Latent error is ||z0 - z0'||^2 over the variance of
 z0; intervals are 95 %, by bootstrap over the (prompt, seed) pairs. Top-1 and top-5: the nearest of all
@@ -27,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for recipes
 import ecodiff
 from ecodiff import catalog
-from ecodiff.config import CompensateConfig
+from ecodiff.config import PRESETS, CompensateConfig
 from ecodiff.learning.calibration import Calibration
 from ecodiff.learning.compensate import compensate_
 from ecodiff.learning.methods import METHODS
@@ -42,8 +43,8 @@ CACHE = Path.home() / ".cache" / "ecodiff" / "data"
 BATCH, CALIBRATION = 8, 64  # trajectories of the one-shot scores
 MEASURES = ("latent_error", "psnr", "ssim", "top1", "top5")
 PUBLISHED = ("ecodiff", "obs-diff")  # besides METHODS
-OURS = ("fast", "balanced", "paper", "gauss-newton", "surgeon")
-NAMES = (*METHODS, *PUBLISHED, *OURS[:3])
+OURS = ("fast", "balanced", "paper", "gauss-newton", "surgeon", "thorough")
+NAMES = tuple(dict.fromkeys((*METHODS, *PUBLISHED, *OURS)))
 SOURCES = {name: method.source for name, method in METHODS.items()} | {
     "obs-diff": "Zhu et al. 2026, structured",
     "ecodiff": "EcoDiff as published, exact gradients",
@@ -93,9 +94,8 @@ def rank(
         scores = ecodiff.learn_masks(pipe, prompts, config)
         dense = min(config.steps * config.batch, config.trajectories)
         steps = config.warm_steps + config.steps
-        each, measured = (
-            (METHODS[method].cost, METHODS[method].orders > 1) if method in METHODS else (4, False)
-        )
+        scoring = METHODS.get(config.method or "")
+        each, measured = (scoring.cost, scoring.orders > 1) if scoring else (4, False)
         # Orders are repaired on 24 trajectories and measured on 16, dense and by two plans.
         return scores, round(each * steps * config.batch) + dense + 72 * measured
     options = call_options(pipe, model.learn_steps, model.guidance_scale, model.size, model.extra)
@@ -140,6 +140,8 @@ def variants(method: str, pipe, model, ratios, learn_ratio, calibration, kinds=(
         return
     scores, cost = rank(method, pipe, model, learn_ratio, 0, kinds)
     spent = time.perf_counter() - start
+    if more := PRESETS.get(method, {}).get("repair"):
+        calibration = Calibration(pipe, model.prompts("calibration"), calibration.config.on(more))
     for ratio in ratios:
         if ratio > scores.ceiling:
             print(f"{method}: its units hold {scores.ceiling:.1%} of the parameters, so not {ratio:.0%}.")

@@ -68,6 +68,19 @@ class CompensateConfig(Sampling):
         starts = range(0, self.trajectories, self.batch)
         return [range(first, min(first + self.batch, self.trajectories)) for first in starts]
 
+    def on(self, trajectories: int) -> "CompensateConfig":
+        """The same on so many trajectories, of which an eighth, and a batch at least, only checks.
+
+        Raises:
+            BudgetError: these are fewer than two batches.
+        """
+        if trajectories < 2 * self.batch:
+            raise BudgetError(
+                f"A repair takes two batches of trajectories at least ({2 * self.batch}), not {trajectories}."
+            )
+        heldout = max(self.batch, trajectories // 8)
+        return replace(self, trajectories=trajectories, heldout=heldout)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LearnConfig(Sampling):
@@ -89,6 +102,8 @@ class LearnConfig(Sampling):
             False: none; None: as many as memory asks for. Scores do not depend on it.
         method: None: what the steps above say. Else a name of `learning.scoring.METHODS`, whose scores
             are computed in one step on `warm_steps` batches.
+        repair: dense trajectories that the weights of what is cut are repaired by; None: as many as
+            `CompensateConfig` says.
         text_encoders: fraction of the parameters of all text encoders to remove besides, 0 to 1. They are
             ranked by the embeddings that they give (`learning.text_encoders`), before learning starts.
     """
@@ -103,6 +118,7 @@ class LearnConfig(Sampling):
     penalty: float | None = None
     checkpoint: bool | None = None
     method: str | None = None
+    repair: int | None = None
     text_encoders: float = 0.0
 
     def __post_init__(self):
@@ -112,6 +128,8 @@ class LearnConfig(Sampling):
             raise BudgetError("batch and trajectories must be at least 1, steps at least 0.")
         if self.warm_steps < 1 and (self.penalty is None or self.steps < 1):
             raise BudgetError("Give at least one warm step (or a penalty, and steps to learn with it).")
+        if self.repair is not None:
+            CompensateConfig().on(self.repair)  # refused now, not once it is cut
         if not 0 <= self.text_encoders < 1:
             raise BudgetError(
                 f"text_encoders is the fraction of their parameters to remove, not {self.text_encoders}."
@@ -134,7 +152,8 @@ class LearnConfig(Sampling):
 
     @classmethod
     def preset(cls, name: str, **changes) -> "LearnConfig":
-        """One of "fast", "balanced", "paper", "ecodiff", with some fields changed.
+        """One of "fast", "balanced", "paper", "ecodiff", "thorough", or a scoring method, with some fields
+        changed.
 
         Raises:
             BudgetError: there is no such preset.
@@ -196,10 +215,9 @@ class HealConfig(Sampling):
 
     @property
     def compensation(self) -> CompensateConfig:
-        """How the repair is made; an eighth of its trajectories only checks."""
+        """How the repair is made."""
         asked = {entry.name: getattr(self, entry.name) for entry in fields(Sampling)}
-        heldout = max(self.batch, self.repair // 8)
-        return CompensateConfig(trajectories=self.repair, heldout=heldout, **asked)
+        return CompensateConfig(**asked).on(self.repair)
 
     @property
     def batches(self) -> int:

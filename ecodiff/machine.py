@@ -55,7 +55,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 class Timings:
-    """Seconds that things took here, by model: {model: {"load", "step", "calibrate", "draw", "pack"}}.
+    """Seconds that things took here, by model: {model: {"load", "step", "record", "draw", "pack"}}.
 
     A file, because ZeroGPU's workers share nothing else with the process that plans their time.
     """

@@ -165,7 +165,8 @@ class Worker:
             job.stage, job.since = "calibrating", time.monotonic()
             with suppress(OutOfMemoryError), memory_advice(ADVICE):  # whoever draws will be told
                 device.calibration(job.run)
-                device.timings.note(job.run.model, calibrate=time.monotonic() - job.since)
+                spent = time.monotonic() - job.since
+                device.timings.note(job.run.model, record=spent / job.run.compensation.trajectories)
         job.drawing = finished
         job.stage = "finished" if finished else "stopped"
         if finished:

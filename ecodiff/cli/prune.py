@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config import HEAL_REPAIR, CompensateConfig
 from ..errors import EcodiffError
 from ..units import ALL_KINDS
 
@@ -34,9 +35,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         metavar="NAME",
-        help="fast, balanced, paper or ecodiff; or a scoring method: surgeon, wanda, taylor, ... (default: "
-        "the best as measured: surgeon if its statistics take less than 20 GB, else gauss-newton where "
-        "modulation has directions, else balanced)",
+        help="fast, balanced, paper, ecodiff or thorough (surgeon on four times the trajectories); or a "
+        "scoring method: surgeon, wanda, taylor, ... (default: the best as measured: surgeon if its "
+        "statistics take less than 20 GB, else gauss-newton where modulation has directions, else balanced)",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the pruned pipeline")
     parser.add_argument("--run", metavar="DIR", help="the run's folder; an unfinished one is resumed")
@@ -70,14 +71,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of prompts, noise and gates")
     sampling_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    _repair_arguments(parser)
+    lean_argument(parser)
+    parser.add_argument("--layers", action="store_true", help="list what every layer became")
+
+
+def _repair_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-compensate",
         dest="compensate",
         action="store_false",
         help="leave the weights that stay as they are",
     )
-    lean_argument(parser)
-    parser.add_argument("--layers", action="store_true", help="list what every layer became")
+    parser.add_argument(
+        "--repair",
+        type=int,
+        metavar="N",
+        help=f"dense trajectories to repair weights by (default: {CompensateConfig.trajectories}, thorough: "
+        f"{HEAL_REPAIR})",
+    )
 
 
 def share(text: str) -> tuple[str, float]:
@@ -111,6 +123,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         pipe = load(options.model, rounded=rounded)
         run = _open_or_create(options, pipe)
+    repair = run.compensation.on(options.repair) if options.repair is not None else run.compensation
     if not run.finished and not _learn(run, pipe, options):
         return 130
     if distributed.rank():
@@ -125,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
     updated = {}
     if options.compensate:
         print("compensating", file=sys.stderr)
-        updated = compensate_(small, pipe, run.learned_on, run.compensation)
+        updated = compensate_(small, pipe, run.learned_on, repair)
     if options.drop_unused:
         small = without_unused(small, run.known)
     out = save(small, options.out, disk_dtype(run.known))

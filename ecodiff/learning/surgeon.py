@@ -31,6 +31,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..architectures import find_groups, unit_parameters
+from ..config import HEAL_REPAIR, PRESETS
 from ..machine import device_of, room
 from ..pipelines import denoiser_calls, denoiser_of, stream
 from ..units import ALL_KINDS, PRESET_KINDS, PruneGroup
@@ -118,6 +119,10 @@ def surgeon(
     found.bases = bases | inside
     found.others = {"gauss-newton": _diagonal(denoiser, every, plain, bases)}
     return found
+
+
+# The same on four times the trajectories, for whoever can wait.
+PRESETS["thorough"] = PRESETS["surgeon"] | {"warm_steps": 48, "repair": HEAL_REPAIR}
 
 
 @torch.no_grad()

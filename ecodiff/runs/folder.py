@@ -106,7 +106,8 @@ class Run:
     def compensation(self) -> CompensateConfig:
         """How the weights of what is cut are repaired: what was asked of learning holds for that too."""
         asked = () if self.imported else ("inference_steps", "guidance_scale", "size", "extra")
-        return replace(self.known.compensation(), **{name: getattr(self.config, name) for name in asked})
+        same = replace(self.known.compensation(), **{name: getattr(self.config, name) for name in asked})
+        return same.on(self.config.repair) if self.config.repair else same
 
     @property
     def judged_on(self) -> list[str]:

@@ -223,6 +223,20 @@ def test_the_first_images_wait_for_nothing(run, monkeypatch):
     assert name.endswith(("weight", "bias"))
 
 
+def test_weights_are_repaired_by_as_many_trajectories_as_a_run_says(learned, monkeypatch):
+    """Two runs of one model and the same prompts: neither gets the other's weights or recordings."""
+    few, more = (replace(learned, config=replace(learned.config, repair=count)) for count in (8, 12))
+    monkeypatch.setattr(devices.machine, "zerogpu", lambda: True)  # recordings are kept
+    assert drawing().recordings(few) != drawing().recordings(more)
+    monkeypatch.undo()
+    made = []
+    for run, batches in ((few, 2), (more, 3)):
+        made.append(drawing().pruned(run, learned.plan(0.2), keep=False).unet)
+        calls = drawing().calibration(run).calls
+        assert [call.heldout for call in calls] == [True] * 4 + [False] * 4 * (batches - 1), "of four steps"
+    assert any(not w.equal(made[1].get_parameter(name)) for name, w in made[0].named_parameters())
+
+
 def test_every_call_records_something_or_says_why_not(run, monkeypatch, tmp_path):
     """On ZeroGPU the page calls until all is recorded: a call that adds nothing would be made for ever."""
     folder, config = tmp_path / "recordings", run.compensation

@@ -68,6 +68,14 @@ def test_prune_recut_generate_compare(capsys, tmp_path):
     # the same command on the same run learns nothing and gives the same plan
     code, text, _ = run(capsys, *command, "--run", result["run"])
     assert code == 0 and last_json(text)["digest"] == result["digest"]
+    # repaired by more, with nothing learned again; by too few, before anything is done
+    again = ["prune", result["run"], "--ratio", 0.2, "--out", tmp_path / "more", "--repair"]
+    assert run(capsys, *again, 12)[0] == 0
+    weights = [dict(ecodiff.load(folder).unet.named_parameters()) for folder in (out, tmp_path / "more")]
+    assert weights[0].keys() == weights[1].keys()
+    assert any(not weight.equal(weights[1][name]) for name, weight in weights[0].items())
+    code, _, err = run(capsys, *again, 4)
+    assert code == 1 and "two batches of trajectories at least (8), not 4" in err
     # another command on it is refused
     code, _, err = run(capsys, "prune", "emoji-sdxl", "--ratio", 0.3, "--out", out, "--run", result["run"])
     assert code == 1 and "another --run" in err

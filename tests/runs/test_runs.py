@@ -157,6 +157,8 @@ def test_a_full_disk_loses_no_run(tiny_sdxl, reference, tmp_path):
 def test_wrong_requests(tiny_sdxl, tmp_path):
     with pytest.raises(BudgetError, match="preset"):
         ecodiff.LearnConfig.preset("magic")
+    with pytest.raises(BudgetError, match="two batches"):
+        ecodiff.LearnConfig(repair=7)
     with pytest.raises(BudgetError, match="between 0 and"):
         ecodiff.learn_masks(tiny_sdxl, PROMPTS, ecodiff.LearnConfig(ratio=0.99))
     with pytest.raises(BudgetError, match="prompt"):

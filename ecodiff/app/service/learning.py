@@ -49,7 +49,8 @@ def start(
     Args:
         model: embedded name, folder or Hub id.
         ratio: fraction of the denoiser's parameters to remove; learning steers to it.
-        preset: "fast", "balanced", "paper", "ecodiff" (as published), or a scoring method ("wanda", ...).
+        preset: "fast", "balanced", "paper", "ecodiff" (as published), "thorough" (surgeon on four times the
+            trajectories), or a scoring method ("surgeon", "wanda", ...).
         seed: of prompts, noise and gates.
         kinds: which units may go, of "heads", "ffn", "resnet", "modulation"; None: the preset's.
         prompts: to learn and to repair on, in place of ecodiff's; of ten or more, a fifth is set aside to
@@ -188,7 +189,8 @@ def _seconds_left(job: Job) -> float | None:
     if job.stage == "learning" and pace is None and share and 0.05 < share < 1:
         pace = (now - job.since) * (1 - share) / share
     step = sum(job.seconds) / len(job.seconds) if job.seconds else None
-    after = server().timings.last(job.run.model, "calibrate")
+    recorded = server().timings.last(job.run.model, "record")
+    after = None if recorded is None else recorded * job.run.compensation.trajectories
     if after is None and step is not None:
         after = CALIBRATION_STEPS * step
     if job.stage == "calibrating" and after is not None:

@@ -17,8 +17,9 @@ The method is EcoDiff: Zhang et al., *Learnable Sparsity for Vision Generative M
 ([arXiv 2412.02852](https://arxiv.org/abs/2412.02852)), with hard-concrete gates (Louizos et al. 2018)
 and time step gradient checkpointing. The presets Fast, Balanced, Paper and EcoDiff learn with it. The
 preset Surgeon ranks all units in one step instead, by what the final latents lose once the weights that stay
-have taken over (Optimal Brain Surgeon); it measured best at most sizes of the models that ship. Whatever
-ranks them, the weights that stay can take over from those that went: a closed-form update of each layer.
+have taken over (Optimal Brain Surgeon), Thorough does so on four times the trajectories; they measured best
+at most sizes of the models that ship. Whatever ranks them, the weights that stay can take over from those
+that went: a closed-form update of each layer.
 
 ## What it does not do
 - The ratio is of the denoiser's parameters. Time saved is less than that: not

@@ -23,7 +23,8 @@ MODELS = [
 PRESETS = [
     ("Fast", "fast"),
     ("Balanced", "balanced"),
-    ("Surgeon (best measured)", "surgeon"),
+    ("Surgeon (counts the repair)", "surgeon"),
+    ("Thorough (surgeon, four times the trajectories)", "thorough"),
     ("Gauss-Newton (large transformers)", "gauss-newton"),
     ("Paper (as many trajectories as the paper)", "paper"),
     ("EcoDiff as published", "ecodiff"),
