@@ -205,6 +205,7 @@ def main() -> None:
     parser = arguments(__doc__, [0.1, 0.2, 0.3, 0.4, 0.5], 32)
     parser.add_argument("--methods", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--kinds", nargs="+", choices=ALL_KINDS, default=(), help="of ecodiff's own methods")
+    parser.add_argument("--repair", type=int, help="by so many trajectories (default: 40)")
     options = parser.parse_args()
     out = results_file("fidelity", options)
     if options.figure:
@@ -228,6 +229,7 @@ def main() -> None:
     print(f"{'top-1':>7}{'top-5':>7}{'trajectories':>14}{'seconds':>9}")
     settings = {"inference_steps": model.learn_steps, "guidance_scale": model.guidance_scale}
     config = CompensateConfig(**settings, size=model.size, extra=model.extra)
+    config = config.on(options.repair) if options.repair else config
     calibration = Calibration(pipe, model.prompts("calibration"), config)
     for method in options.methods:
         asked = (options.ratios, options.learn_ratio, calibration, tuple(options.kinds))

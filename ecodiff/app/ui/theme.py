@@ -92,7 +92,7 @@ CSS = """
 @media (max-width: 600px) { .eco-cards { grid-template-columns: 1fr 1fr; gap: 8px; } }
 .eco-shelf { display: grid; grid-template-columns: 64px 1fr; gap: 12px; align-items: center;
   font-size: 14px; }
-.eco-shelf :is(img, .none) { width: 64px; height: 64px; border-radius: 8px; background: white;
+.eco-shelf img, .eco-shelf .none { width: 64px; height: 64px; border-radius: 8px; background: white;
   display: block; object-fit: contain; }
 .eco-shelf .none { background: var(--border-color-primary); }
 .eco-shelf small { color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
