@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fidelity import arguments, results_file
+from fidelity import arguments, opened, results_file
 
 import ecodiff
 from ecodiff import catalog
@@ -143,10 +143,7 @@ def main() -> None:
     if options.figure:
         figure(json.loads(out.read_text()), out.with_suffix(".png"))
         return
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    model, pipe = catalog.find(options.model), ecodiff.load(options.model)
-    pipe.set_progress_bar_config(disable=True)
+    model, pipe = opened(options)
     judge = Judge(pipe, model, options.pairs)
     calibration = Calibration(pipe, model.prompts("calibration"), model.compensation())
     found = {"model": options.model, "pairs": options.pairs, "curve": [], "parts": []}

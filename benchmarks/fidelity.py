@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import obs_diff
 import torch
+from diffusers import DiffusionPipeline
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for recipes
 import ecodiff
@@ -195,6 +196,15 @@ def arguments(about: str, ratios: list[float], pairs: int) -> argparse.ArgumentP
     return parser
 
 
+def opened(options: argparse.Namespace) -> tuple[catalog.Model, DiffusionPipeline]:
+    """The model that was asked for, on as many threads as were."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    pipe = ecodiff.load(options.model)
+    pipe.set_progress_bar_config(disable=True)
+    return catalog.find(options.model), pipe
+
+
 def results_file(name: str, options: argparse.Namespace) -> Path:
     """Where the results go: `--out`, or beside the scripts."""
     of_model = "" if options.model == "emoji-sdxl" else f"-{options.model}"
@@ -211,11 +221,7 @@ def main() -> None:
     if options.figure:
         figure(json.loads(out.read_text()), out.with_suffix(".png"))
         return
-    if options.threads:
-        torch.set_num_threads(options.threads)
-
-    model, pipe = catalog.find(options.model), ecodiff.load(options.model)
-    pipe.set_progress_bar_config(disable=True)
+    model, pipe = opened(options)
     prompts = model.prompts("heldout")[: options.pairs]
     recognised = Recognition(prompts) if model.embedded else None
     dense = draw(pipe, model, prompts)

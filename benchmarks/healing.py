@@ -12,11 +12,9 @@ import json
 import time
 from pathlib import Path
 
-import torch
-from fidelity import Recognition, arguments, draw, measure, results_file
+from fidelity import Recognition, arguments, draw, measure, opened, results_file
 
 import ecodiff
-from ecodiff import catalog
 from ecodiff.learning.heal import heal
 
 
@@ -52,10 +50,7 @@ def main() -> None:
     if options.figure:
         figure(json.loads(out.read_text()), out.with_suffix(".png"))
         return
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    model, pipe = catalog.find(options.model), ecodiff.load(options.model)
-    pipe.set_progress_bar_config(disable=True)
+    model, pipe = opened(options)
     prompts, judged = model.prompts("calibration"), model.prompts("heldout")[: options.pairs]
     dense, recognised = draw(pipe, model, judged), Recognition(judged)
     scores = ecodiff.learn_masks(pipe, prompts, model.learn_config("surgeon", options.learn_ratio))

@@ -21,11 +21,10 @@ from functools import partial
 from math import log
 
 import torch
-from fidelity import Recognition, arguments, draw, measure, results_file
+from fidelity import Recognition, arguments, draw, measure, opened, results_file
 from torch import Tensor
 
 import ecodiff
-from ecodiff import catalog
 from ecodiff.architectures import find_groups
 from ecodiff.learning.budget import OPEN
 from ecodiff.learning.calibration import Calibration
@@ -156,11 +155,8 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[0.02, 0.1])
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 32])
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     out = results_file("learned_order", options)
-    model, pipe = catalog.find(options.model), ecodiff.load(options.model)
-    pipe.set_progress_bar_config(disable=True)
+    model, pipe = opened(options)
     prompts, judged = model.prompts("calibration"), model.prompts("heldout")[: options.pairs]
     dense, recognised = draw(pipe, model, judged), Recognition(judged)
     calibration = Calibration(pipe, prompts, model.compensation())
