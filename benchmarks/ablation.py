@@ -70,12 +70,11 @@ def learning_curve(pipe, model, judge, calibration, ratios, learn_ratio) -> Iter
 @contextmanager
 def detached(pipe) -> Iterator[None]:
     """Gradients stop between time steps: each sees what it does to z_0 directly, not to later steps."""
-    denoiser, forward = denoiser_of(pipe), denoiser_of(pipe).forward
-    denoiser.forward = lambda sample, *args, **kwargs: forward(sample.detach(), *args, **kwargs)
+    cut = denoiser_of(pipe).register_forward_pre_hook(lambda _, args: (args[0].detach(), *args[1:]))
     try:
         yield
     finally:
-        del denoiser.forward
+        cut.remove()
 
 
 def parts(pipe, model, pairs, judge, calibration, ratio) -> Iterator[dict]:

@@ -130,7 +130,7 @@ def measure(dense: list[Sample], pruned: list[Sample], recognised) -> dict[str, 
     return found | {"latent_error_median": interval([row["latent_error"] for row in rows], np.median)}
 
 
-def variants(method: str, pipe, model, ratios, learn_ratio, calibration, kinds=()):
+def variants(method: str, pipe, model, ratios, learn_ratio, calibration, kinds=(), seed=0):
     """(name, ratio, small, seconds, trajectories) of a method at every size."""
     start = time.perf_counter()
     if method == "obs-diff":
@@ -139,7 +139,7 @@ def variants(method: str, pipe, model, ratios, learn_ratio, calibration, kinds=(
             small = obs_diff.prune(pipe, calibration, ratio)
             yield "obs-diff +", ratio, small, time.perf_counter() - start, calibration.config.trajectories
         return
-    scores, cost = rank(method, pipe, model, learn_ratio, 0, kinds)
+    scores, cost = rank(method, pipe, model, learn_ratio, seed, kinds)
     spent = time.perf_counter() - start
     if more := PRESETS.get(method, {}).get("repair"):
         calibration = Calibration(pipe, model.prompts("calibration"), calibration.config.on(more))
@@ -168,7 +168,7 @@ def figure(found: dict, path: Path) -> None:
     shown = [kind for kind in kinds if all(kind in row for row in found["rows"])]
     drawing, panels = pyplot.subplots(1, len(shown), figsize=(8 if len(shown) < 2 else 12, 5), dpi=150)
     for kind, axes in zip(shown, np.atleast_1d(panels), strict=True):
-        axes.set_prop_cycle(color=[*pyplot.get_cmap("tab10").colors, "black", "olive"])
+        axes.set_prop_cycle(color=[*pyplot.get_cmap("tab10").colors, "black", "olive", "navy"])
         for method in dict.fromkeys(row["method"] for row in found["rows"] if row["method"].endswith("+")):
             rows = [row for row in found["rows"] if row["method"] == method]
             ours = method.split()[0] in OURS
@@ -215,6 +215,7 @@ def main() -> None:
     parser = arguments(__doc__, [0.1, 0.2, 0.3, 0.4, 0.5], 32)
     parser.add_argument("--methods", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--kinds", nargs="+", choices=ALL_KINDS, default=(), help="of ecodiff's own methods")
+    parser.add_argument("--seed", type=int, default=0, help="of what is ranked on")
     parser.add_argument("--repair", type=int, help="by so many trajectories (default: 40)")
     options = parser.parse_args()
     out = results_file("fidelity", options)
@@ -238,7 +239,7 @@ def main() -> None:
     config = config.on(options.repair) if options.repair else config
     calibration = Calibration(pipe, model.prompts("calibration"), config)
     for method in options.methods:
-        asked = (options.ratios, options.learn_ratio, calibration, tuple(options.kinds))
+        asked = (options.ratios, options.learn_ratio, calibration, tuple(options.kinds), options.seed)
         every = variants(method, pipe, model, *asked)
         for label, ratio, small, seconds, cost in every:
             params = [parameters(denoiser_of(p)) for p in (small, pipe)]

@@ -36,18 +36,22 @@ def test_the_table_is_as_measured():
 def test_the_presets_win_their_table(file):
     rows = json.loads((ROOT / "benchmarks" / f"{file}.json").read_text())["rows"]
     errors = {(row["method"], row["ratio"]): row["latent_error"][0] for row in rows}
-    ours = ("fast", "balanced", "paper", "gauss-newton", "surgeon")
+    ours = ("fast", "balanced", "paper", "gauss-newton", "surgeon", "thorough")
     baselines = {method for method, _ in errors if method.removesuffix(" +") not in ours}
     for ratio in (0.1, 0.2, 0.3, 0.4):
         best = min(errors[method, ratio] for method in baselines)
-        every = [error for (_, size), error in errors.items() if size == ratio]
+        every = [e for (name, size), e in errors.items() if size == ratio and name != "thorough +"]
         flux = file == "fidelity-emoji-flux"
         assert errors["surgeon +", ratio] == min(every), "not what is said to be the best"
+        # At 30 % of emoji-flux its mean is higher by a pair that turns off; its medians are the lowest.
+        assert errors["thorough +", ratio] <= (1.05 if flux else 0.95) * errors["surgeon +", ratio]
         if flux:  # with directions
             assert errors["surgeon +", ratio] <= 0.2 * best
             medians = {r["method"]: r["latent_error_median"][0] for r in rows if r["ratio"] == ratio}
+            assert medians["thorough +"] == min(medians.values()), "as benchmarks/README.md says"
             first = "gauss-newton +" if ratio == 0.1 else "surgeon +"
-            assert medians[first] == min(medians.values()), "as docs/method.md says"
+            rest = [error for name, error in medians.items() if name != "thorough +"]
+            assert medians[first] == min(rest), "as docs/method.md says"
             assert medians["surgeon +"] <= 0.07 * min(medians[method] for method in baselines)
         for preset in ("fast +", "balanced +"):
             # Heads and neurons alone have less to give in emoji-flux; at 20 % balanced is hardly below Wanda.
