@@ -226,8 +226,8 @@ def main() -> None:
     prompts = model.prompts("heldout")[: options.pairs]
     recognised = Recognition(prompts) if model.embedded else None
     dense = draw(pipe, model, prompts)
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-    machine += f"torch {torch.__version__}"
+    threads = "1 thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
+    machine = f"{platform.processor() or platform.machine()}, {threads}, torch {torch.__version__}"
     found = {"model": options.model, "machine": machine, "pairs": len(prompts), "rows": []}
     found["learn_ratio"] = options.learn_ratio
     found["dense"] = measure(dense, dense, recognised)
