@@ -47,6 +47,8 @@ PARTS: dict[str, list[str]] = {
     "memory-sdxl": ["benchmarks/gpu.py", "--memory", "sdxl"],
     "memory-flux": ["benchmarks/gpu.py", "--memory", "flux-dev"],
     "quality-emoji-flux": ["benchmarks/fidelity.py", "--model", "emoji-flux", "--methods", "surgeon", "fast"],
+    "quality-thorough": ["benchmarks/fidelity.py", "--model", "emoji-flux", "--methods", "thorough"],
+    "healing": ["benchmarks/healing.py", "--ratios", "0.4"],
 }
 DRY: dict[str, list[str]] = {
     "tests": ["-m", "pytest", "-q", "-x", "tests/metrics", "-k", "turn"],
