@@ -3,9 +3,10 @@
     python benchmarks/speed.py                    embedded model, the device that ecodiff would take
     python benchmarks/speed.py --compile          with torch.compile too
     python benchmarks/speed.py --example --model emoji-flux      as the model's example run ranks units
+    python benchmarks/speed.py --run DIR                         as a run of `python -m ecodiff prune` does
 
 Times are medians over interleaved repeats of one denoiser call, as multiples of the dense one's in the same
-round. Without --example the ranking is of weight magnitudes, of heads, neurons and channels only: then which
+round. Without a run the ranking is of weight magnitudes, of heads, neurons and channels only: then which
 units go does not matter for time, how many a layer does.
 """
 
@@ -41,11 +42,11 @@ def ratios(denoisers: dict, args: tuple, kwargs: dict, repeats: int) -> dict[str
     }
 
 
-def ranking(pipe, model: catalog.Model, example: bool) -> Scores:
-    """Units by their weights' magnitude; or as the model's example run (its default preset) ranks them."""
+def ranking(pipe, model: catalog.Model, run: Path | None) -> Scores:
+    """Units by their weights' magnitude; or as a run ranks them."""
     denoiser = denoiser_of(pipe)
-    if example:
-        known = Scores.load(Path(model.source) / "example" / "scores.safetensors")
+    if run:
+        known = Scores.load(run / "scores.safetensors")
         values, bases = known.values, known.bases
     else:
         worth, bases = scoring.magnitude(pipe), {}
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--example", action="store_true")
+    parser.add_argument("--run", type=Path)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -69,8 +71,9 @@ def main() -> None:
     load = seconds(ecodiff.load, options.model)
     pipe = ecodiff.load(options.model)
     denoiser = denoiser_of(pipe)
-    scores = ranking(pipe, model, options.example)
-    name = f"{options.model}, example run" if options.example else options.model
+    run = Path(model.source) / "example" if options.example else options.run
+    scores = ranking(pipe, model, run)
+    name = f"{options.model}, {run.name} run" if run else options.model
     found = {"model": name, "device": device_name(), "threads": torch.get_num_threads()}
     found |= {"torch": torch.__version__, "load_s": round(load, 2), "rows": []}
     for ratio in options.ratios:

@@ -86,7 +86,8 @@ def test_what_it_costs_is_as_measured():
     assert f"| {times['half kept']:.2f} |" in MEASUREMENTS and f"| {times['all kept']:.2f} |" in MEASUREMENTS
     assert f"| {', '.join(f'{peak:.0f}' for peak in peaks.values())} MB |" in MEASUREMENTS
     assert times["all recomputed"] <= 3.2 and times["all kept"] <= 2.3
-    assert peaks["50"] <= 1.05 * peaks["5"], "memory grows with the number of steps"
+    # A time step leaves its latents behind, not what its call kept.
+    assert (peaks["50"] - peaks["5"]) / 45 <= 0.01 * learning["activations_mb"], "memory grows with the steps"
     for ratio in (0.2, 0.4):
         one, four = (row["aligned"] for row in speed["rows"] if row["ratio"] == ratio)
         assert f"| {one:.2f}×, {four:.2f}× faster |" in MEASUREMENTS

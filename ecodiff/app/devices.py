@@ -61,6 +61,8 @@ class Device:
         self._dense: DiffusionPipeline | None = None
         self._variants: OrderedDict[tuple, tuple[DiffusionPipeline, int]] = OrderedDict()
         self._calibration: Calibration | None = None
+        # By plan and options: how much faster a call is than the dense one's, once that was measured.
+        self.speedups: dict[tuple[str, str], tuple[float, float, float] | None] = {}
         self._calibrated_by: tuple[list[str], CompensateConfig] | None = None
 
     def dense(self, model: str):
@@ -70,6 +72,7 @@ class Device:
                 started = time.monotonic()
                 self._name = self._dense = self._calibration = None  # free it before the new one loads
                 self._variants.clear()
+                self.speedups.clear()
                 self._dense = loading.load(model, device=self.device)
                 self._dense.set_progress_bar_config(disable=True)
                 self._name = model

@@ -191,6 +191,19 @@ def test_whoever_does_not_wait_for_an_image_ends_the_work(learned, monkeypatch):
     assert len(drawn) == 3 + 3 + 3
 
 
+def test_the_speed_of_a_size_is_measured_once(learned, monkeypatch):
+    """It takes seconds under the lock; a machine that was too busy to say is asked again."""
+    answers, asked = [None, (1.1, 1.2, 1.3), (1.4, 1.5, 1.6)], []
+    monkeypatch.setattr(tasks, "speedup", lambda *pipes: asked.append(pipes) or answers[len(asked) - 1])
+
+    def measured(ratio: float, prompt: str, steps: int):
+        return list(service.compare(learned.id, ratio, prompt, 0, steps, compensate=False))[-1][2]["speedup"]
+
+    assert measured(0.2, PROMPT, 2) is None
+    assert measured(0.2, PROMPT, 2) == measured(0.2, "cat", 3) == answers[1]
+    assert measured(0.35, PROMPT, 2) == answers[2] and len(asked) == 3
+
+
 def test_images_that_do_not_fit_free_what_others_left(learned, monkeypatch):
     run = learned
     list(service.compare(run.id, 0.2, PROMPT, compensate=False))
