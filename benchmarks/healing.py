@@ -71,11 +71,13 @@ def main() -> None:
                 out.write_text(json.dumps(found, indent=1) + "\n")
 
         note(0, spent := 0.0)
-        begun = time.perf_counter()
+        begun, before = time.perf_counter(), 0
         for done, _ in heal(small, pipe, prompts, config):
             spent += time.perf_counter() - begun
-            note(done, spent)
-            begun = time.perf_counter()
+            if before < done < config.total_steps:  # batches of a check are no steps
+                note(done, spent)
+            begun, before = time.perf_counter(), done
+        note(config.total_steps, spent + time.perf_counter() - begun)
     figure(found, out.with_suffix(".png"))
 
 

@@ -222,7 +222,12 @@ class HealConfig(Sampling):
     @property
     def batches(self) -> int:
         """Batches of trajectories that are recorded for the repair."""
-        return len(self.compensation.batches)
+        return len(self.compensation.batches) if self.repair else 0
+
+    @property
+    def checked(self) -> int:
+        """Trajectories that training is checked on, and not trained: whole batches."""
+        return max(1, self.trajectories // 32 // self.batch) * self.batch
 
     @property
     def total_steps(self) -> int:

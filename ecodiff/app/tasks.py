@@ -143,10 +143,10 @@ class DrawImages:
 
     def _speedup(self, pipes: list[DiffusionPipeline]) -> tuple[float, float, float] | None:
         """How much faster the last one's call is: measured once, weights and prompts make no difference."""
-        known, asked = server().devices.drawing.speedups, self.options | {"steps": None}
-        key = self.plans[-1].digest, repr(asked)
+        known = server().devices.drawing.speedups
+        key = self.plans[-1].digest, repr(self.options | {"steps": None})
         if known.get(key) is None:
-            call = prompt_rows([self.asked[0][0]], [0], 0, call_options(pipes[0], **asked))
+            call = prompt_rows([self.asked[0][0]], [0], 0, call_options(pipes[0], **self.options))
             known[key] = speedup(pipes[0], pipes[-1], call)
         return known[key]
 

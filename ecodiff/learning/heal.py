@@ -5,17 +5,20 @@ images. First every layer that lost inputs is solved for once more, call by call
 hundreds of dense trajectories. Then low-rank updates (LoRA, arXiv 2106.09685) of the layers that lost units
 are trained, and merged at the end: the data are prompts and noise, the loss is that of learning masks, the
 relative error of the final latents over whole trajectories, checkpointed step by step like those.
-Everything that a step draws comes from its number, so it goes on anywhere, like a run.
+Before the first step, after the last and three times between, the weights are measured on trajectories that
+nothing is trained on; the best are merged. Everything that a step draws comes from its number, so it goes on
+anywhere, like a run.
 """
 
 import copy
 import json
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from math import cos, isfinite, pi
+from math import cos, inf, isfinite, pi
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from diffusers import DiffusionPipeline
@@ -37,6 +40,7 @@ from .trajectory import trajectory
 STATE_FORMAT = "ecodiff.heal.1"
 REPAIRED = "repaired.safetensors"
 ADAPTER = "heal"
+CHECKS = 4  # of the weights while they are trained, besides one before
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,21 @@ class _Healing:
     on_step: Callable[[], None] | None
 
 
+@dataclass
+class _Best:
+    """The weights that came closest so far on trajectories that are not trained on.
+
+    Attributes:
+        error: mean logarithm of the relative error: one trajectory that turns off does not outweigh others.
+        weights: of LoRA, by name.
+        logs: of the check that is going on, a number a trajectory.
+    """
+
+    error: float = inf
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    logs: list[float] = field(default_factory=list)
+
+
 def heal(
     small: DiffusionPipeline,
     pipe: DiffusionPipeline,
@@ -62,7 +81,8 @@ def heal(
 ) -> Generator[tuple[int, float | None], None, None]:
     """Heal a pruned pipeline; yields (done, loss): batches recorded for the repair, then steps.
 
-    Batches have no loss. Weights change with the last of them, and with the last step.
+    Batches have no loss, nor has a batch of a check, which is no step. Weights change with the last batch of
+    the repair, and at the end.
 
     Args:
         small: a pruned pipeline; it gets a denoiser of its own, so a variant's dense model is not touched.
@@ -96,33 +116,61 @@ def heal(
         yield config.batches + step, loss
 
 
-def _train(small: DiffusionPipeline, healing: _Healing) -> Generator[tuple[int, float], None, None]:
-    """Distil low-rank updates, and merge them at the end; yields (steps done, loss)."""
+def _train(small: DiffusionPipeline, healing: _Healing) -> Generator[tuple[int, float | None], None, None]:
+    """Distil low-rank updates, and merge the best at the end; yields (steps done, loss)."""
     student, targets, config = denoiser_of(small), dict[int, Tensor](), healing.config
     lora, parameters = _add_lora(student, denoiser_of(healing.pipe), healing.plan, config)
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.rate, weight_decay=0.0)
-    file, step = healing.folder and healing.folder / "state.safetensors", 0
+    file, step, best = healing.folder and healing.folder / "state.safetensors", 0, _Best()
+    checks = {config.steps * part // CHECKS for part in range(CHECKS + 1)}
     try:
         if file and file.exists():
-            step = _load(file, healing.key, parameters, optimizer)
-        while step < config.steps:
+            step, best = _load(file, healing.key, parameters, optimizer)
+        while True:
+            for _ in _check(small, healing, parameters, best) if step in checks else ():
+                if file:
+                    _save(file, healing.key, step, parameters, optimizer, best)
+                yield step, None
+            if step >= config.steps:
+                break
             batch = step % (config.trajectories // config.batch)
             call = partial(_call, healing.pipe, healing.prompts, batch, config)
             if batch not in targets:
                 targets[batch] = _target(healing.pipe, call(), healing.on_step)
             optimizer.param_groups[0]["lr"] = config.rate * 0.5 * (1 + cos(pi * step / config.steps))
             loss = _step(small, call(), targets[batch], optimizer, healing.on_step)
-            step += 1
+            step, best.logs = step + 1, []
             if file and (step == config.steps or step % max(1, config.steps // 20) == 0):
-                _save(file, healing.key, step, parameters, optimizer)
+                _save(file, healing.key, step, parameters, optimizer, best)
             yield step, loss
+        for name, weight in best.weights.items():
+            parameters[name].data.copy_(weight)
         lora.merge_adapter()
     finally:
         if file and 0 < step < config.steps:
-            _save(file, healing.key, step, parameters, optimizer)
+            _save(file, healing.key, step, parameters, optimizer, best)
         lora.unload()
         student.__dict__.pop("peft_config", None)  # older versions of peft leave it
         student.requires_grad_(False)
+
+
+def _check(
+    small: DiffusionPipeline, healing: _Healing, parameters: Mapping[str, nn.Parameter], best: _Best
+) -> Iterator[None]:
+    """Measure the weights as they are, and keep them if they are the best; yields after each batch."""
+    config = healing.config
+    while len(best.logs) < config.checked:
+        number = (config.trajectories + len(best.logs)) // config.batch
+        call = partial(_call, healing.pipe, healing.prompts, number, config)
+        target = _target(healing.pipe, call(), healing.on_step).flatten(1)
+        with trajectory(small, False, healing.on_step) as run, torch.no_grad():
+            z0 = run(**call()).float().flatten(1)
+        errors = (z0 - target).square().mean(1) / target.var(1)
+        best.logs += errors.clamp_min(1e-12).log().tolist()
+        yield
+    if (error := fmean(best.logs)) < best.error:
+        best.error = error
+        best.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
 def _repair(student: nn.Module, healing: _Healing) -> Iterator[int]:
@@ -188,7 +236,8 @@ def facts(config: HealConfig, before: Mapping[str, float], after: Mapping[str, f
     errors = f"{before['latent_error']:.4f} → {after['latent_error']:.4f}"
     done = [f"repaired by {config.repair} trajectories"] if config.repair else []
     steps = "1 step" if config.steps == 1 else f"{config.steps} steps"
-    done += [f"{steps}, LoRA of rank {config.rank}, merged"] if config.steps else []
+    lora = f"{steps}, LoRA of rank {config.rank}, merged as it was best on trajectories held out"
+    done += [lora] if config.steps else []
     return {
         "healed": "; ".join(done),
         f"latent error, mean of {count} prompts, before → after": errors,
@@ -242,17 +291,21 @@ def _step(small: DiffusionPipeline, call: dict, target: Tensor, optimizer, on_st
     return float(loss.detach())
 
 
-def _save(file: Path, key: str, step: int, parameters: dict[str, nn.Parameter], optimizer) -> None:
-    """LoRA weights and Adam's moments, replaced atomically."""
+def _save(
+    file: Path, key: str, step: int, parameters: dict[str, nn.Parameter], optimizer, best: _Best
+) -> None:
+    """LoRA weights, Adam's moments and the best weights so far, replaced atomically."""
     tensors = {f"weight|{name}": parameter.detach() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         moments = optimizer.state.get(parameter, {})
         tensors |= {f"{what}|{name}": value for what, value in moments.items()}
-    write_tensors(file, tensors, {"format": STATE_FORMAT, "key": key, "step": str(step)})
+    tensors |= {f"best|{name}": weight for name, weight in best.weights.items()}
+    about = {"step": str(step), "best": repr(best.error), "logs": json.dumps(best.logs)}
+    write_tensors(file, tensors, {"format": STATE_FORMAT, "key": key} | about)
 
 
-def _load(file: Path, key: str, parameters: dict[str, nn.Parameter], optimizer) -> int:
-    """Put the state back; returns the steps that are done."""
+def _load(file: Path, key: str, parameters: dict[str, nn.Parameter], optimizer) -> tuple[int, _Best]:
+    """Put the state back; returns the steps that are done, and the best weights so far."""
     header, stored = _read(file, key)
     try:
         for name, parameter in parameters.items():
@@ -262,7 +315,9 @@ def _load(file: Path, key: str, parameters: dict[str, nn.Parameter], optimizer) 
             optimizer.state[parameter] = {"step": stored[f"step|{name}"]} | {
                 what: stored[f"{what}|{name}"].to(parameter.device) for what in ("exp_avg", "exp_avg_sq")
             }
-        return int(header["step"])
+        kept = {n: stored[f"best|{n}"].to(p.device) for n, p in parameters.items() if f"best|{n}" in stored}
+        logs = [float(log) for log in json.loads(header.get("logs", "[]"))]  # not in states of before
+        return int(header["step"]), _Best(float(header.get("best", inf)), kept, logs)
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"The healing state in {file} cannot be read: {error}") from None
 

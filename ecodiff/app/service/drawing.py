@@ -72,8 +72,8 @@ def heal(run: str, ratio: float, steps: int = 100, repair: int = HEAL_REPAIR) ->
 
     Yields:
         {"stage": healing, interrupted, stopped, healed or unchanged, "step", "steps" (batches that are
-        recorded for the repair, and steps), "loss" (None while recording), "seconds_left"}, and at the end
-        "before" and "after", mean latent errors
+        recorded for the repair, and steps), "loss" (None while recording or checking), "seconds_left"}, and
+        at the end "before" and "after", mean latent errors
     """
     if not (0 <= steps <= MAX_HEALING and 0 <= repair <= MAX_REPAIR):
         raise BudgetError(
