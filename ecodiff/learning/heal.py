@@ -14,19 +14,18 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from math import cos, inf, isfinite, pi
+from math import cos, isfinite, pi
 from pathlib import Path
 from statistics import fmean
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..config import HealConfig
-from ..errors import BudgetError, CheckpointError, LearningError, OutOfMemoryError, PlanError
+from ..errors import BudgetError, LearningError, OutOfMemoryError, PlanError
 from ..pipelines import call_options, denoiser_name, denoiser_of, prompt_rows
 from ..pruning.plan import PrunePlan
 from ..pruning.slicing import check, kept_features, plan_of, variant
@@ -34,10 +33,10 @@ from ..storage import write_tensors
 from .calibration import Calibration, Call, fewer_passes, missing, record
 from .checkpointing import gradients
 from .compensate import repair_
+from .heal_state import STATE_FORMAT, Best, load, read, save
 from .streaming import streamed
 from .trajectory import trajectory
 
-STATE_FORMAT = "ecodiff.heal.1"
 REPAIRED = "repaired.safetensors"
 ADAPTER = "heal"
 CHECKS = 4  # of the weights while they are trained, besides one before
@@ -54,21 +53,6 @@ class _Healing:
     folder: Path | None
     key: str
     on_step: Callable[[], None] | None
-
-
-@dataclass
-class _Best:
-    """The weights that came closest so far on trajectories that are not trained on.
-
-    Attributes:
-        error: mean logarithm of the relative error: one trajectory that turns off does not outweigh others.
-        weights: of LoRA, by name.
-        logs: of the check that is going on, a number a trajectory.
-    """
-
-    error: float = inf
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    logs: list[float] = field(default_factory=list)
 
 
 def heal(
@@ -121,15 +105,15 @@ def _train(small: DiffusionPipeline, healing: _Healing) -> Generator[tuple[int, 
     student, targets, config = denoiser_of(small), dict[int, Tensor](), healing.config
     lora, parameters = _add_lora(student, denoiser_of(healing.pipe), healing.plan, config)
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.rate, weight_decay=0.0)
-    file, step, best = healing.folder and healing.folder / "state.safetensors", 0, _Best()
+    file, step, best = healing.folder and healing.folder / "state.safetensors", 0, Best()
     checks = {config.steps * part // CHECKS for part in range(CHECKS + 1)}
     try:
         if file and file.exists():
-            step, best = _load(file, healing.key, parameters, optimizer)
+            step, best = load(file, healing.key, parameters, optimizer)
         while True:
             for _ in _check(small, healing, parameters, best) if step in checks else ():
                 if file:
-                    _save(file, healing.key, step, parameters, optimizer, best)
+                    save(file, healing.key, step, parameters, optimizer, best)
                 yield step, None
             if step >= config.steps:
                 break
@@ -141,21 +125,21 @@ def _train(small: DiffusionPipeline, healing: _Healing) -> Generator[tuple[int, 
             loss = _step(small, call(), targets[batch], optimizer, healing.on_step)
             step, best.logs = step + 1, []
             if file and (step == config.steps or step % max(1, config.steps // 20) == 0):
-                _save(file, healing.key, step, parameters, optimizer, best)
+                save(file, healing.key, step, parameters, optimizer, best)
             yield step, loss
         for name, weight in best.weights.items():
             parameters[name].data.copy_(weight)
         lora.merge_adapter()
     finally:
         if file and 0 < step < config.steps:
-            _save(file, healing.key, step, parameters, optimizer, best)
+            save(file, healing.key, step, parameters, optimizer, best)
         lora.unload()
         student.__dict__.pop("peft_config", None)  # older versions of peft leave it
         student.requires_grad_(False)
 
 
 def _check(
-    small: DiffusionPipeline, healing: _Healing, parameters: Mapping[str, nn.Parameter], best: _Best
+    small: DiffusionPipeline, healing: _Healing, parameters: Mapping[str, nn.Parameter], best: Best
 ) -> Iterator[None]:
     """Measure the weights as they are, and keep them if they are the best; yields after each batch."""
     config = healing.config
@@ -183,7 +167,7 @@ def _repair(student: nn.Module, healing: _Healing) -> Iterator[int]:
     file, kept = (folder / REPAIRED, folder / "calls") if folder else (None, None)
     settings = fewer_passes(healing.config.compensation, dense.device)
     if file and file.exists():
-        _put(student, _read(file, healing.key)[1])
+        _put(student, read(file, healing.key)[1])
         return
     calls = list[Call]()
     for number, rows in enumerate(settings.batches, 1):
@@ -289,49 +273,3 @@ def _step(small: DiffusionPipeline, call: dict, target: Tensor, optimizer, on_st
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     return float(loss.detach())
-
-
-def _save(
-    file: Path, key: str, step: int, parameters: dict[str, nn.Parameter], optimizer, best: _Best
-) -> None:
-    """LoRA weights, Adam's moments and the best weights so far, replaced atomically."""
-    tensors = {f"weight|{name}": parameter.detach() for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        moments = optimizer.state.get(parameter, {})
-        tensors |= {f"{what}|{name}": value for what, value in moments.items()}
-    tensors |= {f"best|{name}": weight for name, weight in best.weights.items()}
-    about = {"step": str(step), "best": repr(best.error), "logs": json.dumps(best.logs)}
-    write_tensors(file, tensors, {"format": STATE_FORMAT, "key": key} | about)
-
-
-def _load(file: Path, key: str, parameters: dict[str, nn.Parameter], optimizer) -> tuple[int, _Best]:
-    """Put the state back; returns the steps that are done, and the best weights so far."""
-    header, stored = _read(file, key)
-    try:
-        for name, parameter in parameters.items():
-            parameter.data.copy_(stored[f"weight|{name}"])
-            if f"step|{name}" not in stored:  # it never had a gradient
-                continue
-            optimizer.state[parameter] = {"step": stored[f"step|{name}"]} | {
-                what: stored[f"{what}|{name}"].to(parameter.device) for what in ("exp_avg", "exp_avg_sq")
-            }
-        kept = {n: stored[f"best|{n}"].to(p.device) for n, p in parameters.items() if f"best|{n}" in stored}
-        logs = [float(log) for log in json.loads(header.get("logs", "[]"))]  # not in states of before
-        return int(header["step"]), _Best(float(header.get("best", inf)), kept, logs)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"The healing state in {file} cannot be read: {error}") from None
-
-
-def _read(file: Path, key: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header and tensors of a file of this healing; CheckpointError if it is another's."""
-    try:
-        with safe_open(file, "pt") as stored:
-            header, names = stored.metadata() or {}, list(stored.keys())
-            if (header.get("format"), header.get("key")) != (STATE_FORMAT, key):
-                raise CheckpointError(
-                    f"{file} is of another model or other settings. Give another folder, or the same "
-                    "settings."
-                )
-            return header, {name: stored.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"The healing state in {file} cannot be read: {error}") from None
