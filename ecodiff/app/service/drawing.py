@@ -88,7 +88,8 @@ def heal(run: str, ratio: float, steps: int = 100, repair: int = HEAL_REPAIR) ->
     for done in results(HealRun(str(opened.folder), made, steps, repair)):
         if "after" in done:
             stage = "healed" if done["after"] < done["before"] else "unchanged"
-            yield found | {"stage": stage, "before": done["before"], "after": done["after"]}
+            judged = {name: done[name] for name in ("before", "after")}
+            yield found | {"stage": stage, "step": steps_in_all} | judged
             return
         left = {"seconds_left": (steps_in_all - done["step"]) * done["seconds"]}
         found = found | {"step": done["step"], "loss": done["loss"]} | left
