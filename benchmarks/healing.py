@@ -71,13 +71,11 @@ def main() -> None:
                 out.write_text(json.dumps(found, indent=1) + "\n")
 
         note(0, spent := 0.0)
-        begun, before = time.perf_counter(), 0
+        begun = time.perf_counter()
         for done, _ in heal(small, pipe, prompts, config):
             spent += time.perf_counter() - begun
-            if before < done < config.total_steps:  # batches of a check are no steps
-                note(done, spent)
-            begun, before = time.perf_counter(), done
-        note(config.total_steps, spent + time.perf_counter() - begun)
+            note(done, spent)
+            begun = time.perf_counter()
     figure(found, out.with_suffix(".png"))
 
 

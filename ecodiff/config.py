@@ -225,11 +225,6 @@ class HealConfig(Sampling):
         return len(self.compensation.batches) if self.repair else 0
 
     @property
-    def checked(self) -> int:
-        """Trajectories that training is checked on, and not trained: whole batches."""
-        return max(1, self.trajectories // 32 // self.batch) * self.batch
-
-    @property
     def total_steps(self) -> int:
         """Batches that are recorded, and steps."""
         return self.batches + self.steps

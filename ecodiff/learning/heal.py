@@ -5,9 +5,7 @@ images. First every layer that lost inputs is solved for once more, call by call
 hundreds of dense trajectories. Then low-rank updates (LoRA, arXiv 2106.09685) of the layers that lost units
 are trained, and merged at the end: the data are prompts and noise, the loss is that of learning masks, the
 relative error of the final latents over whole trajectories, checkpointed step by step like those.
-Before the first step, after the last and three times between, the weights are measured on trajectories that
-nothing is trained on; the best are merged. Everything that a step draws comes from its number, so it goes on
-anywhere, like a run.
+Everything that a step draws comes from its number, so it goes on anywhere, like a run.
 """
 
 import copy
@@ -18,14 +16,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import cos, isfinite, pi
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..config import HealConfig
-from ..errors import BudgetError, LearningError, OutOfMemoryError, PlanError
+from ..errors import BudgetError, CheckpointError, LearningError, OutOfMemoryError, PlanError
 from ..pipelines import call_options, denoiser_name, denoiser_of, prompt_rows
 from ..pruning.plan import PrunePlan
 from ..pruning.slicing import check, kept_features, plan_of, variant
@@ -33,13 +31,12 @@ from ..storage import write_tensors
 from .calibration import Calibration, Call, fewer_passes, missing, record
 from .checkpointing import gradients
 from .compensate import repair_
-from .heal_state import STATE_FORMAT, Best, load, read, save
 from .streaming import streamed
 from .trajectory import trajectory
 
+STATE_FORMAT = "ecodiff.heal.1"
 REPAIRED = "repaired.safetensors"
 ADAPTER = "heal"
-CHECKS = 4  # of the weights while they are trained, besides one before
 
 
 @dataclass(frozen=True)
@@ -65,8 +62,7 @@ def heal(
 ) -> Generator[tuple[int, float | None], None, None]:
     """Heal a pruned pipeline; yields (done, loss): batches recorded for the repair, then steps.
 
-    Batches have no loss, nor has a batch of a check, which is no step. Weights change with the last batch of
-    the repair, and at the end.
+    Batches have no loss. Weights change with the last of them, and with the last step.
 
     Args:
         small: a pruned pipeline; it gets a denoiser of its own, so a variant's dense model is not touched.
@@ -100,61 +96,33 @@ def heal(
         yield config.batches + step, loss
 
 
-def _train(small: DiffusionPipeline, healing: _Healing) -> Generator[tuple[int, float | None], None, None]:
-    """Distil low-rank updates, and merge the best at the end; yields (steps done, loss)."""
+def _train(small: DiffusionPipeline, healing: _Healing) -> Generator[tuple[int, float], None, None]:
+    """Distil low-rank updates, and merge them at the end; yields (steps done, loss)."""
     student, targets, config = denoiser_of(small), dict[int, Tensor](), healing.config
     lora, parameters = _add_lora(student, denoiser_of(healing.pipe), healing.plan, config)
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.rate, weight_decay=0.0)
-    file, step, best = healing.folder and healing.folder / "state.safetensors", 0, Best()
-    checks = {config.steps * part // CHECKS for part in range(CHECKS + 1)}
+    file, step = healing.folder and healing.folder / "state.safetensors", 0
     try:
         if file and file.exists():
-            step, best = load(file, healing.key, parameters, optimizer)
-        while True:
-            for _ in _check(small, healing, parameters, best) if step in checks else ():
-                if file:
-                    save(file, healing.key, step, parameters, optimizer, best)
-                yield step, None
-            if step >= config.steps:
-                break
+            step = _load(file, healing.key, parameters, optimizer)
+        while step < config.steps:
             batch = step % (config.trajectories // config.batch)
             call = partial(_call, healing.pipe, healing.prompts, batch, config)
             if batch not in targets:
                 targets[batch] = _target(healing.pipe, call(), healing.on_step)
             optimizer.param_groups[0]["lr"] = config.rate * 0.5 * (1 + cos(pi * step / config.steps))
             loss = _step(small, call(), targets[batch], optimizer, healing.on_step)
-            step, best.logs = step + 1, []
+            step += 1
             if file and (step == config.steps or step % max(1, config.steps // 20) == 0):
-                save(file, healing.key, step, parameters, optimizer, best)
+                _save(file, healing.key, step, parameters, optimizer)
             yield step, loss
-        for name, weight in best.weights.items():
-            parameters[name].data.copy_(weight)
         lora.merge_adapter()
     finally:
         if file and 0 < step < config.steps:
-            save(file, healing.key, step, parameters, optimizer, best)
+            _save(file, healing.key, step, parameters, optimizer)
         lora.unload()
         student.__dict__.pop("peft_config", None)  # older versions of peft leave it
         student.requires_grad_(False)
-
-
-def _check(
-    small: DiffusionPipeline, healing: _Healing, parameters: Mapping[str, nn.Parameter], best: Best
-) -> Iterator[None]:
-    """Measure the weights as they are, and keep them if they are the best; yields after each batch."""
-    config = healing.config
-    while len(best.logs) < config.checked:
-        number = (config.trajectories + len(best.logs)) // config.batch
-        call = partial(_call, healing.pipe, healing.prompts, number, config)
-        target = _target(healing.pipe, call(), healing.on_step).flatten(1)
-        with trajectory(small, False, healing.on_step) as run, torch.no_grad():
-            z0 = run(**call()).float().flatten(1)
-        errors = (z0 - target).square().mean(1) / target.var(1)
-        best.logs += errors.clamp_min(1e-12).log().tolist()
-        yield
-    if (error := fmean(best.logs)) < best.error:
-        best.error = error
-        best.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
 def _repair(student: nn.Module, healing: _Healing) -> Iterator[int]:
@@ -167,7 +135,7 @@ def _repair(student: nn.Module, healing: _Healing) -> Iterator[int]:
     file, kept = (folder / REPAIRED, folder / "calls") if folder else (None, None)
     settings = fewer_passes(healing.config.compensation, dense.device)
     if file and file.exists():
-        _put(student, read(file, healing.key)[1])
+        _put(student, _read(file, healing.key)[1])
         return
     calls = list[Call]()
     for number, rows in enumerate(settings.batches, 1):
@@ -220,8 +188,7 @@ def facts(config: HealConfig, before: Mapping[str, float], after: Mapping[str, f
     errors = f"{before['latent_error']:.4f} → {after['latent_error']:.4f}"
     done = [f"repaired by {config.repair} trajectories"] if config.repair else []
     steps = "1 step" if config.steps == 1 else f"{config.steps} steps"
-    lora = f"{steps}, LoRA of rank {config.rank}, merged as it was best on trajectories held out"
-    done += [lora] if config.steps else []
+    done += [f"{steps}, LoRA of rank {config.rank}, merged"] if config.steps else []
     return {
         "healed": "; ".join(done),
         f"latent error, mean of {count} prompts, before → after": errors,
@@ -273,3 +240,43 @@ def _step(small: DiffusionPipeline, call: dict, target: Tensor, optimizer, on_st
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     return float(loss.detach())
+
+
+def _save(file: Path, key: str, step: int, parameters: dict[str, nn.Parameter], optimizer) -> None:
+    """LoRA weights and Adam's moments, replaced atomically."""
+    tensors = {f"weight|{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        moments = optimizer.state.get(parameter, {})
+        tensors |= {f"{what}|{name}": value for what, value in moments.items()}
+    write_tensors(file, tensors, {"format": STATE_FORMAT, "key": key, "step": str(step)})
+
+
+def _load(file: Path, key: str, parameters: dict[str, nn.Parameter], optimizer) -> int:
+    """Put the state back; returns the steps that are done."""
+    header, stored = _read(file, key)
+    try:
+        for name, parameter in parameters.items():
+            parameter.data.copy_(stored[f"weight|{name}"])
+            if f"step|{name}" not in stored:  # it never had a gradient
+                continue
+            optimizer.state[parameter] = {"step": stored[f"step|{name}"]} | {
+                what: stored[f"{what}|{name}"].to(parameter.device) for what in ("exp_avg", "exp_avg_sq")
+            }
+        return int(header["step"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"The healing state in {file} cannot be read: {error}") from None
+
+
+def _read(file: Path, key: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a file of this healing; CheckpointError if it is another's."""
+    try:
+        with safe_open(file, "pt") as stored:
+            header, names = stored.metadata() or {}, list(stored.keys())
+            if (header.get("format"), header.get("key")) != (STATE_FORMAT, key):
+                raise CheckpointError(
+                    f"{file} is of another model or other settings. Give another folder, or the same "
+                    "settings."
+                )
+            return header, {name: stored.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"The healing state in {file} cannot be read: {error}") from None

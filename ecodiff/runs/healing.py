@@ -64,7 +64,7 @@ def heal_run(
                 slowest = max(slowest, time.monotonic() - started)
                 yield {"step": done[0], "loss": done[1], "seconds": time.monotonic() - started}
                 over = time.monotonic() - begun + 1.5 * slowest > (budget or float("inf"))
-                if run.stop_requested or (over and (done[1] is None or done[0] < config.total_steps)):
+                if run.stop_requested or (over and done[0] < config.total_steps):
                     healing.close()
                     return
             with device_lock:

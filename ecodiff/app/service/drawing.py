@@ -72,8 +72,8 @@ def heal(run: str, ratio: float, steps: int = 100, repair: int = HEAL_REPAIR) ->
 
     Yields:
         {"stage": healing, interrupted, stopped, healed or unchanged, "step", "steps" (batches that are
-        recorded for the repair, and steps), "loss" (None while recording or checking), "seconds_left"}, and
-        at the end "before" and "after", mean latent errors
+        recorded for the repair, and steps), "loss" (None while recording), "seconds_left"}, and at the end
+        "before" and "after", mean latent errors
     """
     if not (0 <= steps <= MAX_HEALING and 0 <= repair <= MAX_REPAIR):
         raise BudgetError(
@@ -88,8 +88,7 @@ def heal(run: str, ratio: float, steps: int = 100, repair: int = HEAL_REPAIR) ->
     for done in results(HealRun(str(opened.folder), made, steps, repair)):
         if "after" in done:
             stage = "healed" if done["after"] < done["before"] else "unchanged"
-            judged = {name: done[name] for name in ("before", "after")}
-            yield found | {"stage": stage, "step": steps_in_all} | judged
+            yield found | {"stage": stage, "before": done["before"], "after": done["after"]}
             return
         left = {"seconds_left": (steps_in_all - done["step"]) * done["seconds"]}
         found = found | {"step": done["step"], "loss": done["loss"]} | left

@@ -296,5 +296,5 @@ def healing(found: dict) -> str:
     if found["loss"] is not None:
         where += f" · loss {found['loss']:.4f}"
     elif found["step"]:
-        where += " · running the dense model"
+        where += " · recording what the dense model does"
     return where + (f" · {duration(found['seconds_left'])} left" if found["seconds_left"] else "")
