@@ -43,7 +43,7 @@ def test_the_presets_win_their_table(file):
         every = [e for (name, size), e in errors.items() if size == ratio and name != "thorough +"]
         flux = file == "fidelity-emoji-flux"
         assert errors["surgeon +", ratio] == min(every), "not what is said to be the best"
-        # At 30 % of emoji-flux its mean is higher by a pair that turns off; its medians are the lowest.
+        # At 30 % of emoji-flux its mean is 4 % higher; its medians are the lowest.
         assert errors["thorough +", ratio] <= (1.05 if flux else 0.95) * errors["surgeon +", ratio]
         if flux:  # with directions
             assert errors["surgeon +", ratio] <= 0.2 * best
@@ -87,7 +87,7 @@ def test_what_it_costs_is_as_measured():
     assert f"| {', '.join(f'{peak:.0f}' for peak in peaks.values())} MB |" in MEASUREMENTS
     assert times["all recomputed"] <= 3.2 and times["all kept"] <= 2.3
     # A time step leaves its latents behind, not what its call kept.
-    assert (peaks["50"] - peaks["5"]) / 45 <= 0.01 * learning["activations_mb"], "memory grows with the steps"
+    assert (peaks["50"] - peaks["5"]) / 45 <= 0.002 * learning["activations_mb"], "memory grows with steps"
     for ratio in (0.2, 0.4):
         one, four = (row["aligned"] for row in speed["rows"] if row["ratio"] == ratio)
         assert f"| {one:.2f}×, {four:.2f}× faster |" in MEASUREMENTS
