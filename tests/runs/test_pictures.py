@@ -50,6 +50,7 @@ def test_sizes_are_drawn_from_the_same_noise_and_kept(tmp_path):
 
     html = strip.strip(found, [0.3], steps=16)
     assert html.count("<img") == 2 * COUNT and "weights not repaired yet" in html and "−10%" not in html
+    assert " of 16 steps" in html and " of 0 " not in strip.strip(found, [0.3])
     assert strip.curve(found) == "", "one repaired size is no curve"
     assert strip.drawn(found, 0.1) and not strip.drawn(found, 0.2)
     assert "−10%" in strip.missing(found, 0.2)

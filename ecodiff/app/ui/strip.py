@@ -72,7 +72,8 @@ def missing(found: dict, ratio: float) -> str:
 def _cost(row: dict, steps: int) -> str:
     psnr, error = median(row["psnr"]), fmean(row["latent_error"])
     if not row["repaired"]:
-        at = f"after {row['step']} of {steps} steps, weights not repaired yet"
+        of = f" of {steps}" if steps else ""
+        at = f"after {row['step']}{of} steps, weights not repaired yet"
         return f"{closeness(psnr)} <small>{at}</small>"
     figures = f"PSNR {psnr:.1f} dB, latent error {latent_error(error)}"
     return f"{closeness(psnr)} <small>{figures}</small>"
