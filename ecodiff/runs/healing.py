@@ -5,12 +5,14 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
+from dataclasses import fields, replace
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from filelock import FileLock, Timeout
 
-from ..errors import RunError
+from ..config import HealConfig, Sampling
+from ..errors import BudgetError, RunError
 from ..learning.heal import facts, heal
 from ..metrics.fidelity import compare
 from ..pruning.components import weights_of
@@ -20,6 +22,27 @@ from ..storage import write_json, write_tensors
 from .folder import Run
 
 HEALED_PROMPTS = 8  # held out, to judge healing by
+
+
+def heal_settings(run: Run, steps: int, repair: int) -> HealConfig:
+    """How a run's variant is healed: what was asked of learning holds for that too.
+
+    What compensation read already is not repaired by again: it would give the same weights.
+
+    Raises:
+        BudgetError: nothing is left to do.
+    """
+    compensation = run.compensation
+    asked = {entry.name: getattr(compensation, entry.name) for entry in fields(Sampling)}
+    config = HealConfig(**asked, steps=steps, repair=repair)
+    if not repair or config.compensation != compensation:
+        return config
+    if not steps:
+        raise BudgetError(
+            f"Weights of this run are repaired by {repair} trajectories already, so that changes nothing. "
+            "Ask for more, or for steps of training."
+        )
+    return replace(config, repair=0)
 
 
 def heal_run(
@@ -35,7 +58,7 @@ def heal_run(
     """Heal a run's variant; if it got closer, its weights take the place of the compensated ones.
 
     Args:
-        steps, repair: of `HealConfig`.
+        steps, repair: see `heal_settings`.
         dense, before: the dense pipeline, and the compensated one that `plan` cut.
         device_lock: held during each step.
         budget: seconds; at least one step is made.
@@ -45,12 +68,12 @@ def heal_run(
         reads. The state is on disk.
 
     Raises:
+        BudgetError: see `heal_settings`.
         RunError: another process is working on the run.
     """
     begun, slowest = time.monotonic(), 0.0
-    known = run.known
-    config = known.heal_config(steps=steps, repair=repair)
-    state = run.folder / "healing" / f"{plan.digest}-{repair}"
+    config = heal_settings(run, steps, repair)
+    state = run.folder / "healing" / f"{plan.digest}-{config.repair}"
     try:
         with FileLock(run.folder / ".lock", timeout=0):
             small = copy.copy(before)  # it gets a denoiser of its own
@@ -76,7 +99,7 @@ def heal_run(
 def _judged(
     run: Run,
     plan: PrunePlan,
-    config,
+    config: HealConfig,
     dense: DiffusionPipeline,
     before: DiffusionPipeline,
     small: DiffusionPipeline,

@@ -1,5 +1,6 @@
 """Healing: exact gradients through the trajectory, resumable, merged, the dense model untouched."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 import ecodiff
 from ecodiff import catalog
 from ecodiff.app import server, service
-from ecodiff.config import HealConfig
+from ecodiff.config import HEAL_REPAIR, HealConfig
 from ecodiff.errors import BudgetError, CheckpointError, PlanError, RunError
 from ecodiff.learning.heal import _add_lora, heal
 from ecodiff.learning.trajectory import trajectory
@@ -17,6 +18,7 @@ from ecodiff.metrics.fidelity import generate
 from ecodiff.pipelines import denoiser_of, prompt_rows
 from ecodiff.pruning.slicing import plan_of
 from ecodiff.runs import healing
+from ecodiff.runs.folder import Run
 from tests.checkpoints.test_folders import drawn_by_diffusers_alone, some_plan
 from tests.conftest import PROMPT, latents, short
 
@@ -201,3 +203,21 @@ def test_a_run_is_healed_stopped_and_gone_on_with(tmp_path, monkeypatch):
     assert [f["stage"] for f in service.heal(run, size, 4, 8)][-1] in ("healed", "unchanged"), "once more"
     assert list(service.compare(run, size, "red apple"))[-1][1].latents.equal(drawn[1].latents), "merged once"
     assert [f["step"] for f in service.heal(run, size, 5, 8)][:1] == [7], "more steps go on"
+
+
+def test_a_run_is_healed_as_it_was_learned_and_not_repaired_twice(tmp_path):
+    known = catalog.find("emoji-turbo")
+
+    def asked(steps, trajectories, **changes):
+        config = replace(known.learn_config("thorough", 0.2), **changes)
+        run = Run.create(tmp_path / "run", known.name, config, [])
+        shutil.rmtree(run.folder)
+        return healing.heal_settings(run, steps, trajectories)
+
+    assert asked(100, HEAL_REPAIR) == known.heal_config(steps=100, repair=0), "compensation did that"
+    assert asked(100, 64) == known.heal_config(steps=100, repair=64)
+    with pytest.raises(BudgetError, match="repaired by 256 trajectories already"):
+        asked(0, HEAL_REPAIR)
+    few = {"repair": None, "inference_steps": 2, "size": 32}
+    expected = known.heal_config(steps=100, repair=HEAL_REPAIR, inference_steps=2, size=32)
+    assert asked(100, HEAL_REPAIR, **few) == expected

@@ -11,6 +11,7 @@ from ...config import HEAL_REPAIR
 from ...errors import BudgetError, RunError
 from ...metrics.fidelity import Sample, fidelity
 from ...pruning.plan import PrunePlan
+from ...runs.healing import heal_settings
 from ...runs.pictures import load
 from ...units import ALL_KINDS
 from ..server import server
@@ -68,7 +69,8 @@ def heal(run: str, ratio: float, steps: int = 100, repair: int = HEAL_REPAIR) ->
 
     Args:
         steps: of training, towards the dense model's images; no others are needed. 0: none.
-        repair: dense trajectories that weights are repaired by first, in closed form; 0: none.
+        repair: dense trajectories that weights are repaired by first, in closed form; 0: none, and as many
+            as the run was repaired by already: none.
 
     Yields:
         {"stage": healing, interrupted, stopped, healed or unchanged, "step", "steps" (batches that are
@@ -83,7 +85,7 @@ def heal(run: str, ratio: float, steps: int = 100, repair: int = HEAL_REPAIR) ->
     if not opened.finished:
         raise RunError("The run is not finished. Healing is for what is cut in the end.")
     opened.permit()
-    steps_in_all = opened.known.heal_config(steps=steps, repair=repair).total_steps
+    steps_in_all = heal_settings(opened, steps, repair).total_steps
     found = {"stage": "healing", "step": 0, "steps": steps_in_all, "loss": None, "seconds_left": None}
     for done in results(HealRun(str(opened.folder), made, steps, repair)):
         if "after" in done:

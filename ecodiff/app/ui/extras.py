@@ -44,7 +44,8 @@ def healing(run: gr.Dropdown, size: gr.Slider) -> None:
             "are the healed model's from then on; if not, nothing changes."
         )
         with gr.Row():
-            words = {"label": "Trajectories to repair by", "info": "0: none. Each is as long as an image"}
+            info = "0: none. Each is as long as an image. As many as the run was repaired by already: none"
+            words = {"label": "Trajectories to repair by", "info": info}
             repair = lenient(gr.Slider(0, 1024, value=256, step=32, min_width=240, **words))
             words = {"label": "Steps of training", "info": "0: none. Each is a few batches of images long"}
             steps = lenient(gr.Slider(0, 500, value=100, step=10, min_width=240, **words))
