@@ -1,11 +1,11 @@
 """What healing brings, by minutes: a cut model repaired on more trajectories, then trained for a while.
 
-    python benchmarks/healing.py [--model emoji-flux] [--ratios 0.2 0.4 0.5 0.6]
+    python benchmarks/healing.py [--model emoji-flux] [--methods surgeon thorough] [--ratios 0.2 0.4 0.5 0.6]
     python benchmarks/healing.py --figure                only draws the figure again
 
-Cut by `surgeon`'s order at each size and compensated; then `heal` with its defaults. Errors of held-out pairs
-as in fidelity.py, after compensation, after the repair, and after so many steps of training, with the seconds
-of healing until then (measuring left out).
+Cut by each order at each size and compensated; then `heal` with its defaults. Errors of held-out pairs as in
+fidelity.py, after compensation, after the repair (which `thorough` has already), after half of the steps of
+training, and of what is merged at the end, with the seconds of healing until then (measuring left out).
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 from fidelity import Recognition, arguments, draw, measure, opened, results_file
 
 import ecodiff
+from ecodiff.config import HEAL_REPAIR, PRESETS
 from ecodiff.learning.heal import heal
 
 
@@ -28,10 +29,14 @@ def figure(found: dict, path: Path) -> None:
     drawing, panels = pyplot.subplots(1, 2, figsize=(12, 4.5), dpi=150)
     kinds = {"latent_error": "mean latent error", "latent_error_median": "median latent error"}
     for axes, (kind, words) in zip(panels, kinds.items(), strict=True):
-        for ratio in dict.fromkeys(row["ratio"] for row in found["rows"]):
-            rows = [row for row in found["rows"] if row["ratio"] == ratio]
-            x, y = [row["seconds"] / 60 for row in rows], [row[kind][0] for row in rows]
-            axes.plot(x, y, "o-", label=f"{ratio:.0%} removed")
+        lines: dict[tuple, list] = {}
+        for row in found["rows"]:
+            lines.setdefault((row["method"], row["ratio"]), []).append((row["seconds"] / 60, row[kind][0]))
+        colors = {ratio: f"C{number}" for number, ratio in enumerate(dict.fromkeys(r for _, r in lines))}
+        for (method, ratio), points in lines.items():
+            look = "o-" if method == "surgeon" else "s--"
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, look, color=colors[ratio], label=f"{ratio:.0%} removed, {method}")
         axes.set(yscale="log", xlabel="minutes of healing", ylabel=words)
         axes.grid(alpha=0.3, which="both")
     panels[0].legend(fontsize=8)
@@ -43,8 +48,9 @@ def figure(found: dict, path: Path) -> None:
 def main() -> None:
     parser = arguments(__doc__, [0.2, 0.4, 0.5, 0.6], 64)
     parser.set_defaults(model="emoji-flux")
-    parser.add_argument("--repair", type=int, default=256)
-    parser.add_argument("--steps", type=int, nargs="+", default=[50, 100])
+    parser.add_argument("--methods", nargs="+", default=["surgeon", "thorough"], choices=list(PRESETS))
+    parser.add_argument("--repair", type=int, default=HEAL_REPAIR)
+    parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args()
     out = results_file("healing", options)
     if options.figure:
@@ -53,29 +59,34 @@ def main() -> None:
     model, pipe = opened(options)
     prompts, judged = model.prompts("calibration"), model.prompts("heldout")[: options.pairs]
     dense, recognised = draw(pipe, model, judged), Recognition(judged)
-    scores = ecodiff.learn_masks(pipe, prompts, model.learn_config("surgeon", options.learn_ratio))
     found = {"model": options.model, "pairs": len(judged), "repair": options.repair, "rows": []}
-    for ratio in options.ratios:
-        small = ecodiff.variant(pipe, scores.plan(ratio=ratio))
-        ecodiff.compensate_(small, pipe, prompts, model.compensation())
-        config = model.heal_config(repair=options.repair, steps=max(options.steps))
-        at = {config.batches + steps: f"{steps} steps" for steps in options.steps}
-        at |= {0: "compensated", config.batches: "repaired"}
+    for method in options.methods:
+        scores = ecodiff.learn_masks(pipe, prompts, model.learn_config(method, options.learn_ratio))
+        already = PRESETS[method].get("repair")
+        compensation = model.compensation().on(already) if already else model.compensation()
+        config = model.heal_config(repair=0 if already else options.repair, steps=options.steps)
+        for ratio in options.ratios:
+            small = ecodiff.variant(pipe, scores.plan(ratio=ratio))
+            ecodiff.compensate_(small, pipe, prompts, compensation)
 
-        def note(done: int, spent: float, small=small, ratio=ratio, at=at) -> None:
-            if done in at:
-                row = {"ratio": ratio, "after": at[done], "seconds": spent}
+            def note(after: str, seconds: float, small=small, method=method, ratio=ratio) -> None:
+                row = {"method": method, "ratio": ratio, "after": after, "seconds": seconds}
                 found["rows"].append(row | measure(dense, draw(small, model, judged), recognised))
-                error, median = (found["rows"][-1][n][0] for n in ("latent_error", "latent_error_median"))
-                print(row, f"{error:.4f} ({median:.4f})", flush=True)
+                error, median = (
+                    found["rows"][-1][name][0] for name in ("latent_error", "latent_error_median")
+                )
+                print(method, ratio, after, f"{seconds:.0f} s: {error:.4f} ({median:.4f})", flush=True)
                 out.write_text(json.dumps(found, indent=1) + "\n")
 
-        note(0, spent := 0.0)
-        begun = time.perf_counter()
-        for done, _ in heal(small, pipe, prompts, config):
-            spent += time.perf_counter() - begun
-            note(done, spent)
-            begun = time.perf_counter()
+            note("compensated", spent := 0.0)
+            begun, at = time.perf_counter(), {config.batches: "repaired"} if config.repair else {}
+            at[config.batches + options.steps // 2] = f"{options.steps // 2} steps"
+            for done, _ in heal(small, pipe, prompts, config):
+                spent += time.perf_counter() - begun
+                if done in at:  # the first time: batches of a check are no steps
+                    note(at.pop(done), spent)
+                begun = time.perf_counter()
+            note(f"{options.steps} steps", spent + time.perf_counter() - begun)
     figure(found, out.with_suffix(".png"))
 
 

@@ -70,10 +70,11 @@ def text_encoders(found: dict) -> str:
 
 
 def healing(found: dict) -> str:
-    """What healing brings, a row a size and moment."""
-    head = ("removed", "healed", "seconds", "latent error", "top-1")
+    """What healing brings, a row an order, a size and a moment."""
+    head = ("order", "removed", "healed", "seconds", "latent error", "top-1")
     rows = [
         (
+            f"`{row['method']}`",
             f"{row['ratio']:.0%}".replace("%", " %"),
             {"compensated": "not yet", "repaired": f"repaired by {found['repair']} trajectories"}.get(
                 row["after"], f"and {row['after']}"

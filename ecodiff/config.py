@@ -225,6 +225,12 @@ class HealConfig(Sampling):
         return len(self.compensation.batches) if self.repair else 0
 
     @property
+    def checked(self) -> range:
+        """Numbers of the batches of trajectories that weights are checked on, and not trained."""
+        first = -(-self.trajectories // self.batch)
+        return range(first, first + max(1, self.trajectories // 8 // self.batch))
+
+    @property
     def total_steps(self) -> int:
         """Batches that are recorded, and steps."""
         return self.batches + self.steps

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     from ..checkpoints.card import model_card
     from ..checkpoints.loading import disk_dtype, load
     from ..checkpoints.saving import save
-    from ..learning.heal import facts, heal
+    from ..learning.heal import facts, heal, judged
     from ..metrics.fidelity import compare
     from ..pipelines import quiet
     from ..runs.prompts import read, set_aside
@@ -56,11 +56,11 @@ def run(options: argparse.Namespace) -> int:
     own, heldout = set_aside(read(options.prompts)) if options.prompts else ([], [])
     prompts = (heldout or known.prompts("heldout"))[: options.count]
 
-    def judged() -> dict[str, float]:
+    def judge() -> dict[str, float]:
         with quiet(pipe), quiet(small):  # one bar, that of healing, in place of one an image
-            return compare(pipe, small, prompts, **known.drawing())["mean"]
+            return judged(compare(pipe, small, prompts, **known.drawing()))
 
-    before = judged()
+    before = judge()
     with tqdm(total=config.total_steps, unit="step", disable=options.quiet) as bar:
         try:
             for step, loss in heal(small, pipe, own or known.prompts("calibration"), config, folder):
@@ -69,11 +69,11 @@ def run(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)
             return 130
-    after = judged()
+    after = judge()
     text = model_card(small, facts(config, before, after, len(prompts)))
     out = save(small, options.out, disk_dtype(known), text)
     rows = [
-        ("latent error", f"{before['latent_error']:.4f} -> {after['latent_error']:.4f}"),
+        ("latent error, geometric mean", f"{before['latent_error']:.4f} -> {after['latent_error']:.4f}"),
         ("PSNR", f"{before['psnr']:.1f} -> {after['psnr']:.1f} dB"),
         ("prompts", f"{len(prompts)} that nothing was learned on"),
         ("saved in", str(out)),

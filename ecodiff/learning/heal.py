@@ -3,27 +3,28 @@
 For sizes beyond what pruning and compensation alone keep close: the paper's light retraining, without
 images. First every layer that lost inputs is solved for once more, call by call as in `compensate`, on
 hundreds of dense trajectories. Then low-rank updates (LoRA, arXiv 2106.09685) of the layers that lost units
-are trained, and merged at the end: the data are prompts and noise, the loss is that of learning masks, the
-relative error of the final latents over whole trajectories, checkpointed step by step like those.
-Everything that a step draws comes from its number, so it goes on anywhere, like a run.
+are trained: the data are prompts and noise, the loss is the mean logarithm of the relative error of the
+final latents, over whole trajectories that are checkpointed step by step like those of learning masks.
+Before the first step, after the last and three times between, the weights are measured on trajectories that
+nothing is trained on; the best are merged. Everything that a step draws comes from its number, so it goes on
+anywhere, like a run.
 """
 
 import copy
 import json
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from math import cos, isfinite, pi
+from dataclasses import dataclass, field, replace
+from math import cos, exp, isfinite, pi
 from pathlib import Path
+from statistics import fmean, geometric_mean
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..config import HealConfig
-from ..errors import BudgetError, CheckpointError, LearningError, OutOfMemoryError, PlanError
+from ..errors import BudgetError, LearningError, OutOfMemoryError, PlanError
 from ..pipelines import call_options, denoiser_name, denoiser_of, prompt_rows
 from ..pruning.plan import PrunePlan
 from ..pruning.slicing import check, kept_features, plan_of, variant
@@ -31,17 +32,18 @@ from ..storage import write_tensors
 from .calibration import Calibration, Call, fewer_passes, missing, record
 from .checkpointing import gradients
 from .compensate import repair_
+from .heal_state import STATE_FORMAT, Best, load, read, save
 from .streaming import streamed
 from .trajectory import trajectory
 
-STATE_FORMAT = "ecodiff.heal.1"
 REPAIRED = "repaired.safetensors"
 ADAPTER = "heal"
+CHECKS = 4  # of the weights while they are trained, besides one before
 
 
 @dataclass(frozen=True)
 class _Healing:
-    """What both parts of a healing are given: the arguments of `heal`, the plan, and whose state it is."""
+    """What the parts of a healing are given: the arguments of `heal`, the plan, and whose state it is."""
 
     plan: PrunePlan
     pipe: DiffusionPipeline
@@ -50,6 +52,23 @@ class _Healing:
     folder: Path | None
     key: str
     on_step: Callable[[], None] | None
+    targets: dict[int, Tensor] = field(default_factory=dict)
+
+    def call(self, batch: int) -> dict:
+        """The pipeline's arguments for one batch of trajectories; generators in it are used up by one run."""
+        config = self.config
+        rows = range(batch * config.batch, (batch + 1) * config.batch)
+        options = call_options(
+            self.pipe, config.inference_steps, config.guidance_scale, config.size, config.extra
+        )
+        return prompt_rows(self.prompts, rows, config.seed, options)
+
+    def target(self, batch: int) -> Tensor:
+        """Final latents of the dense model for that batch, in float32; computed once."""
+        if batch not in self.targets:
+            with trajectory(self.pipe, False, self.on_step) as run, torch.no_grad():
+                self.targets[batch] = run(**self.call(batch)).float()
+        return self.targets[batch]
 
 
 def heal(
@@ -62,7 +81,8 @@ def heal(
 ) -> Generator[tuple[int, float | None], None, None]:
     """Heal a pruned pipeline; yields (done, loss): batches recorded for the repair, then steps.
 
-    Batches have no loss. Weights change with the last of them, and with the last step.
+    The loss is the geometric mean of a batch's relative errors. Batches of the repair have none, nor has a
+    batch of a check, which is no step. Weights change with the last batch of the repair, and at the end.
 
     Args:
         small: a pruned pipeline; it gets a denoiser of its own, so a variant's dense model is not touched.
@@ -96,33 +116,61 @@ def heal(
         yield config.batches + step, loss
 
 
-def _train(small: DiffusionPipeline, healing: _Healing) -> Generator[tuple[int, float], None, None]:
-    """Distil low-rank updates, and merge them at the end; yields (steps done, loss)."""
-    student, targets, config = denoiser_of(small), dict[int, Tensor](), healing.config
-    lora, parameters = _add_lora(student, denoiser_of(healing.pipe), healing.plan, config)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.rate, weight_decay=0.0)
-    file, step = healing.folder and healing.folder / "state.safetensors", 0
+def _train(small: DiffusionPipeline, healing: _Healing) -> Generator[tuple[int, float | None], None, None]:
+    """Distil low-rank updates, and merge the best; yields (steps done, loss)."""
+    student, best = denoiser_of(small), Best()
+    lora, parameters = _add_lora(student, denoiser_of(healing.pipe), healing.plan, healing.config)
     try:
-        if file and file.exists():
-            step = _load(file, healing.key, parameters, optimizer)
-        while step < config.steps:
-            batch = step % (config.trajectories // config.batch)
-            call = partial(_call, healing.pipe, healing.prompts, batch, config)
-            if batch not in targets:
-                targets[batch] = _target(healing.pipe, call(), healing.on_step)
-            optimizer.param_groups[0]["lr"] = config.rate * 0.5 * (1 + cos(pi * step / config.steps))
-            loss = _step(small, call(), targets[batch], optimizer, healing.on_step)
-            step += 1
-            if file and (step == config.steps or step % max(1, config.steps // 20) == 0):
-                _save(file, healing.key, step, parameters, optimizer)
-            yield step, loss
+        yield from _steps(small, healing, parameters, best)
+        for name, weight in best.weights.items():
+            parameters[name].data.copy_(weight)
         lora.merge_adapter()
     finally:
-        if file and 0 < step < config.steps:
-            _save(file, healing.key, step, parameters, optimizer)
         lora.unload()
         student.__dict__.pop("peft_config", None)  # older versions of peft leave it
         student.requires_grad_(False)
+
+
+def _steps(
+    small: DiffusionPipeline, healing: _Healing, parameters: dict[str, nn.Parameter], best: Best
+) -> Generator[tuple[int, float | None], None, None]:
+    """Train `parameters`, and check them meanwhile; yields (steps done, loss). Its state is kept."""
+    config, file, step = healing.config, healing.folder and healing.folder / "state.safetensors", 0
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.rate, weight_decay=0.0)
+    checks = {config.steps * part // CHECKS for part in range(CHECKS + 1)}
+    if file and file.exists():
+        step = load(file, healing.key, parameters, optimizer, best)
+    try:
+        while True:
+            for _ in _check(small, healing, parameters, best) if step in checks else ():
+                yield step, None
+            if step >= config.steps:
+                return
+            batch = step % (config.trajectories // config.batch)
+            target = healing.target(batch)
+            optimizer.param_groups[0]["lr"] = config.rate * 0.5 * (1 + cos(pi * step / config.steps))
+            loss = _step(small, healing.call(batch), target, optimizer, healing.on_step)
+            step, best.losses = step + 1, []
+            if file and step % max(1, config.steps // 20) == 0:
+                save(file, healing.key, step, parameters, optimizer, best)
+            yield step, loss
+    finally:
+        if file and (step or best.losses):
+            save(file, healing.key, step, parameters, optimizer, best)
+
+
+def _check(
+    small: DiffusionPipeline, healing: _Healing, parameters: Mapping[str, nn.Parameter], best: Best
+) -> Iterator[None]:
+    """Measure the weights as they are, and keep them if they are the best; yields after each batch."""
+    for batch in healing.config.checked[len(best.losses) :]:
+        target = healing.target(batch)
+        with trajectory(small, False, healing.on_step) as run, torch.no_grad():
+            best.losses.append(float(_loss(run(**healing.call(batch)), target)))
+        yield
+    if (loss := fmean(best.losses)) < best.loss:
+        best.loss = loss
+        best.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
 def _repair(student: nn.Module, healing: _Healing) -> Iterator[int]:
@@ -135,7 +183,7 @@ def _repair(student: nn.Module, healing: _Healing) -> Iterator[int]:
     file, kept = (folder / REPAIRED, folder / "calls") if folder else (None, None)
     settings = fewer_passes(healing.config.compensation, dense.device)
     if file and file.exists():
-        _put(student, _read(file, healing.key)[1])
+        _put(student, read(file, healing.key)[1])
         return
     calls = list[Call]()
     for number, rows in enumerate(settings.batches, 1):
@@ -163,11 +211,6 @@ def _put(student: nn.Module, weights: Mapping[str, Tensor]) -> None:
         setattr(student.get_submodule(path), leaf, parameter)
 
 
-def _target(pipe: DiffusionPipeline, call: dict, on_step) -> Tensor:
-    with trajectory(pipe, False, on_step) as run, torch.no_grad():
-        return run(**call).float()
-
-
 def _checked(prompts: Sequence[str], pruned: nn.Module, teacher: nn.Module) -> PrunePlan:
     plan = plan_of(pruned)
     if not prompts:
@@ -183,15 +226,22 @@ def _checked(prompts: Sequence[str], pruned: nn.Module, teacher: nn.Module) -> P
     return plan
 
 
+def judged(found: Mapping) -> dict[str, float]:
+    """Means of what `fidelity.compare` found; of latent errors the geometric one, which is trained for."""
+    errors = [max(row["latent_error"], 1e-12) for row in found["rows"]]
+    return found["mean"] | {"latent_error": geometric_mean(errors)}
+
+
 def facts(config: HealConfig, before: Mapping[str, float], after: Mapping[str, float], count: int) -> dict:
-    """What a healed model's card says: {what: in words}, from the means of `fidelity.compare`."""
+    """What a healed model's card says: {what: in words}, from what `judged` gives."""
     errors = f"{before['latent_error']:.4f} → {after['latent_error']:.4f}"
     done = [f"repaired by {config.repair} trajectories"] if config.repair else []
     steps = "1 step" if config.steps == 1 else f"{config.steps} steps"
-    done += [f"{steps}, LoRA of rank {config.rank}, merged"] if config.steps else []
+    lora = f"{steps}, LoRA of rank {config.rank}, merged as it was best on trajectories held out"
+    done += [lora] if config.steps else []
     return {
         "healed": "; ".join(done),
-        f"latent error, mean of {count} prompts, before → after": errors,
+        f"latent error, geometric mean of {count} prompts, before → after": errors,
         "PSNR, before → after": f"{before['psnr']:.1f} → {after['psnr']:.1f} dB",
     }
 
@@ -219,19 +269,23 @@ def _add_lora(student: nn.Module, teacher: nn.Module, plan: Mapping[str, Tensor]
     return lora, trained
 
 
-def _call(pipe: DiffusionPipeline, prompts: Sequence[str], batch: int, config: HealConfig) -> dict:
-    """The pipeline's arguments for one batch of trajectories; generators in it are used up by one run."""
-    rows = range(batch * config.batch, (batch + 1) * config.batch)
-    options = call_options(pipe, config.inference_steps, config.guidance_scale, config.size, config.extra)
-    return prompt_rows(prompts, rows, config.seed, options)
+def _loss(z0: Tensor, target: Tensor) -> Tensor:
+    """Mean logarithm of the relative errors of final latents (batch, ...), one for each trajectory.
+
+    A few trajectories turn off into another image: their error is hundreds of times that of others, and would
+    be all that a plain mean sees. Logarithms give each the same weight, at any size.
+    """
+    z0, target = z0.float().flatten(1), target.flatten(1)
+    errors = (z0 - target).square().mean(1) / target.var(1)
+    return errors.clamp_min(1e-12).log().mean()
 
 
 def _step(small: DiffusionPipeline, call: dict, target: Tensor, optimizer, on_step) -> float:
-    """One step of AdamW on a batch of trajectories; returns its loss."""
+    """One step of AdamW on a batch of trajectories; returns the geometric mean of their errors."""
     parameters = optimizer.param_groups[0]["params"]
     with trajectory(small, True, on_step, trained=parameters) as run:
         z0 = run(**call)
-        loss = (z0.float() - target).square().mean() / target.var()
+        loss = _loss(z0, target)
         found = gradients(loss, z0, parameters)
     if not isfinite(float(loss.detach())):
         raise LearningError("Healing gave a loss that is not a number. Try a lower rate.")
@@ -239,44 +293,4 @@ def _step(small: DiffusionPipeline, call: dict, target: Tensor, optimizer, on_st
         parameter.grad = gradient
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
-    return float(loss.detach())
-
-
-def _save(file: Path, key: str, step: int, parameters: dict[str, nn.Parameter], optimizer) -> None:
-    """LoRA weights and Adam's moments, replaced atomically."""
-    tensors = {f"weight|{name}": parameter.detach() for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        moments = optimizer.state.get(parameter, {})
-        tensors |= {f"{what}|{name}": value for what, value in moments.items()}
-    write_tensors(file, tensors, {"format": STATE_FORMAT, "key": key, "step": str(step)})
-
-
-def _load(file: Path, key: str, parameters: dict[str, nn.Parameter], optimizer) -> int:
-    """Put the state back; returns the steps that are done."""
-    header, stored = _read(file, key)
-    try:
-        for name, parameter in parameters.items():
-            parameter.data.copy_(stored[f"weight|{name}"])
-            if f"step|{name}" not in stored:  # it never had a gradient
-                continue
-            optimizer.state[parameter] = {"step": stored[f"step|{name}"]} | {
-                what: stored[f"{what}|{name}"].to(parameter.device) for what in ("exp_avg", "exp_avg_sq")
-            }
-        return int(header["step"])
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"The healing state in {file} cannot be read: {error}") from None
-
-
-def _read(file: Path, key: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header and tensors of a file of this healing; CheckpointError if it is another's."""
-    try:
-        with safe_open(file, "pt") as stored:
-            header, names = stored.metadata() or {}, list(stored.keys())
-            if (header.get("format"), header.get("key")) != (STATE_FORMAT, key):
-                raise CheckpointError(
-                    f"{file} is of another model or other settings. Give another folder, or the same "
-                    "settings."
-                )
-            return header, {name: stored.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"The healing state in {file} cannot be read: {error}") from None
+    return exp(float(loss.detach()))

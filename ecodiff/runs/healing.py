@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from ..config import HealConfig, Sampling
 from ..errors import BudgetError, RunError
-from ..learning.heal import facts, heal
+from ..learning.heal import facts, heal, judged
 from ..metrics.fidelity import compare
 from ..pruning.components import weights_of
 from ..pruning.plan import PrunePlan
@@ -87,7 +87,7 @@ def heal_run(
                 slowest = max(slowest, time.monotonic() - started)
                 yield {"step": done[0], "loss": done[1], "seconds": time.monotonic() - started}
                 over = time.monotonic() - begun + 1.5 * slowest > (budget or float("inf"))
-                if run.stop_requested or (over and done[0] < config.total_steps):
+                if run.stop_requested or (over and (done[1] is None or done[0] < config.total_steps)):
                     healing.close()
                     return
             with device_lock:
@@ -107,7 +107,7 @@ def _judged(
     """Compare before and after on held-out prompts; keep the healed weights if they are closer."""
     known, kept = run.known, run.folder / "variants"
     prompts = run.judged_on[:HEALED_PROMPTS]
-    was, now = (compare(dense, pipe, prompts, **known.drawing())["mean"] for pipe in (before, small))
+    was, now = (judged(compare(dense, pipe, prompts, **known.drawing())) for pipe in (before, small))
     result = {"before": was["latent_error"], "after": now["latent_error"]}
     result |= {"steps": config.steps, "repair": config.repair}
     if result["after"] < result["before"]:

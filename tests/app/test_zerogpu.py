@@ -179,11 +179,13 @@ def test_healing_goes_on_call_after_call(model, tiny_sdxl, tmp_path):
     with space(tmp_path, **ONE_STEP) as (client, asked):
         made = client.predict(model, [handle_file(plan)], api_name="/bring")
         run, size = made["run"], made["size"]
-        found = [client.predict(run, size, 1, 8, api_name="/heal") for _ in range(3)]
-        assert [f["step"] for f in found] == [1, 2, 3]
-        assert [f["stage"] for f in found[:2]] == ["interrupted"] * 2
-        assert found[2]["stage"] in ("healed", "unchanged") and found[2]["before"] > 0
-        assert len(asked("/schedule")) == 3
+        found = [client.predict(run, size, 1, 8, api_name="/heal")]
+        while found[-1]["stage"] == "interrupted":
+            found.append(client.predict(run, size, 1, 8, api_name="/heal"))
+        steps = [f["step"] for f in found]  # two batches that are recorded, a check, a step, another check
+        assert steps[:2] == [1, 2] and steps[-1] == 3 and steps == sorted(steps) and len(steps) > 4
+        assert found[-1]["stage"] in ("healed", "unchanged") and found[-1]["before"] > 0
+        assert len(asked("/schedule")) == len(found)
 
 
 def test_what_a_call_asks_for(model, tmp_path):

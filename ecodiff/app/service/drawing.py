@@ -74,8 +74,8 @@ def heal(run: str, ratio: float, steps: int = 100, repair: int = HEAL_REPAIR) ->
 
     Yields:
         {"stage": healing, interrupted, stopped, healed or unchanged, "step", "steps" (batches that are
-        recorded for the repair, and steps), "loss" (None while recording), "seconds_left"}, and at the end
-        "before" and "after", mean latent errors
+        recorded for the repair, and steps), "loss" and "seconds_left" (None while recording or checking)},
+        and at the end "before" and "after", geometric means of latent errors
     """
     if not (0 <= steps <= MAX_HEALING and 0 <= repair <= MAX_REPAIR):
         raise BudgetError(
@@ -90,10 +90,12 @@ def heal(run: str, ratio: float, steps: int = 100, repair: int = HEAL_REPAIR) ->
     for done in results(HealRun(str(opened.folder), made, steps, repair)):
         if "after" in done:
             stage = "healed" if done["after"] < done["before"] else "unchanged"
-            yield found | {"stage": stage, "before": done["before"], "after": done["after"]}
+            judged = {name: done[name] for name in ("before", "after")}
+            yield found | {"stage": stage, "step": steps_in_all} | judged
             return
-        left = {"seconds_left": (steps_in_all - done["step"]) * done["seconds"]}
-        found = found | {"step": done["step"], "loss": done["loss"]} | left
+        trained = done["loss"] is not None  # batches that are recorded or checked take another time
+        left = (steps_in_all - done["step"]) * done["seconds"] if trained else None
+        found = found | {"step": done["step"], "loss": done["loss"], "seconds_left": left}
         yield found
     yield found | {"stage": "stopped" if opened.stop_requested else "interrupted", "seconds_left": None}
 

@@ -282,7 +282,7 @@ def healing(found: dict) -> str:
     """Where healing is, in words."""
     if found["stage"] == "healed":
         return (
-            f"**Closer.** Mean latent error of held-out prompts: {found['before']:.4f} before, "
+            f"**Closer.** Latent error of held-out prompts (geometric mean): {found['before']:.4f} before, "
             f"{found['after']:.4f} now. Images and downloads of this size are the healed model's."
         )
     if found["stage"] == "unchanged":
@@ -296,5 +296,5 @@ def healing(found: dict) -> str:
     if found["loss"] is not None:
         where += f" · loss {found['loss']:.4f}"
     elif found["step"]:
-        where += " · recording what the dense model does"
+        where += " · measuring, not training"
     return where + (f" · {duration(found['seconds_left'])} left" if found["seconds_left"] else "")
