@@ -39,13 +39,12 @@ def healing(run: gr.Dropdown, size: gr.Slider) -> None:
     """Where what is left of a run is repaired again, and trained for a while."""
     with gr.Accordion("Heal it: repair what is left again, and train it for a while", open=False):
         gr.Markdown(
-            "For large cuts. Weights are repaired on more of the dense model's trajectories, then trained to "
-            "draw what it draws, from prompts alone. If images get closer, images and downloads of this size "
-            "are the healed model's from then on; if not, nothing changes."
+            "For large cuts. Weights are repaired on more of the dense model's trajectories (not on the same "
+            "ones twice), then trained to draw what it draws, from prompts alone. If images get closer, "
+            "images and downloads of this size are the healed model's from then on; if not, nothing changes."
         )
         with gr.Row():
-            info = "0: none. Each is as long as an image. As many as the run was repaired by already: none"
-            words = {"label": "Trajectories to repair by", "info": info}
+            words = {"label": "Trajectories to repair by", "info": "0: none. Each is as long as an image"}
             repair = lenient(gr.Slider(0, 1024, value=256, step=32, min_width=240, **words))
             words = {"label": "Steps of training", "info": "0: none. Each is a few batches of images long"}
             steps = lenient(gr.Slider(0, 500, value=100, step=10, min_width=240, **words))
