@@ -5,9 +5,9 @@ images. First every layer that lost inputs is solved for once more, call by call
 hundreds of dense trajectories. Then low-rank updates (LoRA, arXiv 2106.09685) of the layers that lost units
 are trained: the data are prompts and noise, the loss is the mean logarithm of the relative error of the
 final latents, over whole trajectories that are checkpointed step by step like those of learning masks.
-Before the first step, after the last and three times between, the weights are measured on trajectories that
-nothing is trained on; the best are merged. Everything that a step draws comes from its number, so it goes on
-anywhere, like a run.
+Before the first step, after the last and three times between, the weights are measured on prompts and noise
+that no step is trained on; the best are merged. Everything that a step draws comes from its number, so it
+goes on anywhere, like a run.
 """
 
 import copy
@@ -55,13 +55,17 @@ class _Healing:
     targets: dict[int, Tensor] = field(default_factory=dict)
 
     def call(self, batch: int) -> dict:
-        """The pipeline's arguments for one batch of trajectories; generators in it are used up by one run."""
-        config = self.config
+        """The pipeline's arguments for one batch of trajectories; generators in it are used up by one run.
+
+        An eighth of the prompts, if there are as many, are those of the batches that weights are checked on.
+        """
+        config, trained = self.config, len(self.prompts) - len(self.prompts) // 8
+        prompts = self.prompts[trained:] if batch in config.checked else self.prompts[:trained]
         rows = range(batch * config.batch, (batch + 1) * config.batch)
         options = call_options(
             self.pipe, config.inference_steps, config.guidance_scale, config.size, config.extra
         )
-        return prompt_rows(self.prompts, rows, config.seed, options)
+        return prompt_rows(prompts or self.prompts, rows, config.seed, options)
 
     def target(self, batch: int) -> Tensor:
         """Final latents of the dense model for that batch, in float32; computed once."""

@@ -185,6 +185,14 @@ def test_the_best_weights_are_merged_not_the_last(tiny_sdxl, tmp_path, monkeypat
         assert latents(healed(tmp_path / str(stop))).equal(latents(small)), stop
 
 
+def test_an_eighth_of_the_prompts_only_checks(tiny_sdxl):
+    config, prompts = replace(CONFIG, trajectories=32), [f"{number} cats" for number in range(17)]
+    healing_ = _Healing(some_plan(tiny_sdxl), tiny_sdxl, prompts, config, None, "", None)
+    trained = {prompt for batch in range(16) for prompt in healing_.call(batch)["prompt"]}
+    checked = {prompt for batch in config.checked for prompt in healing_.call(batch)["prompt"]}
+    assert trained == set(prompts[:15]) and checked == set(prompts[15:])
+
+
 @pytest.mark.parametrize("changes", [{"repair": 0, "steps": 0}, {"repair": 3, "batch": 2}, {"steps": -1}])
 def test_settings_that_heal_nothing_are_refused(changes):
     with pytest.raises(BudgetError, match="Healing needs"):
