@@ -3,8 +3,8 @@
 For sizes beyond what pruning and compensation alone keep close: the paper's light retraining, without
 images. First every layer that lost inputs is solved for once more, call by call as in `compensate`, on
 hundreds of dense trajectories. Then low-rank updates (LoRA, arXiv 2106.09685) of the layers that lost units
-are trained: the data are prompts and noise, the loss is the mean logarithm of the relative error of the
-final latents, over whole trajectories that are checkpointed step by step like those of learning masks.
+are trained: the data are prompts and noise, the loss is the mean of log(e + 0.01), e the relative error of a
+trajectory's final latents; trajectories are checkpointed step by step like those of learning masks.
 Before the first step, after the last and three times between, the weights are measured on prompts and noise
 that no step is trained on; the best are merged. Everything that a step draws comes from its number, so it
 goes on anywhere, like a run.
@@ -39,6 +39,7 @@ from .trajectory import trajectory
 REPAIRED = "repaired.safetensors"
 ADAPTER = "heal"
 CHECKS = 4  # of the weights while they are trained, besides one before
+SEEN = 0.01  # a relative error far below it counts for little in the loss
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ def heal(
 ) -> Generator[tuple[int, float | None], None, None]:
     """Heal a pruned pipeline; yields (done, loss): batches recorded for the repair, then steps.
 
-    The loss is the geometric mean of a batch's relative errors. Batches of the repair have none, nor has a
-    batch of a check, which is no step. Weights change with the last batch of the repair, and at the end.
+    The loss is the e for which log(e + 0.01) is the mean of those of a batch's relative errors. Batches of
+    the repair have none, nor has a batch of a check, which is no step. Weights change with the last batch of
+    the repair, and at the end.
 
     Args:
         small: a pruned pipeline; it gets a denoiser of its own, so a variant's dense model is not touched.
@@ -231,7 +233,7 @@ def _checked(prompts: Sequence[str], pruned: nn.Module, teacher: nn.Module) -> P
 
 
 def judged(found: Mapping) -> dict[str, float]:
-    """Means of what `fidelity.compare` found; of latent errors the geometric one, which is trained for."""
+    """Means of what `fidelity.compare` found; of latent errors the geometric one."""
     errors = [max(row["latent_error"], 1e-12) for row in found["rows"]]
     return found["mean"] | {"latent_error": geometric_mean(errors)}
 
@@ -274,18 +276,18 @@ def _add_lora(student: nn.Module, teacher: nn.Module, plan: Mapping[str, Tensor]
 
 
 def _loss(z0: Tensor, target: Tensor) -> Tensor:
-    """Mean logarithm of the relative errors of final latents (batch, ...), one for each trajectory.
+    """Mean of log(e + 0.01), e the relative error of the final latents (batch, ...) of each trajectory.
 
     A few trajectories turn off into another image: their error is hundreds of times that of others, and would
-    be all that a plain mean sees. Logarithms give each the same weight, at any size.
+    be all that a plain mean sees. With the logarithm their gradients weigh no more than those of others.
     """
     z0, target = z0.float().flatten(1), target.flatten(1)
     errors = (z0 - target).square().mean(1) / target.var(1)
-    return errors.clamp_min(1e-12).log().mean()
+    return (errors + SEEN).log().mean()
 
 
 def _step(small: DiffusionPipeline, call: dict, target: Tensor, optimizer, on_step) -> float:
-    """One step of AdamW on a batch of trajectories; returns the geometric mean of their errors."""
+    """One step of AdamW on a batch of trajectories; returns their typical error (see `_loss`)."""
     parameters = optimizer.param_groups[0]["params"]
     with trajectory(small, True, on_step, trained=parameters) as run:
         z0 = run(**call)
@@ -297,4 +299,4 @@ def _step(small: DiffusionPipeline, call: dict, target: Tensor, optimizer, on_st
         parameter.grad = gradient
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
-    return exp(float(loss.detach()))
+    return exp(float(loss.detach())) - SEEN
