@@ -31,12 +31,13 @@ def figure(found: dict, path: Path) -> None:
     for axes, (kind, words) in zip(panels, kinds.items(), strict=True):
         lines: dict[tuple, list] = {}
         for row in found["rows"]:
-            lines.setdefault((row["method"], row["ratio"]), []).append((row["seconds"] / 60, row[kind][0]))
-        colors = {ratio: f"C{number}" for number, ratio in enumerate(dict.fromkeys(r for _, r in lines))}
-        for (method, ratio), points in lines.items():
-            look = "o-" if method == "surgeon" else "s--"
+            cut = (row["method"], row["ratio"], row["repair"])
+            lines.setdefault(cut, []).append((row["seconds"] / 60, row[kind][0]))
+        for (method, ratio, repair), points in lines.items():
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, look, color=colors[ratio], label=f"{ratio:.0%} removed, {method}")
+            marker, line = "o" if method == "surgeon" else "s", "-" if repair == HEAL_REPAIR else "--"
+            label = f"{ratio:.0%} removed by {method}, repaired by {repair}"
+            axes.plot(x, y, line, marker=marker, color=f"C{round(10 * ratio)}", label=label)
         axes.set(yscale="log", xlabel="minutes of healing", ylabel=words)
         axes.grid(alpha=0.3, which="both")
     panels[0].legend(fontsize=8)
@@ -59,7 +60,7 @@ def main() -> None:
     model, pipe = opened(options)
     prompts, judged = model.prompts("calibration"), model.prompts("heldout")[: options.pairs]
     dense, recognised = draw(pipe, model, judged), Recognition(judged)
-    found = {"model": options.model, "pairs": len(judged), "repair": options.repair, "rows": []}
+    found = {"model": options.model, "pairs": len(judged), "rows": []}
     for method in options.methods:
         scores = ecodiff.learn_masks(pipe, prompts, model.learn_config(method, options.learn_ratio))
         already = PRESETS[method].get("repair")
@@ -70,7 +71,8 @@ def main() -> None:
             ecodiff.compensate_(small, pipe, prompts, compensation)
 
             def note(after: str, seconds: float, small=small, method=method, ratio=ratio) -> None:
-                row = {"method": method, "ratio": ratio, "after": after, "seconds": seconds}
+                repair = PRESETS[method].get("repair", options.repair)
+                row = {"method": method, "ratio": ratio, "repair": repair, "after": after, "seconds": seconds}
                 found["rows"].append(row | measure(dense, draw(small, model, judged), recognised))
                 error, median = (
                     found["rows"][-1][name][0] for name in ("latent_error", "latent_error_median")

@@ -76,7 +76,7 @@ def healing(found: dict) -> str:
         (
             f"`{row['method']}`",
             f"{row['ratio']:.0%}".replace("%", " %"),
-            {"compensated": "not yet", "repaired": f"repaired by {found['repair']} trajectories"}.get(
+            {"compensated": "not yet", "repaired": f"repaired by {row['repair']} trajectories"}.get(
                 row["after"], f"and {row['after']}"
             ),
             f"{row['seconds']:.0f}",
@@ -85,7 +85,7 @@ def healing(found: dict) -> str:
         )
         for row in found["rows"]
     ]
-    return markdown(head, rows)
+    return markdown(head, list(dict.fromkeys(rows)))  # two repairs of the same start from the same
 
 
 def learned_order(found: dict) -> str:
