@@ -40,7 +40,7 @@ def figure(found: dict, path: Path) -> None:
             axes.plot(x, y, line, marker=marker, color=f"C{round(10 * ratio)}", label=label)
         axes.set(yscale="log", xlabel="minutes of healing", ylabel=words)
         axes.grid(alpha=0.3, which="both")
-    panels[1].legend(fontsize=8, loc="center")
+    panels[1].legend(fontsize=8, loc="center", bbox_to_anchor=(0.55, 0.3))
     drawing.suptitle(f"{found['model']}, {found['pairs']} held-out pairs: compensated, repaired, trained")
     drawing.tight_layout()
     drawing.savefig(path)

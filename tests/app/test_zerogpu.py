@@ -180,7 +180,7 @@ def test_healing_goes_on_call_after_call(model, tiny_sdxl, tmp_path):
         made = client.predict(model, [handle_file(plan)], api_name="/bring")
         run, size = made["run"], made["size"]
         found = [client.predict(run, size, 1, 8, api_name="/heal")]
-        while found[-1]["stage"] == "interrupted":
+        while found[-1]["stage"] == "interrupted" and len(found) < 60:
             found.append(client.predict(run, size, 1, 8, api_name="/heal"))
         steps = [f["step"] for f in found]  # two batches that are recorded, a check, a step, another check
         assert steps[:2] == [1, 2] and steps[-1] == 3 and steps == sorted(steps) and len(steps) > 4
