@@ -69,15 +69,14 @@ def main() -> None:
         for ratio in options.ratios:
             small = ecodiff.variant(pipe, scores.plan(ratio=ratio))
             ecodiff.compensate_(small, pipe, prompts, compensation)
+            cut = {"method": method, "ratio": ratio, "repair": already or options.repair}
 
-            def note(after: str, seconds: float, small=small, method=method, ratio=ratio) -> None:
-                repair = PRESETS[method].get("repair", options.repair)
-                row = {"method": method, "ratio": ratio, "repair": repair, "after": after, "seconds": seconds}
-                found["rows"].append(row | measure(dense, draw(small, model, judged), recognised))
-                error, median = (
-                    found["rows"][-1][name][0] for name in ("latent_error", "latent_error_median")
-                )
-                print(method, ratio, after, f"{seconds:.0f} s: {error:.4f} ({median:.4f})", flush=True)
+            def note(after: str, seconds: float, small=small, cut=cut) -> None:
+                row = cut | {"after": after, "seconds": seconds}
+                row |= measure(dense, draw(small, model, judged), recognised)
+                found["rows"].append(row)
+                error, median = row["latent_error"][0], row["latent_error_median"][0]
+                print(*cut.values(), after, f"{seconds:.0f} s: {error:.4f} ({median:.4f})", flush=True)
                 out.write_text(json.dumps(found, indent=1) + "\n")
 
             note("compensated", spent := 0.0)

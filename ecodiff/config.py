@@ -42,6 +42,10 @@ class Sampling:
             if value is not None and value < least:
                 raise BudgetError(f"{name} is {value}; it is at least {least}.")
 
+    def sampling(self) -> dict:
+        """These settings by name, for other settings on the same trajectories."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(Sampling)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompensateConfig(Sampling):
@@ -216,8 +220,7 @@ class HealConfig(Sampling):
     @property
     def compensation(self) -> CompensateConfig:
         """How the repair is made."""
-        asked = {entry.name: getattr(self, entry.name) for entry in fields(Sampling)}
-        return CompensateConfig(**asked).on(self.repair)
+        return CompensateConfig(**self.sampling()).on(self.repair)
 
     @property
     def batches(self) -> int:

@@ -5,13 +5,13 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from filelock import FileLock, Timeout
 
-from ..config import HealConfig, Sampling
+from ..config import HealConfig
 from ..errors import BudgetError, RunError
 from ..learning.heal import facts, heal, judged
 from ..metrics.fidelity import compare
@@ -32,10 +32,8 @@ def heal_settings(run: Run, steps: int, repair: int) -> HealConfig:
     Raises:
         BudgetError: nothing is left to do.
     """
-    compensation = run.compensation
-    asked = {entry.name: getattr(compensation, entry.name) for entry in fields(Sampling)}
-    config = HealConfig(**asked, steps=steps, repair=repair)
-    if not repair or config.compensation != compensation:
+    config = HealConfig(**run.compensation.sampling(), steps=steps, repair=repair)
+    if not repair or config.compensation != run.compensation:
         return config
     if not steps:
         raise BudgetError(

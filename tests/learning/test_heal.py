@@ -1,6 +1,5 @@
 """Healing: exact gradients through the trajectory, resumable, merged, the dense model untouched."""
 
-import shutil
 import sys
 from dataclasses import replace
 from math import log
@@ -264,9 +263,7 @@ def test_a_run_is_healed_as_it_was_learned_and_not_repaired_twice(tmp_path):
 
     def asked(steps, trajectories, **changes):
         config = replace(known.learn_config("thorough", 0.2), **changes)
-        run = Run.create(tmp_path / "run", known.name, config, [])
-        shutil.rmtree(run.folder)
-        return healing.heal_settings(run, steps, trajectories)
+        return healing.heal_settings(Run(tmp_path, known.name, config, []), steps, trajectories)
 
     assert asked(100, HEAL_REPAIR) == known.heal_config(steps=100, repair=0), "compensation did that"
     assert asked(100, 64) == known.heal_config(steps=100, repair=64)
